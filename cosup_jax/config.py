@@ -1,0 +1,383 @@
+"""Every setting, its default, its unit and its meaning; frozen once the run starts.
+
+Files under `configs/` build an `ml_collections.ConfigDict` with `make`; `freeze` turns the
+resolved ConfigDict into the dataclasses below, which are hashable and safe to close over in jit.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from cosup_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchConfig:
+    """Shape of one Llama-type transformer. Pretrained weights bring all but the last four."""
+
+    layers: int = 4  # transformer blocks
+    width: int = 256  # residual stream, features
+    heads: int = 4  # query heads
+    kv_heads: int = 2  # key/value heads; divides heads
+    head_dim: int = 64  # features per head; even
+    mlp_width: int = 688  # features inside SwiGLU
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-5  # RMSNorm epsilon
+    tie_embeddings: bool = True  # output head = input embedding, transposed
+    dtype: str = "float32"  # compute: float32 | bfloat16; parameters are always float32
+    remat: str = "none"  # recompute in the backward pass: none | dots (keep matmuls) | full
+    scan_unroll: int = 1  # layers per scan iteration; = layers unrolls the loop
+    attention: str = "auto"  # auto | xla | cudnn (GPU, unpacked rows only)
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """Where one language model comes from."""
+
+    init: str = "scratch"  # scratch | HF directory | hub id; for ctx also gen (same weights)
+    pooling: str = "eos"  # ctx only: last (passage's last token) | eos (one eos appended)
+    arch: ArchConfig = ArchConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """total = ntp_weight * ntp + nsp_weight * nsp (arXiv 2403.09024, section 3)."""
+
+    ntp_weight: float = 1.0  # factor on nats per supervised token
+    nsp_weight: float = 1.0  # factor on nats per [Ret]; the paper: 0.01 with raw dot products
+    normalize: bool = True  # cosine similarity; False = raw dot product, as in the paper
+    temperature: float = 0.05  # scores are divided by it
+    learn_temperature: bool = False  # train log(temperature), clamped to [0.01, 1]
+    mask_evidence: bool = False  # True: tokens after [Ret] up to and including [Cs] are no targets
+    remote_negatives: str = "full"  # full (gradient through every vector) | detached (compat only)
+    compat_ranks: int = 1  # virtual ranks of compat=official: equal slices of the global batch
+
+
+@dataclasses.dataclass(frozen=True)
+class BankConfig:
+    """Memory of past vectors, extra negatives (our extension; off in the paper)."""
+
+    kind: str = "off"  # off | passage (past passages) | dual (past queries too)
+    size: int = 4096  # passage vectors kept, rounded down to whole steps
+    queries: int = 4096  # query vectors kept by dual, rounded down to whole steps
+    start_step: int = 0  # first step, counted from 0, that scores against the bank
+    max_age: int = 1000  # steps after which an entry is no longer scored
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW over Gen, Ctx and the NSP parameters; one clipping norm over all of them."""
+
+    gen_learning_rate: float = 1e-3  # peak, Gen and NSP parameters
+    ctx_learning_rate: float = 1e-3  # peak, Ctx
+    schedule: str = "cosine"  # constant | cosine (to final_fraction) | epoch (a factor an epoch)
+    warmup_steps: int = 0  # linear warm-up, steps
+    final_fraction: float = 0.1  # cosine: last learning rate over peak
+    epoch_decay: float = 0.85  # epoch: factor per epoch
+    b1: float = 0.9  # AdamW first-moment decay
+    b2: float = 0.999  # AdamW second-moment decay
+    eps: float = 1e-8  # AdamW epsilon
+    weight_decay: float = 0.0  # decoupled; matrices only, never norms or temperature
+    clip_norm: float = 1.0  # global gradient norm over all parameters; 0 = off
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices = data x fsdp x tensor; one axis may be -1 (whatever remains)."""
+
+    data: int = -1  # batch rows split, parameters copied
+    fsdp: int = 1  # batch rows and parameters split
+    tensor: int = 1  # heads, mlp features and vocabulary split
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Sources, token limits and the static bounds that the packing plan keeps."""
+
+    train: str = "tfds:world"  # sources, comma-separated or a list: source or source@weight
+    eval: str = "tfds:world"  # sources whose held-out rows are evaluated
+    world_entities: int = 1500  # passages in the embedded data set: countries, then cities
+    tfds_dir: str = ""  # where TFDS builds; empty = TFDS's own default
+    vocab_size: int = 4096  # scratch tokenizer: entries of the trained BPE, control tokens aside
+    no_evidence_fraction: float = 0.0  # share of training examples given without evidence
+    drop_without_ret: bool = False  # leave out examples without evidence (the official code does)
+    packing: bool = True  # several examples a Gen row, several passages a Ctx row
+    max_gen_tokens: int = 256  # tokens of a Gen row; a longer example is left out and counted
+    max_ctx_tokens: int = 96  # tokens of one passage; the rest is cut, the pooled token kept
+    ret_slots: int = 8  # [Ret] per Gen row
+    max_positives: int = 4  # evidence passages per example; more leave the example out, counted
+    ctx_rows: int = 16  # Ctx rows of the global batch; compat=official: batch_size * ret_slots
+    ctx_row_tokens: int = 256  # tokens of a Ctx row; packing off: max_ctx_tokens
+    passage_slots: int = 8  # passages per Ctx row; packing off: 1
+    workers: int = 0  # Grain worker processes; 0 = threads of this process
+    prefetch: int = 4  # batches prepared ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Orbax checkpoints under WORKDIR/checkpoints."""
+
+    every_steps: int = 100  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation during training."""
+
+    every_steps: int = 100  # steps between evaluations; step 0 and the last are always evaluated
+    examples: int = 400  # questions per evaluation set, drawn once by seed
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Example answers of the report."""
+
+    examples: int = 6  # answers written into report.html
+    max_tokens: int = 160  # prompt, inserted passages and answer together
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Telemetry."""
+
+    every_steps: int = 10  # steps between lines of metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole run. Exactly one of num_steps and num_epochs is positive."""
+
+    seed: int = 0  # parameters, data order, everything random
+    num_steps: int = 0  # optimizer steps
+    num_epochs: int = 0  # passes over the training examples
+    batch_size: int = 16  # Gen rows of the global batch; packing off: one example a row
+    micro_batches: int = 1  # slices of a step, one after the other; every negative is kept
+    compat: str = ""  # official: the official code's objective, bugs included, for comparison
+    deterministic: bool = False  # on a GPU: reproducible kernels, at some cost in speed
+    tie_ctx_to_gen: bool = False  # one tower for both roles
+    gen: TowerConfig = TowerConfig()
+    ctx: TowerConfig = TowerConfig(init="gen")
+    loss: LossConfig = LossConfig()
+    bank: BankConfig = BankConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    generate: GenerateConfig = GenerateConfig()
+    log: LogConfig = LogConfig()
+
+
+_CHOICES = {
+    "compat": ("", "official"),
+    "gen.arch.dtype": ("float32", "bfloat16"),
+    "ctx.arch.dtype": ("float32", "bfloat16"),
+    "gen.arch.remat": ("none", "dots", "full"),
+    "ctx.arch.remat": ("none", "dots", "full"),
+    "gen.arch.attention": ("auto", "xla", "cudnn"),
+    "ctx.arch.attention": ("auto", "xla", "cudnn"),
+    "ctx.pooling": ("last", "eos"),
+    "loss.remote_negatives": ("full", "detached"),
+    "bank.kind": ("off", "passage", "dual"),
+    "optim.schedule": ("constant", "cosine", "epoch"),
+}
+_MAY_BE_ZERO = {
+    *("seed", "num_steps", "num_epochs", "data.workers", "data.no_evidence_fraction"),
+    *("loss.ntp_weight", "loss.nsp_weight", "bank.start_step", "generate.examples"),
+    *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
+    *("optim.gen_learning_rate", "optim.ctx_learning_rate"),
+}
+_MAY_BE_MINUS_ONE = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+
+# What the official code does (arXiv 2403.09024's repository), as far as it is a setting.
+OFFICIAL = {
+    "loss.ntp_weight": 1.0,
+    "loss.nsp_weight": 0.01,
+    "loss.normalize": False,
+    "loss.temperature": 1.0,
+    "loss.learn_temperature": False,
+    "loss.mask_evidence": False,
+    "loss.remote_negatives": "detached",
+    "bank.kind": "off",
+    "data.packing": False,
+    "data.drop_without_ret": True,
+    "ctx.pooling": "last",
+}
+
+
+def make(overrides: Mapping[str, Any], variants: Mapping[str, Mapping], variant: str = ""):
+    """The defaults, then `overrides`, then `variants[variant]`, as a ConfigDict.
+
+    Keys are dotted paths. Raises UserError for an unknown key or variant.
+    """
+    if variant and variant not in variants:
+        known = ", ".join(sorted(variants)) or "none"
+        raise UserError(f"unknown config variant {variant!r}; this file has: {known}")
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
+    for dotted, value in (*overrides.items(), *variants.get(variant, {}).items()):
+        set_dotted(config, dotted, value)
+    return config
+
+
+def set_dotted(config: ml_collections.ConfigDict, dotted: str, value: Any) -> None:
+    """Sets `config.a.b = value` for dotted = "a.b". Raises UserError for an unknown key."""
+    *groups, name = dotted.split(".")
+    node = config
+    for group in groups:
+        node = node[group] if isinstance(node, ml_collections.ConfigDict) and group in node else {}
+    if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+        raise UserError(f"unknown config key {dotted!r}; cosup_jax/config.py lists them all")
+    node[name] = value
+
+
+def freeze(config: ml_collections.ConfigDict, explicit: frozenset[str] = frozenset()) -> Config:
+    """ConfigDict -> Config, checked.
+
+    Args:
+      config: as `make` returns it, command-line overrides applied.
+      explicit: dotted keys given on the command line; compat may not overrule them.
+
+    Raises:
+      UserError: unknown key, wrong type, value out of range, or keys that contradict each other.
+    """
+    frozen = _freeze_group(Config, config, "")
+    if frozen.compat == "official":
+        frozen = _apply_official(frozen, explicit)
+    _check(frozen)
+    return frozen
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dict, as written to config.json."""
+    return dataclasses.asdict(config)
+
+
+def get_dotted(config: Config, dotted: str) -> Any:
+    """`config.a.b` for dotted = "a.b"."""
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def replace_dotted(config: Config, dotted: str, value: Any) -> Config:
+    """A copy of a frozen config with one dotted key changed."""
+    head, _, rest = dotted.partition(".")
+    if rest:
+        value = replace_dotted(getattr(config, head), rest, value)
+    return dataclasses.replace(config, **{head: value})
+
+
+def sources(text: str) -> list[tuple[str, float]]:
+    """`"a,b@2"` -> [("a", 1.0), ("b", 2.0)]. Raises UserError for a weight that is no number."""
+    found = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, at, weight = item.rpartition("@")
+        try:
+            found.append((name, float(weight)) if at else (item, 1.0))
+        except ValueError:
+            raise UserError(
+                f"data source {item!r}: {weight!r} is no weight, write source@2.0"
+            ) from None
+        if not found[-1][1] > 0:
+            raise UserError(f"data source {item!r}: the weight must be positive")
+    return found
+
+
+def _freeze_group(cls, group, prefix: str):
+    if not isinstance(group, ml_collections.ConfigDict):
+        raise UserError(f"config.{prefix.rstrip('.')} must be a group of keys, not {group!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    unknown = sorted(set(group) - set(fields))
+    if unknown:
+        raise UserError(f"unknown config key {prefix + unknown[0]!r} in the config file")
+    missing = sorted(set(fields) - set(group))
+    if missing:
+        raise UserError(f"config key {prefix + missing[0]!r} is missing; build on config.make")
+    values = {}
+    for name in fields:
+        dotted, value = prefix + name, group[name]
+        if dataclasses.is_dataclass(types[name]):
+            values[name] = _freeze_group(types[name], value, dotted + ".")
+        else:
+            values[name] = _typed(dotted, value, types[name])
+    return cls(**values)
+
+
+def _typed(dotted: str, value: Any, kind: type) -> Any:
+    if kind is str and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return ",".join(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config.{dotted} must be {kind.__name__}, not {value!r}")
+    if dotted in _CHOICES and value not in _CHOICES[dotted]:
+        options = ", ".join(repr(option) for option in _CHOICES[dotted])
+        raise UserError(f"config.{dotted} must be one of {options}, not {value!r}")
+    if kind in (int, float):
+        if value != value:
+            raise UserError(f"config.{dotted} must be a number, not {value!r}")
+        low_ok = value > 0 or (value == 0 and dotted in _MAY_BE_ZERO)
+        if not low_ok and not (value == -1 and dotted in _MAY_BE_MINUS_ONE):
+            raise UserError(f"config.{dotted} must be positive, not {value!r}")
+    return value
+
+
+def _apply_official(config: Config, explicit: frozenset[str]) -> Config:
+    default = Config()
+    for dotted, official in OFFICIAL.items():
+        value = get_dotted(config, dotted)
+        if value != official and (dotted in explicit or value != get_dotted(default, dotted)):
+            raise UserError(
+                f"config.{dotted}={value!r} contradicts compat='official', which means "
+                f"{official!r}; drop one of the two"
+            )
+        config = replace_dotted(config, dotted, official)
+    return config
+
+
+def _check(config: Config) -> None:
+    if (config.num_steps > 0) == (config.num_epochs > 0):
+        raise UserError(
+            f"set exactly one of config.num_steps (now {config.num_steps}) and config.num_epochs "
+            f"(now {config.num_epochs}) to a positive number"
+        )
+    for tower in ("gen", "ctx"):
+        arch = getattr(config, tower).arch
+        if arch.heads % arch.kv_heads:
+            raise UserError(
+                f"config.{tower}.arch.heads={arch.heads} is no multiple of kv_heads={arch.kv_heads}"
+            )
+        if arch.head_dim % 2:
+            raise UserError(f"config.{tower}.arch.head_dim={arch.head_dim} must be even (RoPE)")
+    if config.gen.init == "gen":
+        raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")
+    if config.loss.remote_negatives == "detached" and config.compat != "official":
+        raise UserError(
+            "config.loss.remote_negatives='detached' exists only under compat='official'; "
+            "set config.compat=official or remote_negatives=full"
+        )
+    if config.compat == "official" and config.batch_size % config.loss.compat_ranks:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is no multiple of config.loss.compat_ranks="
+            f"{config.loss.compat_ranks}"
+        )
+    if config.batch_size % config.micro_batches:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is no multiple of config.micro_batches="
+            f"{config.micro_batches}"
+        )
+    if config.data.no_evidence_fraction > 1:
+        raise UserError("config.data.no_evidence_fraction is a share: at most 1")
+    if config.data.packing and config.data.max_ctx_tokens > config.data.ctx_row_tokens:
+        raise UserError(
+            f"config.data.max_ctx_tokens={config.data.max_ctx_tokens} does not fit a Ctx row of "
+            f"config.data.ctx_row_tokens={config.data.ctx_row_tokens}"
+        )
+    for dotted in ("data.train", "data.eval"):
+        if not sources(get_dotted(config, dotted)):
+            raise UserError(f"config.{dotted} names no source")

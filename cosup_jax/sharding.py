@@ -1,0 +1,119 @@
+"""The device mesh and the one table that says which mesh axis splits which logical axis."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cosup_jax.config import MeshConfig
+from cosup_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axes. A dimension that its axes do not divide stays whole on every device.
+RULES = {
+    "batch": ("data", "fsdp"),  # rows of a batch, queries, candidates
+    "embed": ("fsdp",),  # residual features of a parameter
+    "vocab": ("tensor",),
+    "q_heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "layers": (),
+    "head_dim": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh (data, fsdp, tensor) over all devices, Auto axis types.
+
+    Raises UserError if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1:
+        raise UserError("config.mesh: only one of data, fsdp and tensor may be -1")
+    known = 1
+    for size in sizes:
+        known *= max(size, 1) if size != -1 else 1
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if sizes[0] * sizes[1] * sizes[2] != len(devices):
+        raise UserError(
+            f"config.mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does "
+            f"not make {len(devices)} devices; set one axis to -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def spec(mesh, shape: Sequence[int], logical: Sequence[str | None]) -> P:
+    """PartitionSpec of an array by its logical axes; None means not split."""
+    entries = []
+    for size, name in zip(shape, logical, strict=True):
+        axes = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1) if name else ()
+        parts = 1
+        for axis in axes:
+            parts *= mesh.shape[axis]
+        entries.append(axes if axes and size % parts == 0 else None)
+    return P(*entries)
+
+
+def leaf_sharding(mesh: Mesh, shape: Sequence[int], logical: Sequence[str | None]) -> NamedSharding:
+    """NamedSharding of one array by its logical axes."""
+    return NamedSharding(mesh, spec(mesh, shape, logical))
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch split over data and fsdp."""
+    return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Fixes the sharding of an intermediate; does nothing outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, logical))
+
+
+def check_rows(mesh: Mesh, name: str, count: int, micro_batches: int) -> None:
+    """Raises UserError unless `count` rows split evenly over devices and micro-batches."""
+    parts = row_parts(mesh) * micro_batches
+    if count % parts:
+        raise UserError(
+            f"{name}={count} is no multiple of {parts} = mesh data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']} x micro_batches {micro_batches}; try "
+            f"{-(-count // parts) * parts}"
+        )
+
+
+def replicated_share(shardings: Any, shapes: Any) -> dict[str, float]:
+    """Per mesh axis of more than one device: share of bytes that the axis does not split.
+
+    Only fsdp and tensor are meant to split parameters; data always copies them.
+    """
+    pairs = list(zip(jax.tree.leaves(shardings), jax.tree.leaves(shapes), strict=True))
+    total = sum(leaf.size * leaf.dtype.itemsize for _, leaf in pairs)
+    share = {}
+    for axis in ("fsdp", "tensor"):
+        if pairs and pairs[0][0].mesh.shape[axis] > 1:
+            whole = sum(
+                leaf.size * leaf.dtype.itemsize
+                for sharding, leaf in pairs
+                if not any(axis in (entry or ()) for entry in sharding.spec)
+            )
+            share[axis] = whole / total
+    return share

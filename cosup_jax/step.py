@@ -1,0 +1,160 @@
+"""The train state, the pure train step, and their compilation over a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cosup_jax import bank as bank_lib
+from cosup_jax import cosup, official, sharding
+from cosup_jax.config import Config
+from cosup_jax.cosup import Towers
+from cosup_jax.data.batch import Batch, batch_shape
+from cosup_jax.errors import UserError
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes."""
+
+    step: jax.Array  # int32, steps taken
+    params: dict  # {"gen", "ctx", "nsp"}; no "ctx" if the towers are tied
+    opt_state: Any
+    bank: Any  # bank.Bank or None
+    ema_ctx: Any  # None
+    key: jax.Array
+
+
+def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
+    """Random parameters; with ctx.init="gen" both towers start from the same weights."""
+    key_gen, key_ctx = jax.random.split(key)
+    params = {"gen": towers.gen.init(key_gen), "nsp": {}}
+    if not towers.tied and config.ctx.init == "gen":
+        params["ctx"] = {name: params["gen"][name] for name in params["gen"] if name != "head"}
+    elif not towers.tied:
+        params["ctx"] = towers.ctx.init(key_ctx)
+    if config.loss.learn_temperature:
+        params["nsp"]["log_temperature"] = jnp.log(jnp.float32(config.loss.temperature))
+    return params
+
+
+def param_axes(towers: Towers, config: Config) -> dict:
+    """Logical axis names of every parameter, as `init_params` nests them."""
+    axes = {"gen": towers.gen.logical_axes(), "nsp": {}}
+    if not towers.tied:
+        axes["ctx"] = towers.ctx.logical_axes()
+    if config.loss.learn_temperature:
+        axes["nsp"]["log_temperature"] = ()
+    return axes
+
+
+def init_state(params: dict, key: jax.Array, tx: optax.GradientTransformation, config: Config):
+    """A fresh state around parameters."""
+    shape, width = batch_shape(config), params["gen"]["embed"]["table"].shape[1]
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=tx.init(params),
+        bank=bank_lib.init(config.bank, shape, width),
+        ema_ctx=None,
+        key=key,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    towers: Towers,
+    tx: optax.GradientTransformation,
+    config: Config,
+    pad_id: int = 0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. Pure; the bank is scored as it stood and filled afterwards."""
+
+    def objective(params):
+        if config.compat == "official":
+            return official.loss(params, batch, towers, pad_id, config)
+        return cosup.loss(params, batch, state.bank, state.step, towers, config)
+
+    grads, aux = jax.grad(objective, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics = dict(aux.metrics)
+    for tower in ("gen", "ctx"):
+        if tower in grads:
+            metrics[f"grad/norm_{tower}"] = optax.global_norm(grads[tower])
+    return (
+        state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            bank=bank_lib.fill(state.bank, aux.live, aux.asked, state.step),
+        ),
+        metrics,
+    )
+
+
+def state_shardings(abstract: TrainState, mesh: Mesh, towers: Towers, config: Config) -> TrainState:
+    """A NamedSharding for every leaf of the state; optimizer moments lie as their parameters do.
+
+    Raises UserError if an axis of the mesh leaves more than 5 % of the parameter bytes whole.
+    """
+    is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+    place = lambda axes, leaf: sharding.leaf_sharding(mesh, leaf.shape, axes)
+    params = jax.tree.map(place, param_axes(towers, config), abstract.params, is_leaf=is_axes)
+    for axis, share in sharding.replicated_share(params, abstract.params).items():
+        if share > 0.05:
+            raise UserError(
+                f"config.mesh.{axis} would leave {share:.0%} of the parameter bytes whole on each "
+                f"of its {mesh.shape[axis]} devices; choose a size that divides width, heads and "
+                "mlp_width"
+            )
+    by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def like_param(path, leaf):
+        keys = _keys(path)
+        owner = next((by_path[keys[i:]] for i in range(len(keys)) if keys[i:] in by_path), None)
+        return owner if owner is not None else sharding.replicated(mesh)
+
+    bank = bank_lib.logical_axes(abstract.bank)
+    return TrainState(
+        step=sharding.replicated(mesh),
+        params=params,
+        opt_state=jax.tree_util.tree_map_with_path(like_param, abstract.opt_state),
+        bank=bank and jax.tree.map(place, bank, abstract.bank, is_leaf=is_axes),
+        ema_ctx=None,
+        key=sharding.replicated(mesh),
+    )
+
+
+def compile_step(
+    mesh: Mesh, shardings: TrainState, **parts: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step` under jit: explicit shardings, the old state's memory given to the new one.
+
+    Args:
+      mesh: where it runs.
+      shardings: of the state, from `state_shardings`.
+      parts: towers, tx, config, pad_id of `train_step`.
+    """
+    jitted = jax.jit(
+        lambda state, batch: train_step(state, batch, **parts),
+        in_shardings=(shardings, sharding.rows(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    def step(state: TrainState, batch: Batch):
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
+
+    step.lower = jitted.lower
+    return step
+
+
+def _keys(path) -> tuple[str, ...]:
+    return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
