@@ -51,6 +51,7 @@ class LossConfig:
     normalize: bool = True  # cosine similarity; False = raw dot product, as in the paper
     temperature: float = 0.05  # scores are divided by it
     learn_temperature: bool = False  # train log(temperature), clamped to [0.01, 1]
+    ntp_tiles: int = 8  # slices of a Gen row; the logits of one slice exist at a time
     mask_evidence: bool = False  # True: tokens after [Ret] up to and including [Cs] are no targets
     remote_negatives: str = "full"  # full (gradient through every vector) | detached (compat only)
     compat_ranks: int = 1  # virtual ranks of compat=official: equal slices of the global batch

@@ -77,6 +77,17 @@ def loss(params: dict, batch: Batch, bank, step, towers: Towers, config: Config)
     return total, Aux(metrics, live, asked)
 
 
+def next_token(params: dict, hidden_BxTxD, batch: Batch, towers: Towers, config: Config):
+    """NTP over Gen's vocabulary -> summed nats, supervised tokens."""
+    return losses.tiled_ntp_sums(
+        lambda hidden: towers.gen.logits(params["gen"], hidden),
+        hidden_BxTxD,
+        batch.ntp_targets_BxT,
+        batch.ntp_weights_BxT,
+        config.loss.ntp_tiles,
+    )
+
+
 def next_sequence(asked: Queries, live: Candidates, bank, step, tau, config: Config):
     """NSP over live and remembered vectors -> mean nats per live query, sums of the live rows."""
     rows = [losses.score(asked, live, tau)]
@@ -137,8 +148,7 @@ def _generate(params: dict, batch: Batch, towers: Towers, config: Config):
 
     def part(rows: Batch):
         hidden_BxTxD = gen_hidden(params, rows, towers)
-        logits_BxTxV = towers.gen.logits(params["gen"], hidden_BxTxD)
-        nats, weight = losses.ntp_sums(logits_BxTxV, rows.ntp_targets_BxT, rows.ntp_weights_BxT)
+        nats, weight = next_token(params, hidden_BxTxD, rows, towers, config)
         return nats, weight, query_vectors(hidden_BxTxD, rows, config)
 
     nats, weight, query_BxRxD = _in_parts(part, batch, config.micro_batches)

@@ -3,6 +3,7 @@
 Everything is float32 inside. Shapes by the letters of `data/batch.py`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,44 @@ def ntp_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(nats * weights), jnp.sum(weights)
+
+
+def tiled_ntp_sums(
+    logits_of: Callable[[jax.Array], jax.Array],
+    hidden_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    tiles: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`ntp_sums` with the logits of one slice of each row alive at a time.
+
+    Each row's supervised tokens move to its front, so that tiles without any are skipped: logits
+    are computed (again in the backward pass) only about where a token is supervised.
+
+    Args:
+      logits_of: hidden states [..., D] -> logits [..., V].
+      tiles: how many slices of a row; more than T means T.
+    """
+    T = weights_BxT.shape[1]
+    width = -(-T // min(tiles, T))
+    order_BxT = jnp.argsort(weights_BxT <= 0, axis=1, stable=True)
+
+    def tiled(x):  # [B, T, ...] -> [tiles, B, width, ...]
+        x = jnp.take_along_axis(x, order_BxT.reshape(order_BxT.shape + (1,) * (x.ndim - 2)), axis=1)
+        x = jnp.pad(x, [(0, 0), (0, -T % width)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, width, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def sums(hidden, targets, weights):
+        return ntp_sums(logits_of(hidden), targets, weights)
+
+    def body(carry, tile):
+        nothing = lambda *_: (jnp.float32(0), jnp.float32(0))
+        part = jax.lax.cond(jnp.any(tile[2] > 0), sums, nothing, *tile)
+        return jax.tree.map(jnp.add, carry, part), None
+
+    tiles_of = (tiled(hidden_BxTxD), tiled(targets_BxT), tiled(weights_BxT))
+    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), tiles_of)[0]
 
 
 class Queries(NamedTuple):

@@ -1,0 +1,186 @@
+"""From config and workdir to what every program works with: mesh, data, tokenizers, towers."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from cosup_jax import hf, sharding
+from cosup_jax import step as step_lib
+from cosup_jax.config import Config, sources
+from cosup_jax.contract import EmbeddingContract, weights_digest
+from cosup_jax.cosup import Towers
+from cosup_jax.data import markup, tokenizer
+from cosup_jax.data.batch import batch_shape
+from cosup_jax.data.schema import Dataset
+from cosup_jax.data.sources import load
+from cosup_jax.data.tokenizer import Tokenizer
+from cosup_jax.errors import UserError
+from cosup_jax.step import TrainState
+from cosup_jax.transformer import Transformer
+
+_SHAPE = (
+    *("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width"),
+    *("rope_theta", "norm_eps", "tie_embeddings"),
+)
+
+
+class Sources(NamedTuple):
+    """The data sets that the config names."""
+
+    train: list[tuple[Dataset, float]]  # with how often an epoch draws them
+    held_out: list[Dataset]
+
+
+class Tokenizers(NamedTuple):
+    """Gen's and Ctx's; the same object where they share one."""
+
+    gen: Tokenizer
+    ctx: Tokenizer
+
+
+def mesh_for(config: Config) -> Mesh:
+    """The mesh over all devices. Raises UserError if the batch does not split over it."""
+    mesh, shape = sharding.make_mesh(config.mesh), batch_shape(config)
+    sharding.check_rows(mesh, "config.batch_size", shape.B, config.micro_batches)
+    sharding.check_rows(mesh, "config.data.ctx_rows", shape.U, config.micro_batches)
+    return mesh
+
+
+def resolve(config: Config) -> Config:
+    """The config with the shapes that pretrained weights bring, and Ctx's where it starts as Gen.
+
+    Raises UserError if the weights are not there, or the towers' widths differ.
+    """
+    config = _with_shape(config, "gen", _shape_of(config, "gen"))
+    if config.ctx.init == "gen" or config.tie_ctx_to_gen:
+        gen = dataclasses.asdict(config.gen.arch)
+        config = _with_shape(config, "ctx", {name: gen[name] for name in _SHAPE})
+    else:
+        config = _with_shape(config, "ctx", _shape_of(config, "ctx"))
+    if config.gen.arch.width != config.ctx.arch.width:
+        raise UserError(
+            f"config.gen.arch.width={config.gen.arch.width} and config.ctx.arch.width="
+            f"{config.ctx.arch.width} differ; their vectors are compared, so make them equal"
+        )
+    return config
+
+
+def read_sources(config: Config) -> Sources:
+    """Loads every source once; files first, as they fail fastest."""
+    wanted = sources(config.data.train) + sources(config.data.eval)
+    names = sorted({name for name, _ in wanted}, key=lambda name: name.startswith("tfds:"))
+    loaded = {name: load(name, config.data) for name in names}
+    train = [(loaded[name], weight) for name, weight in sources(config.data.train)]
+    return Sources(train, [loaded[name] for name, _ in sources(config.data.eval)])
+
+
+def read_tokenizers(config: Config, workdir: Path, data: Sources) -> Tokenizers:
+    """Pretrained ones as they come; for scratch one BPE, trained once and kept in the workdir."""
+    gen = _tokenizer(config.gen.init, config, workdir, data)
+    shared = config.ctx.init in ("gen", config.gen.init) or config.tie_ctx_to_gen
+    return Tokenizers(gen, gen if shared else _tokenizer(config.ctx.init, config, workdir, data))
+
+
+def make_towers(config: Config, tokenizers: Tokenizers) -> Towers:
+    """The two models, without weights."""
+    return Towers(
+        Transformer(config.gen.arch, tokenizers.gen.vocab_size),
+        Transformer(config.ctx.arch, tokenizers.ctx.vocab_size, has_head=False),
+        config.tie_ctx_to_gen,
+    )
+
+
+def abstract_state(
+    config: Config, towers: Towers, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the whole train state."""
+    fresh = jax.eval_shape(lambda: _fresh(config, towers, tx))
+    shardings = step_lib.state_shardings(fresh, mesh, towers, config)
+    describe = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(describe, fresh, shardings)
+
+
+def initial_state(
+    config: Config, towers: Towers, tx: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """Step 0 on the mesh: random, or from pretrained weights read straight onto their shards."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    pretrained = {}
+    if config.gen.init != "scratch":
+        directory = hf.resolve(config.gen.init)
+        pretrained["gen"] = hf.load_gen(directory, abstract.params["gen"], seed=config.seed)
+        if config.ctx.init == "gen" and not towers.tied:
+            pretrained["ctx"] = hf.load_ctx(directory, abstract.params["ctx"], seed=config.seed)
+    if config.ctx.init not in ("scratch", "gen") and not towers.tied:
+        directory = hf.resolve(config.ctx.init)
+        pretrained["ctx"] = hf.load_ctx(directory, abstract.params["ctx"], seed=config.seed)
+    return jax.jit(
+        lambda loaded: _fresh(config, towers, tx, loaded),
+        out_shardings=shardings,
+        donate_argnums=0,
+    )(pretrained)
+
+
+def embedding_contract(config: Config, tokenizers: Tokenizers, params: dict) -> EmbeddingContract:
+    """What vectors made with these parameters depend on."""
+    gen = tokenizers.gen
+    return EmbeddingContract(
+        pooling=config.ctx.pooling,
+        normalize=config.loss.normalize,
+        temperature=config.loss.temperature,
+        template=str(markup.VERSION),
+        ret=gen.ret,
+        cs=gen.cs,
+        ce=gen.ce,
+        pad=gen.pad,
+        eos=gen.eos,
+        max_ctx_tokens=config.data.max_ctx_tokens,
+        width=config.gen.arch.width,
+        tokenizer=tokenizers.ctx.fingerprint,
+        weights=weights_digest({name: params[name] for name in params if name != "nsp"}),
+    )
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _fresh(config: Config, towers: Towers, tx, pretrained: dict | None = None) -> TrainState:
+    key_params, key_state = jax.random.split(jax.random.key(config.seed))
+    params = step_lib.init_params(key_params, towers, config) | (pretrained or {})
+    return step_lib.init_state(params, key_state, tx, config)
+
+
+def _shape_of(config: Config, tower: str) -> dict:
+    init = getattr(config, tower).init
+    if init in ("scratch", "gen"):
+        return {}
+    found = hf.arch_from_hf(hf.resolve(init))
+    return {name: found[name] for name in _SHAPE}
+
+
+def _with_shape(config: Config, tower: str, shape: dict) -> Config:
+    part = getattr(config, tower)
+    part = dataclasses.replace(part, arch=dataclasses.replace(part.arch, **shape))
+    return dataclasses.replace(config, **{tower: part})
+
+
+def _tokenizer(init: str, config: Config, workdir: Path, data: Sources) -> Tokenizer:
+    if init != "scratch":
+        return tokenizer.load(init)
+    directory = workdir / "tokenizer"
+    if jax.process_index() == 0 and not directory.is_dir():
+        texts = []
+        for dataset, _ in data.train:
+            texts += map(markup.passage_text, dataset.passages.values())
+            texts += (markup.prompt_text(e) for e in dataset.examples if e.split == "train")
+        tokenizer.train(texts, config.data.vocab_size).save(directory)
+    wait_for_all("tokenizer")
+    return tokenizer.load(directory)

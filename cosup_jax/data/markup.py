@@ -1,0 +1,198 @@
+"""The training text: an example as pieces, and pieces as token ids with a role each.
+
+    {instruction}## Input:\\n\\n{question}## Output:\\n\\n
+    [Ret]{title :: text}[Cs]{span}[Ce]        once per evidence passage
+    {answer}{eos}
+
+Every piece is tokenised by itself, so that control tokens are ids and an inserted passage has the
+same tokens in training and in generation.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cosup_jax.data.schema import Example, Passage
+from cosup_jax.data.tokenizer import Tokenizer
+from cosup_jax.errors import UserError
+
+VERSION = 1  # raise it whenever the same example gives other pieces
+
+# Roles of a token, uint8. EVIDENCE, from the token after [Ret] to [Cs], is a target unless
+# loss.mask_evidence.
+PROMPT, TARGET, EVIDENCE = 0, 1, 2
+
+INSTRUCTION = "Answer the question.\n\n"
+INSTRUCTIONS = {
+    "slot_filling": "Fill the slot.\n\n",
+    "fact_check": "Judge the claim.\n\n",
+    "dialog": "Reply.\n\n",
+    "long_form": "Explain.\n\n",
+}
+
+_INSERTION = re.compile(r"\[Ret:([^\]]*)\]")
+
+
+class Piece(NamedTuple):
+    """One stretch of the training text: plain text, a passage, or one control token."""
+
+    role: int
+    text: str = ""
+    control: str = ""  # attribute of Tokenizer: ret, cs, ce or eos; then `text` is empty
+    passage: str = ""  # id of the passage that `text` is; its tokens are cut to a limit
+
+
+class Marked(NamedTuple):
+    """One example as Gen reads it."""
+
+    tokens: np.ndarray  # int32 [n]
+    roles: np.ndarray  # uint8 [n]
+    ret_positions: np.ndarray  # int32 [rets], indices into tokens
+    evidence: list[str]  # passage id of each [Ret]
+
+
+def passage_text(passage: Passage) -> str:
+    """What both towers read of a passage."""
+    return f"{passage.title} :: {passage.text}" if passage.title else passage.text
+
+
+def prompt_text(example: Example) -> str:
+    """Everything up to the output."""
+    instruction = INSTRUCTIONS.get(example.task, INSTRUCTION)
+    return f"{instruction}## Input:\n\n{example.question}## Output:\n\n"
+
+
+def prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
+    """Ids from which generation starts: bos where the tokenizer has one, then the prompt."""
+    return _bos(tokenizer) + tokenizer.encode(prompt_text(example))
+
+
+def insertion(passage: Passage, tokenizer: Tokenizer, max_passage_tokens: int) -> list[int]:
+    """Ids that follow a generated [Ret]: the passage, cut, and [Cs]."""
+    return [*tokenizer.encode(passage_text(passage))[:max_passage_tokens], tokenizer.cs]
+
+
+def ctx_tokens(
+    passages: Iterable[Passage], tokenizer: Tokenizer, pooling: str, max_ctx_tokens: int
+) -> list[np.ndarray]:
+    """What Ctx reads of each passage, int32, at most `max_ctx_tokens` long.
+
+    Under pooling "eos" the last token is an eos, which the cut never removes; "last" adds none.
+    """
+    head, tail = _bos(tokenizer), [tokenizer.eos] if pooling == "eos" else []
+    room = max_ctx_tokens - len(head) - len(tail)
+    if room < 1:
+        raise UserError(
+            f"config.data.max_ctx_tokens={max_ctx_tokens} leaves no room for a passage beside "
+            f"{len(head) + len(tail)} control tokens; raise it"
+        )
+    encoded = tokenizer.encode_batch([passage_text(passage) for passage in passages])
+    return [np.array(head + ids[:room] + tail, np.int32) for ids in encoded]
+
+
+def encode(
+    examples: Sequence[Sequence[Piece]], tokenizer: Tokenizer, max_passage_tokens: int
+) -> list[Marked]:
+    """Token ids of examples given as pieces; each distinct text is tokenised once."""
+    texts = list(dict.fromkeys(p.text for pieces in examples for p in pieces if not p.control))
+    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    marked = []
+    for pieces in examples:
+        tokens = _bos(tokenizer)
+        roles = [PROMPT] * len(tokens)
+        ret_positions, evidence = [], []
+        for piece in pieces:
+            new = [getattr(tokenizer, piece.control)] if piece.control else ids[piece.text]
+            if piece.control == "ret":
+                ret_positions.append(len(tokens))
+            if piece.passage:
+                evidence.append(piece.passage)
+                new = new[:max_passage_tokens]
+            tokens = tokens + new
+            roles += [piece.role] * len(new)
+        marked.append(
+            Marked(
+                np.array(tokens, np.int32),
+                np.array(roles, np.uint8),
+                np.array(ret_positions, np.int32),
+                evidence,
+            )
+        )
+    return marked
+
+
+def pieces(
+    example: Example, passages: Mapping[str, Passage], with_evidence: bool = True
+) -> list[Piece]:
+    """The training text of an example, piece by piece; without evidence on request.
+
+    Raises UserError where the example has neither answer nor output, or `output` is malformed.
+    """
+    if example.output:
+        body = _output_pieces(example, passages, with_evidence)
+    elif with_evidence and example.evidence:
+        body = _evidence_pieces(example, passages)
+    else:
+        body = [Piece(TARGET, _answer(example))]
+    return [Piece(PROMPT, prompt_text(example)), *body, Piece(TARGET, control="eos")]
+
+
+def _evidence_pieces(example: Example, passages: Mapping[str, Passage]) -> list[Piece]:
+    evidence = [passages[id] for id in example.evidence]
+    if len(evidence) == 1:
+        known = [answer for answer in _answers(example) if answer in evidence[0].text]
+        if known:
+            return [*_inserted(evidence[0]), Piece(TARGET, known[0]), Piece(TARGET, control="ce")]
+    body = []
+    for passage, support in zip(evidence, example.support or [None] * len(evidence), strict=True):
+        span = passage.text[slice(*support)] if support else passage.text
+        body += [*_inserted(passage), Piece(TARGET, span), Piece(TARGET, control="ce")]
+    return [*body, Piece(TARGET, _answer(example))]
+
+
+def _output_pieces(
+    example: Example, passages: Mapping[str, Passage], with_evidence: bool
+) -> list[Piece]:
+    """`text[Ret:ID]span[Ce]text`; a [Cs] may follow the insertion, and the span ends with the
+    stretch where no [Ce] does."""
+    first, *rest = _INSERTION.split(example.output)
+    body = [Piece(TARGET, first)]
+    for id, stretch in zip(rest[::2], rest[1::2], strict=True):
+        if id not in passages:
+            raise UserError(f"example {example.id!r}: output inserts unknown passage {id!r}")
+        span, _, after = stretch.removeprefix("[Cs]").partition("[Ce]")
+        if with_evidence:
+            body += [*_inserted(passages[id]), Piece(TARGET, span), Piece(TARGET, control="ce")]
+            body.append(Piece(TARGET, after))
+        else:
+            body.append(Piece(TARGET, span + after))
+    if any(mark in piece.text for piece in body for mark in ("[Cs]", "[Ce]") if not piece.passage):
+        raise UserError(
+            f"example {example.id!r}: output has a [Cs] or [Ce] that belongs to no [Ret:ID]"
+        )
+    return [piece for piece in body if piece.text or piece.control]
+
+
+def _inserted(passage: Passage) -> list[Piece]:
+    return [
+        Piece(TARGET, control="ret"),
+        Piece(EVIDENCE, passage_text(passage), passage=passage.id),
+        Piece(EVIDENCE, control="cs"),
+    ]
+
+
+def _answers(example: Example) -> tuple[str, ...]:
+    return (example.long_answer,) if example.long_answer else example.answers
+
+
+def _answer(example: Example) -> str:
+    answers = _answers(example)
+    if not answers:
+        raise UserError(f"example {example.id!r} has neither an answer nor an output")
+    return answers[0]
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.bos is None else [tokenizer.bos]

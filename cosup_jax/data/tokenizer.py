@@ -1,0 +1,166 @@
+"""Text <-> token ids, around a `transformers` fast tokenizer with the control tokens added.
+
+Text never becomes a control token: "[Ret]" or the tokenizer's own end-of-sequence string inside a
+passage or a question is encoded as ordinary characters. Control tokens exist as ids only.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import huggingface_hub
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cosup_jax.errors import UserError
+
+RET, CS, CE, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "<pad>", "</s>"
+CONNECT_S = 5  # seconds until the hub counts as out of reach
+
+
+class Tokenizer:
+    """Ids of the control tokens: `ret`, `cs`, `ce`, `pad`, `eos`, and `bos` or None.
+
+    `bos` is set only where the tokenizer itself puts one in front of a text.
+    """
+
+    def __init__(self, fast: PreTrainedTokenizerFast):
+        """Adds what `fast` lacks of `[Ret] [Cs] [Ce]` and padding. Raises UserError without eos."""
+        if fast.eos_token is None:
+            raise UserError(
+                f"tokenizer {fast.name_or_path!r} has no end-of-sequence token; set eos_token in "
+                "its tokenizer_config.json"
+            )
+        starts = fast.backend_tokenizer.encode("").ids[:1]
+        new = [RET, CS, CE]
+        if fast.pad_token is None or fast.pad_token == fast.eos_token:
+            new.append(PAD)
+            fast.pad_token = PAD
+        fast.add_tokens([AddedToken(t, special=True, normalized=False) for t in new])
+        self._fast = fast
+        self._backend = fast.backend_tokenizer
+        self._backend.encode_special_tokens = True
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.ret, self.cs, self.ce = fast.convert_tokens_to_ids([RET, CS, CE])
+        self.pad, self.eos = fast.pad_token_id, fast.eos_token_id
+        self.bos = fast.bos_token_id if starts == [fast.bos_token_id] else None
+        self._control = {self.ret, self.cs, self.ce, self.pad, self.eos, fast.bos_token_id}
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries, added tokens included."""
+        return len(self._fast)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the serialized tokenizer and of which ids are control tokens."""
+        ids = (self.ret, self.cs, self.ce, self.pad, self.eos, self.bos)
+        return hashlib.sha256(f"{self._backend.to_str()}{ids}".encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a plain text; never a control token."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel."""
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
+        """Text of ids; `skip_control` leaves out [Ret], [Cs], [Ce], padding, eos and bos."""
+        ids = [int(i) for i in ids if not (skip_control and int(i) in self._control)]
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a tokenizer directory that `transformers` reads, whole or not at all.
+
+        A tokenizer that is already there is left alone if it is the same, replaced otherwise.
+        """
+        directory = Path(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        new, old = temporary / "new", temporary / "old"
+        self._fast.save_pretrained(new)
+        for file in new.iterdir():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+        try:
+            if directory.is_dir() and any(directory.iterdir()):
+                if load(directory).fingerprint == self.fingerprint:
+                    return
+                os.rename(directory, old)
+            os.rename(new, directory)
+        finally:
+            shutil.rmtree(temporary)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` entries, eos among them, the other control tokens not.
+
+    The same texts in the same order give the same tokenizer. Raises UserError if `vocab_size`
+    does not hold the 256 bytes and eos.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size <= len(alphabet):
+        raise UserError(
+            f"config.data.vocab_size={vocab_size} is too small for byte-level BPE; set it above "
+            f"{len(alphabet)}"
+        )
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS))
+
+
+def load(source: str | Path) -> Tokenizer:
+    """A tokenizer directory or a hub id. Raises UserError if there is none or no network."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _pretrained(str(path), str(source))
+    if path.is_absolute() or str(source).startswith((".", "~")):
+        raise UserError(f"tokenizer {str(source)!r}: no such directory; check the path")
+    _check_reachable(str(source))
+    return _pretrained(str(source), str(source))
+
+
+def _pretrained(name: str, source: str) -> Tokenizer:
+    try:
+        fast = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"tokenizer {source!r} cannot be loaded: {reason}") from error
+    if not fast.is_fast:
+        raise UserError(f"tokenizer {source!r} has no tokenizer.json; only fast ones are supported")
+    return Tokenizer(fast)
+
+
+def _check_reachable(repository: str) -> None:
+    """Fails in seconds where the hub client would retry for most of a minute."""
+    try:
+        AutoTokenizer.from_pretrained(repository, local_files_only=True)
+        return
+    except (OSError, ValueError, ImportError):
+        endpoint = huggingface_hub.constants.ENDPOINT
+    try:
+        urllib.request.urlopen(endpoint, timeout=CONNECT_S).close()
+    except urllib.error.HTTPError:
+        return  # an answer, whatever it says
+    except OSError as error:
+        raise UserError(
+            f"tokenizer {repository!r}: no such directory, not in the local cache, and "
+            f"{endpoint} is out of reach ({error}); give a directory or check the network"
+        ) from error

@@ -1,0 +1,52 @@
+"""What a trained model has to beat: BM25 for retrieval, a bigram model for next tokens."""
+
+from collections.abc import Sequence
+
+import bm25s
+import numpy as np
+
+
+def bm25_ranks(queries: Sequence[str], corpus: Sequence[str], gold: np.ndarray) -> np.ndarray:
+    """Rank, from 1, of each query's gold passage under BM25 (bm25s, its defaults, no stop words).
+
+    Passages of equal score are ordered by row, as in `index.search`.
+    """
+    retriever = bm25s.BM25()
+    retriever.index(
+        bm25s.tokenize(list(corpus), stopwords=None, show_progress=False), show_progress=False
+    )
+    found = []
+    tokens = bm25s.tokenize(list(queries), stopwords=None, return_ids=False, show_progress=False)
+    for words, row in zip(tokens, gold, strict=True):
+        scores = retriever.get_scores(words)
+        ahead = np.sum(scores > scores[row]) + np.sum(scores[:row] == scores[row])
+        found.append(1 + int(ahead))
+    return np.array(found)
+
+
+class Bigram:
+    """p(next | previous), smoothed towards add-one unigrams with the weight of one observation."""
+
+    def __init__(self, vocab_size: int):
+        self.unigram_V = np.ones(vocab_size)
+        self.pairs: dict[int, int] = {}
+        self.previous_V = np.zeros(vocab_size)
+
+    def fit(self, previous: np.ndarray, following: np.ndarray) -> None:
+        """Counts aligned token ids, each following[i] right after previous[i]."""
+        self.unigram_V += np.bincount(following, minlength=len(self.unigram_V))
+        self.previous_V += np.bincount(previous, minlength=len(self.previous_V))
+        keys, counts = np.unique(self._key(previous, following), return_counts=True)
+        for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+            self.pairs[key] = self.pairs.get(key, 0) + count
+
+    def nats(self, previous: np.ndarray, following: np.ndarray) -> float:
+        """Sum of -log p(following | previous)."""
+        unigram_V = self.unigram_V / self.unigram_V.sum()
+        keys = self._key(previous, following).tolist()
+        together = np.array([self.pairs.get(key, 0) for key in keys])
+        p = (together + unigram_V[following]) / (self.previous_V[previous] + 1.0)
+        return float(-np.log(p).sum())
+
+    def _key(self, previous: np.ndarray, following: np.ndarray) -> np.ndarray:
+        return previous.astype(np.int64) * len(self.unigram_V) + following

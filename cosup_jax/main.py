@@ -1,0 +1,220 @@
+"""The command line: flags and config, the other processes, then one mode.
+
+Whatever the user can get wrong here ends in one line on stderr and exit code 2, before JAX loads.
+"""
+
+import difflib
+import importlib
+import os
+import runpy
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from cosup_jax.config import Config, freeze, set_dotted, to_dict
+from cosup_jax.errors import UserError
+
+MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
+    "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",
+}
+USAGE = """\
+usage: python -m cosup_jax.main --config=FILE.py[:VARIANT] --workdir=DIR [--mode=MODE]
+                                [--config.KEY=VALUE ...]
+
+modes:
+{modes}
+
+Add --help to --config=FILE.py[:VARIANT] for every key and its value there; cosup_jax/config.py
+gives the meanings. Several processes: launch/local_processes.sh, launch/tpu_pod.sh or srun; else
+set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each.
+"""
+_CONFIG_KEY = "--config."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one mode; returns the exit code, 0 or 2. A fault of ours propagates."""
+    try:
+        flags = parse_flags(argv)
+        if "--help" in flags:
+            print(_help(flags), end="")
+            return 0
+        mode = flags.get("--mode", "train")
+        if mode not in MODES:
+            raise UserError(f"unknown --mode={mode}; modes: {', '.join(MODES)}")
+        for needed in ("--config", "--workdir"):
+            if not flags.get(needed):
+                raise UserError(f"{needed}=... is missing; --help shows the usage")
+        explicit = frozenset(_overrides(flags))
+        config = freeze(resolve_config(flags), explicit)
+        join_processes(os.environ)
+        run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
+        run(config, flags["--workdir"])
+    except UserError as error:
+        _print_error(error)
+        return 2
+    return 0
+
+
+def parse_flags(argv: Sequence[str]) -> dict[str, str]:
+    """`--name=value` or `--name value` -> {"--name": "value"}; of a repeated flag the last counts.
+
+    Raises UserError for anything else, and for a name that is no flag.
+    """
+    flags = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("-h", "--help"):
+            flags["--help"] = ""
+            continue
+        if name not in ("--config", "--workdir", "--mode") and not name.startswith(_CONFIG_KEY):
+            known = "--config, --workdir, --mode, --config.KEY, --help"
+            raise UserError(f"unknown argument {argument!r}; flags: {known}")
+        if not equals:
+            value = next(arguments, "--")
+            if value.startswith("--"):
+                raise UserError(f"{name} has no value; write {name}=VALUE")
+        flags[name] = value
+    return flags
+
+
+def resolve_config(flags: Mapping[str, str]) -> ml_collections.ConfigDict:
+    """Loads the --config file and applies the --config.KEY overrides. Raises UserError."""
+    config = load_config(flags["--config"])
+    defaults = dict(_leaves(to_dict(Config())))
+    for key, text in _overrides(flags).items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1)
+            near = near or [name for name in defaults if name.startswith(f"{key}.")]
+            hint = f"did you mean {near[0]!r}?" if near else "cosup_jax/config.py lists them all"
+            raise UserError(f"unknown config key {key!r}; {hint}")
+        set_dotted(config, key, _parse(key, text, type(defaults[key])))
+    return config
+
+
+def load_config(path_and_variant: str) -> ml_collections.ConfigDict:
+    """`FILE.py[:VARIANT]` -> what its `get_config(VARIANT)` returns.
+
+    Raises UserError, naming file and line, for whatever goes wrong inside the file too.
+    """
+    path, _, variant = path_and_variant.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"config file {path!r} does not exist (from {os.getcwd()})")
+    try:
+        module = runpy.run_path(path)
+        if "get_config" not in module:
+            raise UserError("defines no get_config(variant='')")
+        config = module["get_config"](variant) if variant else module["get_config"]()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
+        frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else (frames or [1])[-1]
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{path}: get_config() must return what cosup_jax.config.make builds")
+    return config
+
+
+def join_processes(environ: Mapping[str, str]) -> None:
+    """`jax.distributed.initialize`, where the environment says that this process is one of several.
+
+    It does so by JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, by a SLURM step
+    or TPU host list of more than one, or by COSUP_CLUSTER=auto (then JAX asks the TPU's metadata).
+    Raises UserError for values that make no sense; exits with 2 if the others do not come within
+    COSUP_JOIN_SECONDS (300).
+    """
+    if address := environ.get("JAX_COORDINATOR_ADDRESS"):
+        where = {
+            "coordinator_address": address,
+            "num_processes": _whole(environ, "JAX_NUM_PROCESSES"),
+            "process_id": _whole(environ, "JAX_PROCESS_ID"),
+        }
+    elif (
+        environ.get("COSUP_CLUSTER") == "auto"
+        or ("SLURM_STEP_NODELIST" in environ and environ.get("SLURM_NTASKS", "1") != "1")
+        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+    ):
+        where = {}
+    else:
+        return
+    seconds = _whole(environ, "COSUP_JOIN_SECONDS", "300")
+    import jax
+
+    # Left alone, JAX would abort with a C++ stack trace for want of a process.
+    alarm = threading.Timer(seconds, _give_up, (f"{seconds} s, {where or 'found by JAX'}",))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(**where, initialization_timeout=seconds + 60)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes ({where}): {error}") from error
+    finally:
+        alarm.cancel()
+
+
+def _give_up(waited: str) -> None:
+    _print_error(f"not every process came ({waited}); start them all, with one process count")
+    os._exit(2)
+
+
+def _whole(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environ.get(name, default)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} in the environment must be a whole number")
+    return int(text)
+
+
+def _overrides(flags: Mapping[str, str]) -> dict[str, str]:
+    prefix = len(_CONFIG_KEY)
+    return {name[prefix:]: text for name, text in flags.items() if name.startswith(_CONFIG_KEY)}
+
+
+def _leaves(group: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in group.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _parse(key: str, text: str, kind: type) -> Any:
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{_CONFIG_KEY}{key}={text} must be {wanted}") from None
+
+
+def _help(flags: Mapping[str, str]) -> str:
+    text = USAGE.format(modes="\n".join(f"  {mode:10}{does}" for mode, does in MODES.items()))
+    if flags.get("--config"):
+        for key, value in _leaves(resolve_config(flags).to_dict()):
+            text += f"\n{_CONFIG_KEY}{key}={value}"
+        text += "\n"
+    return text
+
+
+def _print_error(error: UserError | str) -> None:
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+
+
+def _run_and_exit() -> None:
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # A normal exit would wait in JAX's shutdown barrier for the others, which wait for us.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _run_and_exit()

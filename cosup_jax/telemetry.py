@@ -1,0 +1,193 @@
+"""Metrics: metrics.jsonl, TensorBoard, progress on the screen, speed.
+
+Metrics stay on the device until the next record, so that the host never waits for a running step.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+from cosup_jax.errors import UserError
+from cosup_jax.workdir import write_atomic
+
+Record = dict[str, float | None]
+
+
+class Recorder:
+    """Writes one JSON line a logged step and the same values as TensorBoard scalars.
+
+    NaN and infinities have no JSON form: they become null there and stay themselves in TensorBoard.
+    All processes may call; process 0 writes.
+    """
+
+    def __init__(self, directory: str | Path, start_step: int | None = None):
+        """Opens the files, cut back to where the run resumes.
+
+        Args:
+          directory: the workdir.
+          start_step: step of the restored checkpoint; later lines go, and so does a line that a
+            crash left half-written. None for a fresh start: all lines go.
+        """
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._file = None
+        if jax.process_index() != 0:
+            return
+        path = Path(directory) / "metrics.jsonl"
+        start_step = -1 if start_step is None else start_step
+        try:
+            if path.exists():
+                write_atomic(path, "".join(_lines_up_to(path, start_step)))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+            self._board = tensorboardX.SummaryWriter(
+                str(Path(directory) / "tensorboard"), purge_step=start_step + 1
+            )
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def record(self, step: int, metrics: Mapping[str, jax.Array | float]) -> Record | None:
+        """Takes the metrics of a step; writes and returns the step before it, if that was pending.
+
+        A second call with the same step adds to its line. Raises UserError if the disk is full.
+        """
+        if self._file is None:
+            return None
+        for value in metrics.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        if self._pending and self._pending[0] == step:
+            self._pending[1].update(metrics)
+            return None
+        written = self._write_pending()
+        self._pending = (step, dict(metrics))
+        return written
+
+    def flush(self) -> Record | None:
+        """Writes and returns what is pending, and makes all of it durable."""
+        if self._file is None:
+            return None
+        written = self._write_pending()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+        return written
+
+    def close(self) -> Record | None:
+        """`flush`, then closes the files."""
+        if self._file is None:
+            return None
+        written = self.flush()
+        self._file.close()
+        self._board.close()
+        self._file = None
+        return written
+
+    def _write_pending(self) -> Record | None:
+        if self._pending is None:
+            return None
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        try:
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable(Path(self._file.name), error) from error
+        return {"step": step, **finite}
+
+
+class Progress:
+    """A bar in a terminal; elsewhere a plain line now and then. Process 0 alone shows it."""
+
+    def __init__(
+        self, num_steps: int, step: int = 0, stream: TextIO | None = None, every_s: float = 0.0
+    ):
+        """Args: steps in all; steps already taken; where to; seconds between plain lines."""
+        self._stream = stream or sys.stderr
+        self._num_steps, self._every_s, self._shown_s = num_steps, every_s, -math.inf
+        self._quiet = jax.process_index() != 0
+        self._bar = None
+        if not self._quiet and self._stream.isatty():
+            self._bar = tqdm.tqdm(
+                total=num_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True
+            )
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step` steps taken."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, text: str) -> None:
+        """Shows `text`, such as the losses of `step`; of plain lines the last is never left out."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            return
+        now = time.monotonic()
+        if not self._quiet and (now - self._shown_s >= self._every_s or step >= self._num_steps):
+            print(f"step {step}/{self._num_steps}  {text}", file=self._stream, flush=True)
+            self._shown_s = now
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Throughput:
+    """Steps, tokens and examples between two laps, over the wall-clock time between them."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted: after compilation, an evaluation or a pause."""
+        self._steps = self._tokens = self._examples = 0
+        self._start_s = time.perf_counter()
+
+    def count(self, tokens: int, examples: int) -> None:
+        """Adds one step."""
+        self._steps += 1
+        self._tokens += tokens
+        self._examples += examples
+
+    def lap(self) -> dict[str, float]:
+        """`perf/` metrics since the last lap, empty if no step was counted; starts the next."""
+        steps, tokens, examples = self._steps, self._tokens, self._examples
+        seconds = time.perf_counter() - self._start_s
+        self.restart()
+        if not steps:
+            return {}
+        return {
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/examples_per_s": examples / seconds,
+            "perf/step_s": seconds / steps,
+        }
+
+
+def _lines_up_to(path: Path, last_step: int) -> list[str]:
+    kept = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a crash
+    return kept
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror}; check its permissions and the free space"
+    )

@@ -1,0 +1,303 @@
+"""The main job: train both towers, measure on held-out questions, checkpoint, report; resume."""
+
+import importlib.metadata
+import json
+import logging
+import signal
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from cosup_jax import assemble, cosup, evaluate, generate, optim, report, sharding
+from cosup_jax import step as step_lib
+from cosup_jax.assemble import Sources, Tokenizers
+from cosup_jax.checkpoint import Checkpointer, check_readable
+from cosup_jax.config import Config, to_dict
+from cosup_jax.data import markup, pipeline, tokens
+from cosup_jax.data.plan import Plan, lengths_of, utilization
+from cosup_jax.evaluate import Evaluator, HeldOut
+from cosup_jax.evaluation.metrics import answer_present
+from cosup_jax.step import TrainState
+from cosup_jax.telemetry import Progress, Recorder, Throughput
+from cosup_jax.workdir import Workdir
+
+_log = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """Everything a run holds still."""
+
+    config: Config
+    workdir: Workdir
+    mesh: Mesh
+    data: Sources
+    tokenizers: Tokenizers
+    store: tokens.TokenStore
+    plan: Plan
+    held_out: list[HeldOut]
+    num_steps: int
+
+
+def train(config: Config, workdir: str) -> None:
+    """Runs to the end, or goes on from the newest checkpoint; says so if there is nothing to do.
+
+    Raises UserError for whatever is wrong with config, data or workdir.
+    """
+    mesh = assemble.mesh_for(config)
+    with Workdir(workdir) as directory:
+        check_readable(directory.path / "checkpoints")
+        status = directory.read_status()
+        resolved = to_dict(config)
+        if status and status["state"] == "finished" and _read_config(directory) == resolved:
+            _say(f"{directory.path} is finished: {status['step']} steps, see report.html")
+            return
+        try:
+            job = _prepare(config, directory, mesh)
+            directory.write_json("config.json", resolved)
+            step = _run(job)
+        except BaseException:
+            if directory.read_status():
+                directory.status("failed", directory.read_status()["step"])
+            raise
+        _say(
+            f"stopped at step {step} of {job.num_steps}; the same command goes on from there"
+            if step < job.num_steps
+            else f"done: {directory.path / 'report.html'}"
+        )
+
+
+def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
+    config = assemble.resolve(config)
+    _say("reading data")
+    data = assemble.read_sources(config)
+    tokenizers = assemble.read_tokenizers(config, workdir.path, data)
+    directory = workdir.path / "data"
+    store = tokens.tokenize(data.train, *tokenizers, config, directory)
+    plan = Plan(store, config)
+    held_out = evaluate.held_out_sets(data.held_out, tokenizers, config, directory)
+    first = plan.epoch(0)
+    fill = utilization(first, lengths_of(store), plan.shape)
+    filled = ", ".join(f"{name} {share:.0%}" for name, share in fill.items())
+    _say(f"{store.num_examples:,} examples, {store.num_passages:,} passages; filled: {filled}")
+    if len(first.left_out) or store.dropped:
+        _say(f"left out: {len(first.left_out)} that fit no row, {store.dropped} without [Ret]")
+    num_steps = config.num_steps or plan.total_steps(config.num_epochs)
+    return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
+
+
+def _run(job: Job) -> int:
+    """Trains from wherever the workdir stands; returns the steps taken."""
+    config, mesh = job.config, job.mesh
+    towers = assemble.make_towers(config, job.tokenizers)
+    tx = optim.make(config, job.num_steps, job.plan.steps_per_epoch(0))
+    abstract = assemble.abstract_state(config, towers, tx, mesh)
+    checkpointer = Checkpointer(job.workdir.path / "checkpoints", config.checkpoint.keep)
+    restored = checkpointer.restore(abstract, {"plan": job.plan.fingerprint})
+    start = restored.step if restored else 0
+    state = restored.state if restored else assemble.initial_state(config, towers, tx, abstract)
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    _say(f"{count:,} parameters on {mesh.size} device(s); step {start} of {job.num_steps}")
+    recorder = Recorder(job.workdir.path, restored and restored.step)
+    job.workdir.status("running", start)
+    evaluator = Evaluator(mesh, towers, config)
+    if not restored:
+        recorder.record(0, evaluator.scores(state.params, job.held_out))
+        recorder.flush()
+    step_fn = step_lib.compile_step(
+        mesh,
+        jax.tree.map(lambda leaf: leaf.sharding, abstract),
+        **{"towers": towers, "tx": tx, "config": config, "pad_id": job.tokenizers.gen.pad},
+    )
+    state, step = _loop(job, state, start, step_fn, recorder, evaluator, checkpointer)
+    checkpointer.wait()
+    if step == job.num_steps:
+        _finish(job, state, towers, evaluator, count)
+    recorder.close()
+    checkpointer.close()
+    job.workdir.status("finished" if step == job.num_steps else "stopped", step)
+    return step
+
+
+def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, checkpointer):
+    """The training loop; the host never waits for a running step except where it saves."""
+    config, num_steps = job.config, job.num_steps
+    progress, clock, told = Progress(num_steps, start), Throughput(), _Signals()
+    rows = sharding.rows(job.mesh)
+    stream = pipeline.batches(job.store, job.plan, config, rows, rows, start, num_steps)
+    step = start
+    for batch in stream:
+        state, metrics = step_fn(state, batch)
+        clock.count(*_volume(job, step))
+        step += 1
+        last = step == num_steps
+        progress.advance(step)
+        if step % config.log.every_steps == 0 or last:
+            _show(progress, recorder.record(step, metrics | clock.lap()))
+        stop = told.to_stop(step)
+        evaluates = last or step % config.eval.every_steps == 0
+        if evaluates or stop or step % config.checkpoint.every_steps == 0:
+            _show(progress, recorder.flush())  # a checkpoint's steps are on disk before it is
+            if evaluates:
+                recorder.record(step, evaluator.scores(state.params, job.held_out))
+                _show(progress, recorder.flush())
+            if last or stop or step % config.checkpoint.every_steps == 0:
+                checkpointer.save(step, state, _meta(job, state))
+                job.workdir.status("running", step)
+            clock.restart()
+        if stop:
+            break
+    progress.close()
+    return state, step
+
+
+def _finish(job: Job, state: TrainState, towers: cosup.Towers, evaluator: Evaluator, count: int):
+    """Baselines, example answers, report.html, closing table."""
+    path = job.workdir.path
+    lines = (path / "metrics.jsonl").read_text().splitlines() if jax.process_index() == 0 else []
+    metrics = [json.loads(line) for line in lines]
+    baselines = evaluate.baselines(job.held_out, job.store, job.config)
+    examples = _example_answers(job, state.params, towers, evaluator)
+    rows = report.closing_rows(metrics, baselines)
+    if jax.process_index() != 0:
+        return
+    job.workdir.write_json("evaluation/summary.json", {"rows": rows, "baselines": baselines})
+    facts = {
+        "steps": f"{job.num_steps:,}",
+        "parameters": f"{count:,}",
+        "devices": f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}",
+        "training examples": f"{job.store.num_examples:,}",
+        "data": ", ".join(f"{d.name} {d.version}" for d, _ in job.data.train),
+        "versions": ", ".join(
+            f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")
+        ),
+    }
+    run = {"title": path.name, "facts": facts, "metrics": metrics}
+    report.write_report(path / "report.html", run | {"baselines": baselines, "examples": examples})
+    print(report.closing_table(rows), flush=True)
+
+
+def _example_answers(job: Job, params: dict, towers: cosup.Towers, evaluator: Evaluator) -> list:
+    """A few held-out questions answered with retrieval, as report.py reads them."""
+    gen, config = job.tokenizers.gen, job.config
+    if not config.generate.examples or not job.held_out:
+        return []
+    marks = generate.Marks(gen.ret, gen.cs, gen.ce, gen.eos)
+    writer = generate.Generator(job.mesh, towers, config, marks)
+    shown, each = [], -(-config.generate.examples // len(job.held_out))
+    for held_out in job.held_out:
+        questions = held_out.dataset.examples
+        rng = np.random.default_rng(config.seed)
+        chosen = [questions[i] for i in rng.permutation(len(questions))[:each]]
+        answers = writer.answer(
+            params,
+            [markup.prompt(example, gen) for example in chosen],
+            evaluator.vectors(params, held_out),
+            lambda row, passages=held_out.passages: markup.insertion(
+                passages[row], gen, config.data.max_ctx_tokens
+            ),
+        )
+        shown += map(lambda e, a, h=held_out: _shown(h, e, a, gen), chosen, answers)
+    return shown[: config.generate.examples]
+
+
+def _shown(held_out: HeldOut, example, answer: generate.Answer, tokenizer) -> dict[str, Any]:
+    numbers = {row: n for n, row in enumerate(dict.fromkeys(r for r, _ in answer.retrieved), 1)}
+    scores = dict(answer.retrieved)
+    parts = [(tokenizer.decode(part.tokens), part.passage) for part in answer.parts]
+    text = "".join(text for text, _ in parts)
+    sources = []
+    for row, number in numbers.items():
+        passage = held_out.passages[row]
+        spans = [passage.text.find(text) for text, where in parts if where == row and text]
+        span = next((at for at in spans if at >= 0), None)
+        size = next((len(text) for text, where in parts if where == row and text), 0)
+        sources.append(
+            {
+                "number": number,
+                "id": passage.id,
+                "title": passage.title,
+                "text": passage.text,
+                "score": scores[row],
+                "span": None if span is None else [span, span + size],
+                "gold": passage.id in example.evidence,
+            }
+        )
+    return {
+        "set": held_out.name,
+        "question": example.question,
+        "gold_answers": list(example.answers),
+        "answer_parts": [
+            {"text": text, "cite": None if row is None else numbers[row]} for text, row in parts
+        ],
+        "sources": sources,
+        "right": answer_present(text, example.answers),
+    }
+
+
+def _meta(job: Job, state: TrainState) -> dict[str, Any]:
+    contract = assemble.embedding_contract(job.config, job.tokenizers, state.params)
+    return {
+        "config": to_dict(job.config),
+        "contract": contract.to_dict(),
+        "fingerprint": {"plan": job.plan.fingerprint},
+    }
+
+
+def _volume(job: Job, step: int) -> tuple[int, int]:
+    """Tokens that both towers read in a step, padding aside, and its examples."""
+    epoch, index = job.plan.locate(step)
+    plan = job.plan.epoch(epoch)
+    examples = plan.examples[slice(*plan.example_offsets[index : index + 2])]
+    passages = plan.passages[slice(*plan.passage_offsets[index : index + 2])]
+    length = lambda offsets, items: int(np.sum(offsets[items + 1] - offsets[items]))
+    read = length(job.store.gen_offsets, examples) + length(job.store.ctx_offsets, passages)
+    return read, len(examples)
+
+
+class _Signals:
+    """SIGTERM or the first Ctrl-C asks the run to save and stop."""
+
+    def __init__(self):
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        self._asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def to_stop(self, step: int) -> bool:
+        """Whether to stop now; all processes agree, every eighth step."""
+        if jax.process_count() == 1:
+            return self._asked
+        if step % 8:
+            return False
+        return bool(np.any(multihost_utils.process_allgather(np.array(self._asked))))
+
+
+def _show(progress: Progress, line: dict | None) -> None:
+    if line is None:
+        return
+    short = {
+        "ntp/nats_per_token": "ntp {:.3f}",
+        "nsp/nats_per_ret": "nsp {:.3f}",
+        "nsp/top1": "top-1 {:.2f}",
+        "perf/tokens_per_s": "{:,.0f} tokens/s",
+    }
+    shown = [text.format(line[key]) for key, text in short.items() if line.get(key) is not None]
+    recalls = {key.split("/")[1]: v for key, v in line.items() if key.endswith("/recall_at_1")}
+    shown += [f"{name} recall@1 {value:.3f}" for name, value in recalls.items()]
+    progress.show(line["step"], "  ".join(shown))
+
+
+def _read_config(workdir: Workdir) -> Any:
+    path = workdir.path / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)

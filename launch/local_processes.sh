@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# N processes of one run on this machine, joined over loopback, each with CPU devices of its own.
+#
+#   launch/local_processes.sh N [DEVICES_PER_PROCESS] -- --config=... --workdir=... [...]
+#
+# Each line of output carries its process' number. When a process fails, the others are stopped and
+# its exit code is returned. SIGTERM and SIGINT are passed on. PYTHON names the interpreter.
+set -uo pipefail
+
+usage() {
+  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+
+[[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || usage
+processes=$1 devices=1
+shift
+if [[ $1 =~ ^[1-9][0-9]*$ ]]; then
+  devices=$1
+  shift
+fi
+[[ ${1:-} == -- ]] || usage
+shift
+
+python=${PYTHON:-python3}
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 1
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$port
+export JAX_NUM_PROCESSES=$processes JAX_NUM_CPU_DEVICES=$devices JAX_PLATFORMS=cpu
+export PYTHONUNBUFFERED=1 COSUP_JOIN_SECONDS=${COSUP_JOIN_SECONDS:-60}
+
+pids=()
+for ((i = 0; i < processes; i++)); do
+  # Process substitution, not a pipe: $! is then Python itself, which must get the signals.
+  JAX_PROCESS_ID=$i "$python" -m cosup_jax.main "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+  pids+=($!)
+done
+
+forward() { ((${#pids[@]} == 0)) || kill -s "$1" "${pids[@]}" 2>/dev/null; }
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+trap 'forward KILL' EXIT
+
+exec 2>/dev/null # bash would announce each process that is killed here
+result=0
+while ((${#pids[@]})); do
+  for i in "${!pids[@]}"; do
+    kill -0 "${pids[i]}" 2>/dev/null && continue
+    code=0
+    wait "${pids[i]}" || code=$?
+    unset "pids[i]"
+    if ((code && !result)); then
+      result=$code
+      forward KILL # alone they would wait for the lost one
+    fi
+  done
+  sleep 0.2
+done
+wait # for the last prefixed lines
+exit "$result"

@@ -1,0 +1,95 @@
+"""Small random towers and batches for the tests of the step."""
+
+import numpy as np
+
+from cosup_jax import config as config_lib
+from cosup_jax import cosup
+from cosup_jax.config import ArchConfig
+from cosup_jax.data.batch import Batch, BatchShape, empty_batch
+from cosup_jax.transformer import Transformer
+
+VOCAB = 300
+ARCH = ArchConfig(
+    layers=2, width=32, heads=8, kv_heads=2, head_dim=8, mlp_width=128, tie_embeddings=False
+)
+
+
+def towers(arch: ArchConfig = ARCH, tied: bool = False) -> cosup.Towers:
+    return cosup.Towers(Transformer(arch, VOCAB), Transformer(arch, VOCAB, has_head=False), tied)
+
+
+def config(**keys):
+    """Config with `a__b=value` for a.b; shapes fit `shape()`."""
+    small = {
+        "num_steps": 10,
+        "batch_size": 16,
+        "data.max_gen_tokens": 24,
+        "data.ret_slots": 3,
+        "data.max_positives": 2,
+        "data.ctx_rows": 16,
+        "data.ctx_row_tokens": 20,
+        "data.max_ctx_tokens": 10,
+        "data.passage_slots": 2,
+    }
+    keys = {name.replace("__", "."): value for name, value in keys.items()}
+    return config_lib.freeze(config_lib.make(small | keys, {}))
+
+
+def random_batch(seed: int, shape: BatchShape, empty_rows: tuple[int, ...] = ()) -> Batch:
+    """Packed rows: two examples a Gen row, P passages a Ctx row, some slots empty, every [Ret]'s
+    passage somewhere in the batch, siblings and one copied passage among them."""
+    rng = np.random.default_rng(seed)
+    batch = empty_batch(shape, shape.B, shape.U)
+    ids = rng.integers(1, 2**32, (shape.U, shape.P, 2), dtype=np.uint32)
+    ids[-1, -1] = ids[0, 0]
+    half = shape.L // shape.P
+    for u in range(shape.U):
+        for p in range(shape.P):
+            if (u, p) not in ((0, 0), (shape.U - 1, shape.P - 1)) and rng.random() < 0.2:
+                continue
+            n, start = rng.integers(2, half + 1), p * half
+            batch.ctx_tokens_UxL[u, start : start + n] = rng.integers(0, VOCAB, n)
+            batch.ctx_segments_UxL[u, start : start + n] = p + 1
+            batch.ctx_positions_UxL[u, start : start + n] = np.arange(n)
+            batch.passage_ends_UxP[u, p] = start + n - 1
+            batch.passage_valid_UxP[u, p] = True
+            batch.passage_ids_UxPx2[u, p] = ids[u, p]
+    batch.ctx_tokens_UxL[-1, -half:] = batch.ctx_tokens_UxL[0, :half]
+    batch.ctx_segments_UxL[-1, -half:] = batch.ctx_segments_UxL[0, :half] * shape.P
+    batch.ctx_positions_UxL[-1, -half:] = batch.ctx_positions_UxL[0, :half]
+    batch.passage_ends_UxP[-1, -1] = batch.passage_ends_UxP[0, 0] + (shape.P - 1) * half
+    live = np.argwhere(batch.passage_valid_UxP)
+    for b in range(shape.B):
+        if b in empty_rows:
+            continue
+        cut = int(rng.integers(8, shape.T - 6))
+        for segment, (start, stop) in enumerate(((0, cut), (cut, shape.T - 2)), start=1):
+            n = stop - start
+            batch.gen_tokens_BxT[b, start:stop] = rng.integers(0, VOCAB, n)
+            batch.gen_segments_BxT[b, start:stop] = segment
+            batch.gen_positions_BxT[b, start:stop] = np.arange(n)
+            batch.ntp_targets_BxT[b, start : stop - 1] = batch.gen_tokens_BxT[b, start + 1 : stop]
+            batch.ntp_weights_BxT[b, start + 2 : stop - 1] = rng.random(n - 3) < 0.7
+        for r in range(int(rng.integers(1, shape.R + 1))):
+            own, other = live[rng.choice(len(live), 2, replace=False)]
+            batch.ret_positions_BxR[b, r] = int(rng.integers(1, shape.T - 2))
+            batch.ret_valid_BxR[b, r] = True
+            batch.ret_positives_BxRxSx2[b, r, 0] = ids[tuple(own)]
+            if r == 0 and shape.S > 1 and tuple(ids[tuple(own)]) != tuple(ids[tuple(other)]):
+                batch.ret_positives_BxRxSx2[b, r, 1] = ids[tuple(other)]
+    return batch
+
+
+def assert_close(found, expected, tolerance: float = 1e-5) -> None:
+    """max|a - b| <= tolerance * max|b| per leaf."""
+    import jax
+
+    for (path, b), a in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all(), jax.tree_util.keystr(path)
+        error, scale = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
+        assert error <= tolerance * scale, (
+            f"{jax.tree_util.keystr(path)}: {error:.3g} > {tolerance} x {scale:.3g}"
+        )

@@ -1,0 +1,327 @@
+"""Save, resume, reshard, and step back from damage."""
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cosup_jax.checkpoint import Checkpointer, check_readable, restore_params
+from cosup_jax.errors import UserError
+
+# TensorStore's threads complain to an event loop that Orbax has closed after the error.
+late_threads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+FINGERPRINT = {"seed": 1, "tokenizer": "abc"}
+META = {"fingerprint": FINGERPRINT, "config": {"seed": 1}}
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: Any
+    bank: Any
+    ema_ctx: Any
+    key: jax.Array
+
+
+def make_state(mesh, seed: int = 0, width: int = 1024) -> State:
+    w = jax.random.normal(jax.random.key(seed), (8, width))
+    params = {"gen": {"w": w, "half": w.astype(jnp.bfloat16)}, "ctx": {"w": w + 1}, "nsp": {}}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = State(
+        step=jnp.int32(seed),
+        params=params,
+        opt_state=tx.init(params),
+        bank=(jnp.arange(16, dtype=jnp.uint32).reshape(8, 2), jnp.ones(8, bool)),
+        ema_ctx=None,
+        key=jax.random.key(seed),
+    )
+    return jax.device_put(state, shardings(state, mesh))
+
+
+def shardings(state, mesh):
+    split = P(tuple(mesh.axis_names))
+    return jax.tree.map(lambda x: NamedSharding(mesh, split if x.ndim else P()), state)
+
+
+def abstract(state, mesh):
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(place, state, shardings(state, mesh))
+
+
+def make_mesh(devices, *sizes):
+    names = ("data", "fsdp", "tensor")[: len(sizes)]
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(sizes, names, auto, devices=devices[: int(np.prod(sizes))])
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def saved(directory, mesh, *steps, keep=3):
+    checkpointer = Checkpointer(directory, keep)
+    for step in steps:
+        checkpointer.save(step, make_state(mesh, step), META)
+    checkpointer.wait()
+    return checkpointer
+
+
+def damage(directory, step):
+    """Flips one bit in the middle of the arrays' bytes."""
+    files = (directory / str(step) / "state").glob("ocdbt.process_*/d/*")
+    largest = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (1,), (2,), (2, 2), (2, 1, 4)])
+def test_restored_bit_equal_on_any_mesh(tmp_path, devices, sizes):
+    """Bug: a leaf is lost, cast or shuffled where the mesh is another than the one that saved."""
+    mesh = make_mesh(devices, *sizes)
+    with_8 = make_state(make_mesh(devices, 4, 2), 5)
+    checkpointer = Checkpointer(tmp_path, 1)
+    checkpointer.save(5, with_8, META)
+    wanted = abstract(with_8, mesh)
+    checkpointer.wait()
+    found = checkpointer.restore(wanted, FINGERPRINT)
+    checkpointer.close()
+    assert (found.step, found.meta) == (5, META)
+    assert_same(found.state, with_8)
+    for leaf, like in zip(jax.tree.leaves(found.state), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+
+def test_key_of_another_kind_comes_back(tmp_path, devices):
+    """Bug: a typed key is rebuilt as the default kind and the randomness changes."""
+    mesh = make_mesh(devices, 2)
+    key = jax.device_put(jax.random.key(3, impl="rbg"), NamedSharding(mesh, P()))
+    with_key = {"key": key}
+    checkpointer = Checkpointer(tmp_path, 1)
+    checkpointer.save(1, with_key, META)
+    checkpointer.wait()
+    found = checkpointer.restore(abstract(with_key, mesh), FINGERPRINT).state["key"]
+    checkpointer.close()
+    assert found.dtype == key.dtype
+    assert jax.random.bits(found) == jax.random.bits(key)
+
+
+def test_state_may_be_donated_at_once(tmp_path, devices):
+    """Bug: the save still reads buffers that the next step has overwritten."""
+    mesh = make_mesh(devices, 8)
+    state, before = make_state(mesh, 1), make_state(mesh, 1)
+    negate = jax.jit(lambda w: -w, donate_argnums=0)
+    checkpointer = Checkpointer(tmp_path, 1)
+    checkpointer.save(1, state, META)
+    jax.block_until_ready(negate(state.params["gen"]["w"]))
+    checkpointer.wait()
+    found = checkpointer.restore(abstract(before, mesh), FINGERPRINT)
+    checkpointer.close()
+    assert_same(found.state, before)
+
+
+def test_keeps_the_newest(tmp_path, devices):
+    """Bug: the disk fills up, or the newest checkpoint is the one that is deleted."""
+    checkpointer = saved(tmp_path, make_mesh(devices, 1), 1, 2, 10, keep=2)
+    assert checkpointer.steps() == [2, 10]
+    checkpointer.save(10, make_state(make_mesh(devices, 1), 10), META)  # there already
+    checkpointer.close()
+    assert sorted(os.listdir(tmp_path)) == ["10", "2"]
+
+
+def test_nothing_saved_is_a_fresh_start(tmp_path, devices):
+    """Bug: a run killed before its first checkpoint is complete cannot start again."""
+    state = make_state(make_mesh(devices, 1))
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+    assert check_readable(tmp_path / "absent") is None
+    assert check_readable(tmp_path) is None
+    checkpointer = Checkpointer(tmp_path, 1)
+    assert checkpointer.restore(abstract(state, make_mesh(devices, 1)), FINGERPRINT) is None
+    checkpointer.close()
+
+
+def test_other_data_is_refused_by_name(tmp_path, devices):
+    """Bug: a run goes on with another tokenizer or seed than it began with."""
+    mesh = make_mesh(devices, 1)
+    checkpointer = saved(tmp_path, mesh, 1)
+    wanted = abstract(make_state(mesh), mesh)
+    with pytest.raises(UserError, match=r"tokenizer \(was 'abc', now 'xyz'\)") as caught:
+        checkpointer.restore(wanted, FINGERPRINT | {"tokenizer": "xyz"})
+    assert "seed" not in str(caught.value) and "\n" not in str(caught.value)
+    checkpointer.close()
+
+
+def test_other_shape_is_refused_by_name(tmp_path, devices):
+    """Bug: another architecture ends in Orbax's traceback, or is cut to fit."""
+    mesh = make_mesh(devices, 1)
+    checkpointer = saved(tmp_path, mesh, 1)
+    wider = abstract(make_state(mesh, width=32), mesh)
+    with pytest.raises(
+        UserError, match=r"params/ctx/w is float32\[8, 32\] here, float32\[8, 1024\]"
+    ):
+        checkpointer.restore(wider, FINGERPRINT)
+    wanted = abstract(make_state(mesh), mesh)
+    with pytest.raises(UserError, match=r"bank/0 is uint32.* here, nothing there"):
+        stateless = Checkpointer(tmp_path / "b", 1)
+        stateless.save(1, make_state(mesh).replace(bank=None), META)
+        stateless.wait()
+        stateless.restore(wanted, FINGERPRINT)
+    stateless.close()
+    with pytest.raises(UserError, match="it also holds bank/0"):
+        checkpointer.restore(wanted.replace(bank=None), FINGERPRINT)
+    checkpointer.close()
+
+
+def test_steps_back_from_a_flipped_bit(tmp_path, devices, caplog):
+    """Bug: a damaged array is trained on, stops the run, or blocks every later save."""
+    mesh = make_mesh(devices, 4)
+    checkpointer = saved(tmp_path, mesh, 1, 2)
+    damage(tmp_path, 2)
+    with caplog.at_level(logging.WARNING, "cosup_jax"):
+        found = checkpointer.restore(abstract(make_state(mesh), mesh), FINGERPRINT)
+    assert found.step == 1
+    assert_same(found.state, make_state(mesh, 1))
+    assert f"{tmp_path}/1;" in caplog.text and f"{tmp_path}/2.damaged" in caplog.text
+    checkpointer.save(2, make_state(mesh, 2), META)
+    checkpointer.close()
+    assert check_readable(tmp_path) == 2 and checkpointer.steps() == [1, 2]
+
+
+@late_threads
+@pytest.mark.parametrize("lost", ["meta/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+def test_steps_back_from_a_lost_file(tmp_path, devices, lost):
+    """Bug: one missing or empty file of the newest checkpoint stops the run."""
+    mesh = make_mesh(devices, 1)
+    checkpointer = saved(tmp_path, mesh, 1, 2)
+    (tmp_path / "2" / lost).write_bytes(b"")
+    found = checkpointer.restore(abstract(make_state(mesh), mesh), FINGERPRINT)
+    checkpointer.close()
+    assert found.step == 1
+
+
+def test_all_damaged_is_one_line_and_stays(tmp_path, devices):
+    """Bug: a run whose checkpoints are all lost starts again at step 0, unasked."""
+    mesh = make_mesh(devices, 1)
+    checkpointer = saved(tmp_path, mesh, 1, 2)
+    for step in (1, 2):
+        damage(tmp_path, step)
+    assert check_readable(tmp_path) == 2  # the metadata is sound
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=rf"^none of the checkpoints in {tmp_path} can"
+        ) as error:
+            checkpointer.restore(abstract(make_state(mesh), mesh), FINGERPRINT)
+    checkpointer.close()
+    for step in (1, 2):
+        shutil.rmtree(tmp_path / str(step) / "meta")
+    with pytest.raises(UserError, match="can be read") as early:
+        check_readable(tmp_path)
+    assert str(early.value) == str(error.value) and "\n" not in str(early.value)
+
+
+def test_params_alone(tmp_path, devices):
+    """Bug: reading weights for an export needs the optimizer's memory, or hides damage."""
+    mesh = make_mesh(devices, 2)
+    state = make_state(mesh, 2)
+    saved(tmp_path, mesh, 1, 2).close()
+    found = restore_params(tmp_path, abstract(state.params, mesh))
+    assert (found.step, found.meta) == (2, META)
+    assert_same(found.state, state.params)
+    damage(tmp_path, 2)
+    with pytest.raises(UserError, match="2 is damaged"):
+        restore_params(tmp_path, abstract(state.params, mesh))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        restore_params(tmp_path / "absent", abstract(state.params, mesh))
+
+
+@late_threads
+def test_full_disk_surfaces(tmp_path, devices, capfd):
+    """Bug: a save that failed in the background is never heard of."""
+    mesh = make_mesh(devices, 1)
+    checkpointer = saved(tmp_path, mesh, 1)
+    state = {"w": jax.random.normal(jax.random.key(0), (256, 256))}
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot save .* check permissions and free space"):
+            checkpointer.save(2, state, META)
+            checkpointer.save(3, state, META)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        capfd.readouterr()
+    assert check_readable(tmp_path) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot open"):
+        Checkpointer(tmp_path / "file" / "checkpoints", 1)
+
+
+KILLED = """
+import os, sys, threading
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
+from cosup_jax.checkpoint import Checkpointer
+checkpointer = Checkpointer(sys.argv[1], 2)
+state = {"w": jax.random.normal(jax.random.key(0), (1024, 1024))}
+checkpointer.save(1, state, {"fingerprint": {}})
+checkpointer.wait()
+print("ready", flush=True)
+sys.stdin.readline()
+for step in range(2, 10_000):
+    checkpointer.save(step, state, {"fingerprint": {}})
+"""
+
+
+def test_kill_during_a_save_leaves_the_one_before(tmp_path, devices):
+    """Bug: kill -9 in the middle of a save leaves a half-written newest checkpoint."""
+    mesh = make_mesh(devices, 1)
+    wanted = {"w": jax.ShapeDtypeStruct((1024, 1024), "float32", sharding=NamedSharding(mesh, P()))}
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert run.stdout.readline() == "ready\n"
+        run.stdin.write("\n")
+        run.stdin.flush()
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.glob("*tmp*")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+    finally:
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        run.stdin.close()
+        run.stdout.close()
+    assert list(tmp_path.glob("*tmp*")), "killed between two saves"
+    newest = check_readable(tmp_path)
+    checkpointer = Checkpointer(tmp_path, 2)
+    found = checkpointer.restore(wanted, {})
+    assert found.step == newest
+    np.testing.assert_array_equal(
+        found.state["w"], jax.random.normal(jax.random.key(0), (1024,) * 2)
+    )
+    checkpointer.save(newest + 2, found.state, {"fingerprint": {}})
+    checkpointer.close()
+    assert check_readable(tmp_path) == newest + 2
+    assert not list(tmp_path.glob("*tmp*"))

@@ -1,0 +1,102 @@
+"""Every config file and variant builds, and means what its name says."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from cosup_jax.config import OFFICIAL, freeze, get_dotted, make, set_dotted
+from cosup_jax.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+CASES = [
+    (path, variant)
+    for path in CONFIGS
+    for variant in ("", *sorted(runpy.run_path(str(path))["VARIANTS"]))
+]
+
+
+def build(name, variant=""):
+    path = next(path for path in CONFIGS if path.stem == name)
+    return freeze(runpy.run_path(str(path))["get_config"](variant))
+
+
+@pytest.mark.parametrize(
+    ("path", "variant"), CASES, ids=lambda value: getattr(value, "stem", value)
+)
+def test_every_variant_freezes(path, variant):
+    """Catches a variant that names a renamed key, or values that contradict each other."""
+    freeze(runpy.run_path(str(path))["get_config"](variant))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_header_says_how_to_run(path):
+    """Catches a config whose docstring names another file, or no command, hardware or result."""
+    header = runpy.run_path(str(path))["__doc__"]
+    assert f"--config=configs/{path.name}" in header
+    for word in ("Hardware", "Expected", "Command", "Variants"):
+        assert f"\n{word} " in header
+    for variant in runpy.run_path(str(path))["VARIANTS"]:
+        assert f"{variant}:" in header
+
+
+def test_llama2_7b_is_what_the_official_code_runs():
+    """Catches a drift from the official code's values, except for those that it has by mistake."""
+    config = build("llama2_7b")
+    for key, value in OFFICIAL.items():
+        if key != "loss.remote_negatives":
+            assert get_dotted(config, key) == value, key
+    assert (config.seed, config.num_epochs, config.batch_size) == (2, 3, 64)
+    optim = config.optim
+    assert (optim.gen_learning_rate, optim.ctx_learning_rate) == (2e-5, 2e-5)
+    assert (optim.schedule, optim.epoch_decay, optim.warmup_steps) == ("epoch", 0.85, 0)
+    assert (optim.b1, optim.b2, optim.eps) == (0.9, 0.999, 1e-8)
+    assert (optim.weight_decay, optim.clip_norm) == (0.0, 1.0)
+    assert config.data.max_gen_tokens == 1024
+    assert (config.mesh.data, config.mesh.fsdp) == (1, -1)
+    for tower in (config.gen, config.ctx):
+        assert (tower.arch.dtype, tower.arch.remat) == ("bfloat16", "full")
+    assert build("llama2_7b", "official").loss.remote_negatives == "detached"
+
+
+@pytest.mark.parametrize("name", ["base", "smollm2_135m", "llama2_7b"])
+def test_towers_share_a_width(name):
+    """Catches Gen and Ctx of unlike shapes, whose vectors no dot product can compare."""
+    config = build(name)
+    assert config.gen.arch == config.ctx.arch and config.ctx.init == "gen"
+
+
+def test_unknown_key_is_refused():
+    """Catches a typo in a config file that would train with the default and say nothing."""
+    with pytest.raises(UserError, match=r"optim\.gen_learning_rat'"):
+        make({"optim.gen_learning_rat": 1.0}, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("num_steps", 3.5, "int"),
+        ("num_epochs", 1, "exactly one"),
+        ("bank.kind", "on", "off"),
+        ("micro_batches", 5, "multiple"),
+        ("gen.arch.head_dim", 47, "even"),
+        ("gen.init", "gen", "circular"),
+        ("data.train", "world@heavy", "weight"),
+        ("loss.remote_negatives", "detached", "official"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(key, value, says):
+    """Catches a bad value that surfaces minutes later, as a shape error inside the step."""
+    config = make({"num_steps": 10}, {})
+    set_dotted(config, key, value)
+    with pytest.raises(UserError, match=says) as caught:
+        freeze(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_compat_refuses_an_explicit_contradiction():
+    """Catches compat=official silently overruling a value given on the command line."""
+    config = make({"num_steps": 10, "compat": "official", "loss.nsp_weight": 1.0}, {})
+    assert freeze(config).loss.nsp_weight == 0.01
+    with pytest.raises(UserError, match=r"loss\.nsp_weight"):
+        freeze(config, frozenset({"loss.nsp_weight"}))

@@ -1,0 +1,268 @@
+"""Hugging Face directories <-> our parameters."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
+
+from cosup_jax import hf
+from cosup_jax.errors import UserError
+
+N, D, H, G, E, F, V = 2, 8, 4, 2, 6, 12, 10
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": D,
+    "num_hidden_layers": N,
+    "num_attention_heads": H,
+    "num_key_value_heads": G,
+    "head_dim": E,
+    "intermediate_size": F,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "vocab_size": V,
+}
+SPLIT = {  # every axis that the mesh splits in training, and the layers
+    "embed": {"table": P("tensor", "fsdp")},
+    "blocks": {
+        "attn_norm": {"scale": P(None, "fsdp")},
+        "attn": {
+            "q": P(None, "fsdp", "tensor"),
+            "k": P(None, "fsdp", "tensor"),
+            "v": P("tensor", "fsdp", None, "data"),
+            "o": P(None, "tensor", None, "fsdp"),
+        },
+        "mlp_norm": {"scale": P()},
+        "mlp": {
+            "gate": P(None, "fsdp", "tensor"),
+            "up": P("data", "fsdp", "tensor"),
+            "down": P(None, "tensor", "fsdp"),
+        },
+    },
+    "final_norm": {"scale": P("fsdp")},
+    "head": {"kernel": P("fsdp", "tensor")},
+}
+
+
+def tensors(seed=0):
+    """The file's tensors, as HF names and lays them out."""
+    rng = np.random.default_rng(seed)
+    make = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    found = {"model.embed_tokens.weight": make(V, D), "model.norm.weight": make(D)}
+    for n in range(N):
+        at = f"model.layers.{n}."
+        found |= {
+            f"{at}input_layernorm.weight": make(D),
+            f"{at}post_attention_layernorm.weight": make(D),
+            f"{at}self_attn.q_proj.weight": make(H * E, D),
+            f"{at}self_attn.k_proj.weight": make(G * E, D),
+            f"{at}self_attn.v_proj.weight": make(G * E, D),
+            f"{at}self_attn.o_proj.weight": make(D, H * E),
+            f"{at}mlp.gate_proj.weight": make(F, D),
+            f"{at}mlp.up_proj.weight": make(F, D),
+            f"{at}mlp.down_proj.weight": make(D, F),
+        }
+    return found | {"lm_head.weight": make(V, D)}
+
+
+def write(directory, found, **config):
+    directory.mkdir(exist_ok=True)
+    save_file(found, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(CONFIG | config))
+    return directory
+
+
+def abstract(devices, vocab=V, head=True, dtype=jnp.float32):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    shapes = {
+        "embed": {"table": (vocab, D)},
+        "blocks": {
+            "attn_norm": {"scale": (N, D)},
+            "attn": {"q": (N, D, H, E), "k": (N, D, G, E), "v": (N, D, G, E), "o": (N, H, E, D)},
+            "mlp_norm": {"scale": (N, D)},
+            "mlp": {"gate": (N, D, F), "up": (N, D, F), "down": (N, F, D)},
+        },
+        "final_norm": {"scale": (D,)},
+        "head": {"kernel": (D, vocab)},
+    }
+    split = dict(SPLIT)
+    if not head:
+        del shapes["head"], split["head"]
+    leaf = lambda shape, spec: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, spec)
+    )
+    return jax.tree.map(leaf, shapes, split, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def project(params, layer, name, x_D):
+    return np.einsum("d,dhe->he", x_D, np.asarray(params["blocks"]["attn"][name])[layer])
+
+
+def test_every_tensor_lands_transposed_on_its_shard(tmp_path, devices):
+    """Bug: a kernel is not transposed, heads and features are swapped, or a shard holds another's
+    rows; checked against the products that HF's nn.Linear computes."""
+    found, want = tensors(), abstract(devices)
+    params = hf.load_gen(write(tmp_path, found), want)
+    for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (like.shape, like.dtype, like.sharding)
+    x_D, x_F = np.arange(D) / D, np.arange(F) / F
+    x_HxE = np.arange(H * E).reshape(H, E) / 7.0
+    blocks = jax.tree.map(np.asarray, params["blocks"])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for n in range(N):
+        of = lambda name, n=n: found[f"model.layers.{n}.{name}.weight"]
+        close(project(params, n, "q", x_D), (of("self_attn.q_proj") @ x_D).reshape(H, E))
+        close(project(params, n, "k", x_D), (of("self_attn.k_proj") @ x_D).reshape(G, E))
+        close(project(params, n, "v", x_D), (of("self_attn.v_proj") @ x_D).reshape(G, E))
+        out_D = np.einsum("he,hed->d", x_HxE, blocks["attn"]["o"][n])
+        close(out_D, of("self_attn.o_proj") @ x_HxE.reshape(-1))
+        close(x_D @ blocks["mlp"]["gate"][n], of("mlp.gate_proj") @ x_D)
+        close(x_D @ blocks["mlp"]["up"][n], of("mlp.up_proj") @ x_D)
+        close(x_F @ blocks["mlp"]["down"][n], of("mlp.down_proj") @ x_F)
+        close(blocks["attn_norm"]["scale"][n], of("input_layernorm"))
+        close(blocks["mlp_norm"]["scale"][n], of("post_attention_layernorm"))
+    close(np.asarray(params["embed"]["table"]), found["model.embed_tokens.weight"])
+    close(np.asarray(params["final_norm"]["scale"]), found["model.norm.weight"])
+    close(np.asarray(params["head"]["kernel"]).T, found["lm_head.weight"])
+
+
+def test_ctx_takes_either_naming_and_no_head(tmp_path, devices):
+    """Bug: a LlamaModel directory (no "model.") or a causal LM's head stops the Ctx tower."""
+    found, want = tensors(), abstract(devices, head=False)
+    bare = {n.removeprefix("model."): t for n, t in found.items() if n != "lm_head.weight"}
+    from_causal = hf.load_ctx(write(tmp_path / "causal", found), want)
+    from_bare = hf.load_ctx(write(tmp_path / "bare", bare), want)
+    jax.tree.map(np.testing.assert_array_equal, from_causal, from_bare)
+
+
+def test_several_files_in_bfloat16(tmp_path, devices):
+    """Bug: sharded checkpoints or bfloat16 files cannot be read, or are not cast."""
+    found = {n: t.astype(ml_dtypes.bfloat16) for n, t in tensors().items()}
+    whole = hf.load_gen(write(tmp_path / "whole", found), abstract(devices))
+    parts = write(tmp_path / "parts", found)
+    (parts / "model.safetensors").unlink()
+    where = {name: f"model-{i % 2 + 1}-of-2.safetensors" for i, name in enumerate(found)}
+    for file in set(where.values()):
+        save_file({n: t for n, t in found.items() if where[n] == file}, parts / file)
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    jax.tree.map(np.testing.assert_array_equal, whole, hf.load_gen(parts, abstract(devices)))
+    table = np.asarray(whole["embed"]["table"])
+    assert table.dtype == np.float32
+    np.testing.assert_array_equal(table, found["model.embed_tokens.weight"].astype(np.float32))
+    (parts / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-2-of-2\.safetensors cannot be read"):
+        hf.load_gen(parts, abstract(devices))
+
+
+@pytest.mark.parametrize("old_vocab", [None, 7])
+def test_new_rows_start_at_the_mean_of_the_old(tmp_path, devices, old_vocab):
+    """Bug: [Ret] starts at zero or at a copy of another new token, in table or head; or an old row
+    is touched; or a shard that straddles the border mixes them up."""
+    directory = write(tmp_path, tensors())
+    params = hf.load_gen(directory, abstract(devices, vocab=32), old_vocab)
+    known = old_vocab or V
+    for ours, name in (
+        (np.asarray(params["embed"]["table"]), "model.embed_tokens.weight"),
+        (np.asarray(params["head"]["kernel"]).T, "lm_head.weight"),
+    ):
+        old_VxD = tensors()[name][:known]
+        np.testing.assert_array_equal(ours[:known], old_VxD)
+        off = np.abs(ours[known:] - old_VxD.mean(axis=0)) / old_VxD.std(axis=0)
+        assert 0 < off.max() < 6 * hf.NEW_ROW_NOISE
+        assert len(np.unique(ours[known:, 0])) == 32 - known
+    again = hf.load_gen(directory, abstract(devices, vocab=32), old_vocab)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    other = hf.load_gen(directory, abstract(devices, vocab=32), old_vocab, seed=1)
+    assert (other["embed"]["table"][known:] != params["embed"]["table"][known:]).any()
+
+
+def test_tied_embeddings(tmp_path, devices):
+    """Bug: a tied file (no lm_head) cannot be loaded, or an untied head is dropped unasked."""
+    tied = {name: t for name, t in tensors().items() if name != "lm_head.weight"}
+    directory = write(tmp_path / "tied", tied, tie_word_embeddings=True)
+    assert "head" not in hf.load_gen(directory, abstract(devices, head=False))
+    params = hf.load_gen(directory, abstract(devices))
+    np.testing.assert_array_equal(params["head"]["kernel"].T, params["embed"]["table"])
+    with pytest.raises(UserError, match=r"gen\.arch\.tie_embeddings=false"):
+        hf.load_gen(write(tmp_path / "untied", tensors()), abstract(devices, head=False))
+    with pytest.raises(UserError, match=r"tensor lm_head\.weight is missing"):
+        hf.load_gen(write(tmp_path / "headless", tied), abstract(devices))
+
+
+def test_what_does_not_fit_is_named(tmp_path, devices):
+    """Bug: a bias or a fifth layer is left out in silence; a lost or odd tensor is a traceback."""
+    found = tensors()
+    lost = {n: t for n, t in found.items() if n != "model.layers.1.mlp.up_proj.weight"}
+    with pytest.raises(UserError, match=r"tensor layers\.1\.mlp\.up_proj\.weight is missing;"):
+        hf.load_gen(write(tmp_path, lost), abstract(devices))
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(H * E, np.float32)}
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj\.bias is unknown"):
+        hf.load_gen(write(tmp_path, found | bias), abstract(devices))
+    odd = {"model.layers.1.self_attn.k_proj.weight": np.zeros((H * E, D), np.float32)}
+    with pytest.raises(
+        UserError, match=r"k_proj\.weight is \[24, 8\], the model expects \[12, 8\]"
+    ):
+        hf.load_gen(write(tmp_path, found | odd), abstract(devices))
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is \[10, 8\].*expects \[8, 8\]"):
+        hf.load_gen(write(tmp_path, found), abstract(devices, vocab=8))
+    (tmp_path / "model.safetensors").write_bytes(b"git-lfs pointer")
+    with pytest.raises(UserError, match="cannot be read"):
+        hf.load_gen(tmp_path, abstract(devices))
+    with pytest.raises(UserError, match=r"absent/model\.safetensors cannot be read"):
+        hf.load_gen(tmp_path / "absent", abstract(devices))
+
+
+def test_arch_of_old_and_new_config_files(tmp_path):
+    """Bug: the rotary base of a transformers 5 file is not found and the default taken instead."""
+    expected = {
+        **{"layers": N, "width": D, "heads": H, "kv_heads": G, "head_dim": E, "mlp_width": F},
+        **{"rope_theta": 500.0, "norm_eps": 1e-5, "tie_embeddings": False, "vocab_size": V},
+    }
+    new = {**CONFIG, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    del new["rope_theta"]
+    for config in (CONFIG, new, CONFIG | {"rope_scaling": None}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert hf.arch_from_hf(tmp_path) == expected
+    plain = {n: v for n, v in CONFIG.items() if n not in ("head_dim", "num_key_value_heads")}
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    assert hf.arch_from_hf(tmp_path) == expected | {"kv_heads": H, "head_dim": D // H}
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("rope scaling 'llama3'", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+        ("rope scaling 'linear'", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("rope scaling 'yarn'", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}),
+        ("attention_bias True", {"attention_bias": True}),
+        ("hidden_act 'gelu'", {"hidden_act": "gelu"}),
+        ("sliding_window 4096", {"model_type": "mistral", "sliding_window": 4096}),
+        ("model_type 'gpt2'", {"model_type": "gpt2"}),
+    ],
+)
+def test_unsupported_arch_is_named(tmp_path, key, change):
+    """Bug: a model that we compute differently loads, and is quietly worse."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(UserError, match=f"{key} is not supported"):
+        hf.arch_from_hf(tmp_path)
+
+
+def test_missing_model_is_one_line(tmp_path, monkeypatch):
+    """Bug: without a network the hub client retries for a minute, then prints its traceback."""
+    assert hf.resolve(tmp_path) == tmp_path
+    with pytest.raises(UserError, match="no such directory; check the path"):
+        hf.resolve(tmp_path / "absent")
+    monkeypatch.setattr(hf.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        UserError, match=r"'no/such-model'.*127\.0\.0\.1:9 is out of reach"
+    ) as error:
+        hf.resolve("no/such-model")
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="'hidden_size' is missing"):
+        hf.arch_from_hf(tmp_path)

@@ -1,0 +1,154 @@
+"""The house rules that a reader would otherwise have to check by eye."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cosup_jax"
+LAYERS = (  # low to high; a module imports strictly lower ones
+    "errors",
+    "config workdir",
+    "sharding data.* evaluation.* transformer losses optim telemetry contract",
+    "bank hf index data.pipeline",
+    "cosup",
+    "official",
+    "step checkpoint",
+    "encode",
+    "generate",
+    "evaluate report validate prepare preflight export",
+    "train benchmark",
+    "study",
+    "main",
+)
+ALLOWED_SIDEWAYS = {("transformer", "sharding")}
+DATA_ORDERS = (  # low to high, within data/
+    ("batch", "schema", "world_facts", "world_text", "world", "sources"),
+    ("tokenizer", "markup", "tokens", "packing", "plan"),
+)
+BANNED_IMPORTS = {"torch", "tensorflow", "clu"}
+FOREIGN_CONFIG = {"hf"}  # there `config` is HF's config.json, where an absent key has a default
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted(
+    path
+    for folder in ("cosup_jax", "configs", "launch", "tests", ".ci")
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and path.suffix in ("", ".py", ".sh")
+)
+
+
+def layer(module: str) -> int:
+    """Index into LAYERS; an exact name counts before its package's."""
+    for name in (module, module.split(".")[0] + ".*"):
+        for number, names in enumerate(LAYERS):
+            if name in names.split():
+                return number
+    raise AssertionError(f"{module} has no layer: give it one in LAYERS and in the README")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def is_module(name: str) -> bool:
+    return (PACKAGE / (name.replace(".", "/") + ".py")).is_file()
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names of everything imported, at the top or inside a function."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for name in imported(tree):
+        own = name.removeprefix("cosup_jax.")
+        if own != name:
+            found |= {m for m in (own, own.rpartition(".")[0]) if m and is_module(m)}
+    return found
+
+
+def may_import(importer: str, other: str) -> bool:
+    if layer(other) != layer(importer):
+        return layer(other) < layer(importer)
+    packages = importer.split(".")[0], other.split(".")[0]
+    if packages == ("evaluation", "evaluation"):
+        return True
+    if packages == ("data", "data"):
+        names = importer.partition(".")[2], other.partition(".")[2]
+        for order in DATA_ORDERS:
+            if set(names) <= set(order):
+                return order.index(names[1]) < order.index(names[0])
+        return True
+    return (importer, other) in ALLOWED_SIDEWAYS
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path):
+    """Catches a leaf that reaches for the trainer: from then on nothing can be tested alone."""
+    if path.name == "__init__.py":
+        assert not own_imports(ast.parse(path.read_text())), "a package imports nothing"
+        return
+    importer = module_name(path)
+    layer(importer)
+    for other in own_imports(ast.parse(path.read_text())):
+        assert may_import(importer, other), f"{importer} may not import {other}"
+
+
+def test_data_modules_import_in_a_circle_nowhere():
+    """Catches a cycle inside data/, where the two orders leave some pairs open."""
+    edges = {
+        module_name(path): {n for n in own_imports(ast.parse(path.read_text())) if "data." in n}
+        for path in (PACKAGE / "data").glob("*.py")
+    }
+    while edges:
+        free = [name for name, others in edges.items() if not others & set(edges)]
+        assert free, f"a circle among {sorted(edges)}"
+        for name in free:
+            del edges[name]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_module_keeps_to_the_style(path):
+    """Catches a heavy import, a module without a docstring, relative imports, 400 lines, utils."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    names = imported(tree)
+    assert path.stem != "utils", "name it after what it does"
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(tree) or not text.strip(), "says nothing about itself"
+    assert not {name.split(".")[0] for name in names} & BANNED_IMPORTS
+    assert not [name for name in names if name.startswith(".")], "imports are absolute"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_config_has_no_get(path):
+    """Catches `config.get("typo", default)`, which silently returns the default."""
+    if module_name(path) in FOREIGN_CONFIG:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value)
+            got = node.func.attr == "get" and re.match(r"(self\._?)?config\b", owner)
+            assert not got, f"line {node.lineno}: {owner}.get"
+
+
+def test_no_file_names_a_private_path():
+    """Catches a path of the author's machine: it works here and nowhere else."""
+    private = re.compile(r"(?<![\w.~})])/(?:home|root|Users|tmp|var)/\w|" + re.escape(str(ROOT)))
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in SOURCES
+        if path.name != Path(__file__).name
+        for match in private.finditer(path.read_text())
+    ]
+    assert not found

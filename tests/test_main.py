@@ -1,0 +1,251 @@
+"""What a user can type wrong: one line on stderr, exit code 2, no traceback, at once."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cosup_jax import main as main_lib
+from cosup_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("configs/*.py"))
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Runs main on flags that it must refuse, and returns the one line it prints."""
+
+    def run(*argv, workdir=True):
+        where = [f"--workdir={tmp_path / 'run'}"] if workdir else []
+        assert main_lib.main([*argv, *where]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(r"error: [^\n]+\n", err), err
+        assert "Traceback" not in err
+        assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
+        return err
+
+    return run
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """A train mode that only notes what it was given."""
+    calls = []
+    fake = SimpleNamespace(train=lambda config, workdir: calls.append((config, workdir)))
+    monkeypatch.setitem(sys.modules, "cosup_jax.train", fake)
+    return calls
+
+
+def write_config(tmp_path, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return path
+
+
+@every_config
+def test_typo_in_a_key(refused, path):
+    """Catches an override that is dropped, so that the run trains with the default."""
+    err = refused(f"--config={path}", "--config.optim.gen_learning_rat=1e-4")
+    assert "'optim.gen_learning_rat'" in err and "'optim.gen_learning_rate'" in err
+
+
+@every_config
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("batch_size=many", "whole number"),
+        ("batch_size=2.5", "whole number"),
+        ("loss.temperature=warm", "a number"),
+        ("tie_ctx_to_gen=maybe", "true or false"),
+        ("gen=llama", "gen."),
+        ("bank.kind=on", "dual"),
+    ],
+)
+def test_bad_value(refused, path, override, wanted):
+    """Catches a value of the wrong type that passes as a string, or raises a traceback."""
+    err = refused(f"--config={path}", f"--config.{override}")
+    assert override.partition("=")[0] in err and wanted in err
+
+
+@every_config
+def test_unknown_variant(refused, path):
+    """Catches a mistyped variant that silently gives the base config, or a bare KeyError."""
+    err = refused(f"--config={path}:huge")
+    assert "'huge'" in err and str(path) in err
+    for variant in main_lib.runpy.run_path(str(path))["VARIANTS"]:
+        assert variant in err
+
+
+@every_config
+def test_contradiction(refused, path):
+    """Catches both lengths of a run being set, one of them ignored."""
+    assert "num_epochs" in refused(
+        f"--config={path}", "--config.num_steps=5", "--config.num_epochs=1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--config=configs/none.py"], "'configs/none.py' does not exist"),
+        (["--config="], "--config=... is missing"),
+        ([], "--config=... is missing"),
+        ([f"--config={CONFIGS[0]}", "--mode=trian"], "modes: train"),
+        ([f"--config={CONFIGS[0]}", "--batch=3"], "--batch=3"),
+        ([f"--config={CONFIGS[0]}", "stray"], "stray"),
+        (["--config"], "--config=VALUE"),
+        (["--config", "--config.seed=1"], "--config=VALUE"),
+    ],
+)
+def test_bad_flags(refused, argv, says):
+    """Catches a flag that is ignored, or absl's own usage screen with a traceback."""
+    assert says in refused(*argv)
+
+
+def test_missing_workdir(refused):
+    """Catches a run that writes into the current directory for want of a workdir."""
+    assert "--workdir" in refused(f"--config={CONFIGS[0]}", workdir=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def get_config(:\n", "line 1: SyntaxError"),
+        ("x = 1\n", "get_config"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError"),
+        ("def get_config(variant=''):\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("def get_config(variant=''):\n    raise ValueError('a\\nb')\n", "a b"),
+        ("def get_config(variant=''):\n    return {}\n", "cosup_jax.config.make"),
+        ("raise SystemExit(3)\n", "line 1: SystemExit"),
+        ("\x00", "mine.py"),
+    ],
+)
+def test_broken_config_file(refused, tmp_path, text, says):
+    """Catches a traceback through runpy in place of the file and line to mend."""
+    path = write_config(tmp_path, text)
+    err = refused(f"--config={path}")
+    assert str(path) in err and says in err
+
+
+def test_overrides_arrive_typed(trained, tmp_path):
+    """Catches "false" read as true, "1e-4" kept a string, a float key cut to int by its file."""
+    path = write_config(
+        tmp_path,
+        "from cosup_jax.config import make\n"
+        "def get_config(variant=''):\n"
+        "    return make({'num_steps': 3, 'optim.clip_norm': 1}, {})\n",
+    )
+    argv = ["--config.optim.clip_norm=0.5", "--config.tie_ctx_to_gen=True", "--config.seed=7"]
+    argv += ["--config.loss.normalize=false", "--config.mesh.fsdp", "-1", "--config.seed=8"]
+    argv += ["--config.data.train=a.jsonl,b.jsonl@2"]
+    assert main_lib.main([f"--config={path}", "--workdir", "there", *argv]) == 0
+    (config, workdir) = trained.pop()
+    assert workdir == "there"
+    assert (config.optim.clip_norm, config.tie_ctx_to_gen, config.seed) == (0.5, True, 8)
+    assert (config.loss.normalize, config.mesh.fsdp) == (False, -1)
+    assert config.data.train == "a.jsonl,b.jsonl@2"
+
+
+def test_explicit_keys_are_known_to_compat(trained, refused):
+    """Catches compat=official overruling a flag that the user typed."""
+    path = ROOT / "configs/llama2_7b.py"
+    err = refused(f"--config={path}:official", "--config.loss.nsp_weight=1.0")
+    assert "loss.nsp_weight" in err
+    assert not trained
+
+
+def test_user_error_of_a_mode_is_one_line(trained, refused, monkeypatch):
+    """Catches a mistake found in training that ends in a traceback."""
+
+    def train(config, workdir):
+        raise UserError("data file\nmissing")
+
+    monkeypatch.setattr(sys.modules["cosup_jax.train"], "train", train)
+    assert refused(f"--config={CONFIGS[0]}") == "error: data file missing\n"
+
+
+def test_help(capsys):
+    """Catches a help text that lacks a mode, or a list of keys that misses an override."""
+    assert main_lib.main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert "--workdir" in usage and all(mode in usage for mode in main_lib.MODES)
+    path = ROOT / "configs/base.py"
+    assert main_lib.main(["--help", f"--config={path}", "--config.seed=5"]) == 0
+    out = capsys.readouterr().out
+    assert "\n--config.seed=5\n" in out and "\n--config.gen.arch.width=" in out
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two"),
+        ({"JAX_NUM_PROCESSES": ""}, "JAX_NUM_PROCESSES= "),
+        ({"JAX_PROCESS_ID": "2"}, "process_id=2"),
+        ({"COSUP_JOIN_SECONDS": "soon"}, "COSUP_JOIN_SECONDS=soon"),
+        ({"JAX_COORDINATOR_ADDRESS": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_process_count(environ, says):
+    """Catches a wrong process count that hangs, or dies inside JAX."""
+    given = {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "0",
+    }
+    with pytest.raises(UserError, match=re.escape(says)):
+        main_lib.join_processes(given | environ)
+
+
+def test_laptop_joins_nobody(monkeypatch):
+    """Catches a run on one machine that waits for others, also inside a one-task SLURM job."""
+    import jax
+
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("joined"))
+    main_lib.join_processes({})
+    main_lib.join_processes({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"})
+    main_lib.join_processes({"TPU_WORKER_HOSTNAMES": "localhost"})
+
+
+def run_program(*argv, **environ):
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "cosup_jax.main", *argv],
+        cwd=ROOT,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done, time.monotonic() - start
+
+
+def test_program_refuses_at_once(tmp_path):
+    """Catches the slow import, before the check, that makes a typo cost half a minute."""
+    done, seconds = run_program("--config=configs/base.py:smok", f"--workdir={tmp_path}/run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*smoke.*\n", done.stderr)
+    assert seconds < 10
+
+
+def test_missing_process_is_one_line(tmp_path):
+    """Catches JAX's abort with a C++ stack trace where a process never comes."""
+    done, seconds = run_program(
+        "--config=configs/base.py",
+        f"--workdir={tmp_path}/run",
+        JAX_PLATFORMS="cpu",
+        JAX_COORDINATOR_ADDRESS="127.0.0.1:1",
+        JAX_NUM_PROCESSES="2",
+        JAX_PROCESS_ID="1",
+        COSUP_JOIN_SECONDS="1",
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: not every process came [^\n]*\n", done.stderr)
+    assert seconds < 10

@@ -1,0 +1,122 @@
+"""The training text, token by token."""
+
+import dataclasses
+
+import pytest
+
+from cosup_jax.data import markup, tokenizer
+from cosup_jax.data.markup import EVIDENCE, PROMPT, TARGET
+from cosup_jax.data.schema import Example, Passage
+from cosup_jax.errors import UserError
+
+PASSAGES = {
+    "p": Passage("p", "Paris", "Paris lies on the Seine. It is big."),
+    "q": Passage("q", "", "The Seine ends in Le Havre."),
+}
+QUESTION = Example("e", "open_qa", "Where is Paris?", ("France", "the Seine"), ("p",))
+PROMPT_TEXT = "Answer the question.\n\n## Input:\n\nWhere is Paris?## Output:\n\n"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return tokenizer.train([p.text for p in PASSAGES.values()], 300)
+
+
+def spelled(example, with_evidence=True):
+    """The pieces as one string, control tokens by name."""
+    found = markup.pieces(example, PASSAGES, with_evidence)
+    return "".join(f"<{piece.control}>" if piece.control else piece.text for piece in found)
+
+
+def test_answer_inside_the_one_passage_is_the_span():
+    """An answer that is its own citation, written twice, teaches the model to repeat itself."""
+    expected = "<ret>Paris :: Paris lies on the Seine. It is big.<cs>the Seine<ce><eos>"
+    assert spelled(QUESTION) == PROMPT_TEXT + expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"answers": ("no",), "support": ((0, 24),)},
+            "<ret>Paris :: Paris lies on the Seine. It is big.<cs>Paris lies on the Seine.<ce>no",
+        ),
+        (
+            {"answers": ("no",)},
+            "<ret>Paris :: Paris lies on the Seine. It is big.<cs>"
+            "Paris lies on the Seine. It is big.<ce>no",
+        ),
+        (
+            {"evidence": ("p", "q"), "support": ((25, 35), None)},
+            "<ret>Paris :: Paris lies on the Seine. It is big.<cs>It is big.<ce>"
+            "<ret>The Seine ends in Le Havre.<cs>The Seine ends in Le Havre.<ce>France",
+        ),
+        ({"long_answer": "On the Seine.", "evidence": ()}, "On the Seine."),
+        ({"evidence": ()}, "France"),
+        (
+            {"output": "First [Ret:q]Le Havre[Ce], then [Ret:p][Cs]big[Ce]. [Ret]"},
+            "First <ret>The Seine ends in Le Havre.<cs>Le Havre<ce>, then "
+            "<ret>Paris :: Paris lies on the Seine. It is big.<cs>big<ce>. [Ret]",
+        ),
+        ({"output": "[Ret:q]all of it"}, "<ret>The Seine ends in Le Havre.<cs>all of it<ce>"),
+    ],
+)
+def test_every_form_of_the_output(change, expected):
+    """Each rule for the span, the repeated answer and `output` has its own way of going wrong."""
+    assert spelled(dataclasses.replace(QUESTION, **change)) == f"{PROMPT_TEXT}{expected}<eos>"
+
+
+def test_without_evidence_no_control_token_remains():
+    """A share of examples is trained without retrieval; a stray [Ret] would undo that."""
+    assert spelled(QUESTION, with_evidence=False) == f"{PROMPT_TEXT}France<eos>"
+    cited = dataclasses.replace(QUESTION, output="A [Ret:q]b[Ce] c")
+    assert spelled(cited, with_evidence=False) == f"{PROMPT_TEXT}A b c<eos>"
+
+
+@pytest.mark.parametrize("output", ["[Ret:zzz]x[Ce]", "a [Ce] b", "[Ret:q]x[Ce] y[Ce]", "a [Cs]b"])
+def test_malformed_output_is_refused(output):
+    """A citation of nothing, or a [Ce] without its [Ret], would be trained as plain text."""
+    with pytest.raises(UserError, match="example 'e'"):
+        markup.pieces(dataclasses.replace(QUESTION, output=output), PASSAGES)
+
+
+def test_roles_and_ret_positions(bpe):
+    """A role off by one trains the prompt, or hides [Ret] from the loss."""
+    (marked,) = markup.encode([markup.pieces(QUESTION, PASSAGES)], bpe, 100)
+    prompt = bpe.encode(PROMPT_TEXT)
+    passage = bpe.encode("Paris :: Paris lies on the Seine. It is big.")
+    span = bpe.encode("the Seine")
+    assert marked.tokens.tolist() == [
+        *(*prompt, bpe.ret, *passage),
+        *(bpe.cs, *span, bpe.ce, bpe.eos),
+    ]
+    assert marked.roles.tolist() == (
+        [PROMPT] * len(prompt)
+        + [TARGET]
+        + [EVIDENCE] * (len(passage) + 1)
+        + [TARGET] * (len(span) + 2)
+    )
+    assert marked.ret_positions.tolist() == [len(prompt)]
+    assert marked.evidence == ["p"]
+
+
+def test_generation_sees_what_training_saw(bpe):
+    """A prompt or an inserted passage tokenised otherwise at inference is out of distribution."""
+    (marked,) = markup.encode([markup.pieces(QUESTION, PASSAGES)], bpe, 5)
+    prompt = markup.prompt(QUESTION, bpe)
+    inserted = markup.insertion(PASSAGES["p"], bpe, 5)
+    assert len(inserted) == 6 and inserted[-1] == bpe.cs
+    seen = [*prompt, bpe.ret, *inserted]
+    assert marked.tokens[: len(seen)].tolist() == seen
+
+
+def test_pooled_token_survives_the_cut(bpe):
+    """Pooling reads the last token: cut away, a long passage would be pooled at a random word."""
+    whole = bpe.encode("Paris :: Paris lies on the Seine. It is big.")
+    for pooling, expected in (("eos", [*whole[:7], bpe.eos]), ("last", whole[:8])):
+        (cut,) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 8)
+        assert cut.tolist() == expected
+    (uncut,) = markup.ctx_tokens([PASSAGES["p"]], bpe, "eos", 500)
+    assert uncut.tolist() == [*whole, bpe.eos]
+    with pytest.raises(UserError, match="max_ctx_tokens=1"):
+        markup.ctx_tokens(PASSAGES.values(), bpe, "eos", 1)

@@ -1,0 +1,132 @@
+"""metrics.jsonl and the progress lines."""
+
+import io
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tensorboardX.proto import event_pb2
+
+from cosup_jax.telemetry import Progress, Recorder, Throughput
+
+
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_written_one_record_late(tmp_path):
+    """Bug: the host blocks on the step that still runs, or the last record never arrives."""
+    recorder = Recorder(tmp_path)
+    assert recorder.record(1, {"loss/total": jnp.float32(0.5)}) is None
+    assert lines(tmp_path) == []
+    assert recorder.record(2, {"loss/total": 0.25}) == {"step": 1, "loss/total": 0.5}
+    assert lines(tmp_path) == [{"step": 1, "loss/total": 0.5}]
+    assert recorder.close() == {"step": 2, "loss/total": 0.25}
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_same_step_shares_a_line(tmp_path):
+    """Bug: training and evaluation of one step become two lines with the same step."""
+    recorder = Recorder(tmp_path)
+    recorder.record(4, {"loss/total": 1.0})
+    recorder.record(4, {"eval/known/recall_at_1": 0.5})
+    recorder.close()
+    assert lines(tmp_path) == [{"step": 4, "loss/total": 1.0, "eval/known/recall_at_1": 0.5}]
+
+
+def test_resume_cuts_back_to_the_restored_step(tmp_path):
+    """Bug: after a kill a step is there twice, or half a line breaks every reader."""
+    whole = '{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 3.0}\n'
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(whole + '{"step": 4, "a')
+    Recorder(tmp_path, start_step=2).close()
+    assert path.read_text() == '{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n'
+    path.write_text(whole + '{"step": 2}')
+    Recorder(tmp_path, start_step=9).close()
+    assert path.read_text() == whole
+    Recorder(tmp_path).close()
+    assert path.read_text() == ""
+
+
+def test_not_a_number_is_null(tmp_path):
+    """Bug: a diverged run writes NaN, which is no JSON."""
+    recorder = Recorder(tmp_path)
+    recorder.record(1, {"a": jnp.nan, "b": jnp.float32(jnp.inf), "c": 1})
+    recorder.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "a": None, "b": None, "c": 1}
+
+
+def test_tensorboard_forgets_the_steps_of_the_lost_run(tmp_path):
+    """Bug: TensorBoard draws the steps after the restored checkpoint twice."""
+    recorder = Recorder(tmp_path, start_step=1)
+    for step in (2, 3):
+        recorder.record(step, {"loss/total": float(step)})
+    recorder.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = list(_events(file.read_bytes()))
+    purge = [event.step for event in events if event.session_log.status == 1]
+    scalars = [(event.step, value.tag) for event in events for value in event.summary.value]
+    assert purge == [2]
+    assert scalars == [(2, "loss/total"), (3, "loss/total")]
+
+
+def _events(data: bytes):
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        yield event_pb2.Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
+def test_other_processes_stay_silent(tmp_path, monkeypatch):
+    """Bug: every process of a pod writes the same files."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    recorder, stream = Recorder(tmp_path), io.StringIO()
+    assert recorder.record(1, {"a": 1.0}) is recorder.flush() is recorder.close() is None
+    Progress(3, stream=stream).show(1, "loss 1")
+    assert list(tmp_path.iterdir()) == [] and stream.getvalue() == ""
+
+
+def test_log_gets_plain_lines_now_and_then():
+    """Bug: a bar's control characters fill a log file, or its last line is left out."""
+    stream = io.StringIO()
+    progress = Progress(3, stream=stream, every_s=1000.0)
+    for step in (1, 2, 3):
+        progress.advance(step)
+        progress.show(step, f"loss {step}.0")
+    progress.close()
+    assert stream.getvalue() == "step 1/3  loss 1.0\nstep 3/3  loss 3.0\n"
+
+
+def test_terminal_gets_a_bar_that_starts_where_the_run_resumes():
+    """Bug: a resumed run's bar starts at 0 and its time left is wrong."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    progress = Progress(10, step=4, stream=stream)
+    progress.advance(5)
+    progress.show(5, "loss 1.0")
+    progress.close()
+    assert "4/10" in stream.getvalue() and "5/10" in stream.getvalue()
+    assert "loss 1.0" in stream.getvalue()
+
+
+def test_throughput_is_per_lap(monkeypatch):
+    """Bug: speed is averaged over compilation and pauses, or divides by no steps."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Throughput()
+    assert clock.lap() == {}
+    now[0] = 100.0
+    clock.restart()
+    clock.count(30, 2)
+    clock.count(10, 2)
+    now[0] = 104.0
+    expected = {"perf/tokens_per_s": 10.0, "perf/examples_per_s": 1.0, "perf/step_s": 2.0}
+    assert clock.lap() == expected
+    assert clock.lap() == {}

@@ -1,0 +1,106 @@
+"""The run's directory: locked, and never half-written."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cosup_jax.errors import UserError
+from cosup_jax.workdir import Workdir, write_atomic
+
+HOLD = """
+import sys, time
+from cosup_jax.workdir import Workdir
+Workdir(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_second_run_is_refused_and_death_frees_the_lock(tmp_path):
+    """Bug: two runs write one workdir, or a kill -9 leaves it locked for ever."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"in use by another run, process {holder.pid};"):
+            Workdir(tmp_path)
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    Workdir(tmp_path).close()
+
+
+def _child(ready, done):
+    ready.set()
+    done.wait(60)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_forked_worker_does_not_keep_the_lock(tmp_path):
+    """Bug: a data worker forked from a dead run keeps the lock, so the run cannot restart."""
+    fork = multiprocessing.get_context("fork")
+    ready, done = fork.Event(), fork.Event()
+    workdir = Workdir(tmp_path)
+    worker = fork.Process(target=_child, args=(ready, done))
+    worker.start()
+    try:
+        assert ready.wait(60)
+        workdir.close()
+        Workdir(tmp_path).close()
+    finally:
+        done.set()
+        worker.join()
+
+
+def test_status_survives_and_is_checked(tmp_path):
+    """Bug: launch wrappers read a status that was never written, or a state they do not know."""
+    with Workdir(tmp_path / "a" / "b") as workdir:
+        assert workdir.read_status() is None
+        workdir.status("stopped", 7)
+        assert workdir.read_status() == {"state": "stopped", "step": 7}
+        with pytest.raises(ValueError):
+            workdir.status("sleeping", 7)
+        workdir.write_text("status.json", "{")
+        with pytest.raises(UserError, match="delete it"):
+            workdir.read_status()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    """Bug: a crash while writing leaves half a file, or litter beside it."""
+    path = tmp_path / "config.json"
+    write_atomic(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_unwritable_place_is_one_clear_line(tmp_path):
+    """Bug: a workdir below a file, or a full disk, ends in a traceback."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/run: .*check the path"):
+        Workdir(tmp_path / "file" / "run")
+    with Workdir(tmp_path) as workdir, pytest.raises(UserError, match="cannot write"):
+        workdir.write_json("file/config.json", {})
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    """Bug: the other processes of a pod fight for the lock, or write the files again."""
+    with Workdir(tmp_path) as first:
+        first.write_json("config.json", {"seed": 1})
+        monkeypatch.setattr("jax.process_index", lambda: 1)
+        with Workdir(tmp_path) as second:
+            second.write_json("config.json", {"seed": 2})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
