@@ -5,6 +5,7 @@ Whatever the user can get wrong here ends in one line on stderr and exit code 2,
 
 import difflib
 import importlib
+import logging
 import os
 import runpy
 import sys
@@ -50,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError(f"{needed}=... is missing; --help shows the usage")
         explicit = frozenset(_overrides(flags))
         config = freeze(resolve_config(flags), explicit)
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there
         join_processes(os.environ)
         run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
         run(config, flags["--workdir"])

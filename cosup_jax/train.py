@@ -70,9 +70,9 @@ def train(config: Config, workdir: str) -> None:
 
 
 def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
-    config = assemble.resolve(config)
     _say("reading data")
     data = assemble.read_sources(config)
+    config = assemble.resolve(config)
     tokenizers = assemble.read_tokenizers(config, workdir.path, data)
     directory = workdir.path / "data"
     store = tokens.tokenize(data.train, *tokenizers, config, directory)
@@ -132,24 +132,30 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, chec
         state, metrics = step_fn(state, batch)
         clock.count(*_volume(job, step))
         step += 1
-        last = step == num_steps
         progress.advance(step)
-        if step % config.log.every_steps == 0 or last:
-            _show(progress, recorder.record(step, metrics | clock.lap()))
-        stop = told.to_stop(step)
+        last, stop = step == num_steps, told.to_stop(step)
         evaluates = last or step % config.eval.every_steps == 0
-        if evaluates or stop or step % config.checkpoint.every_steps == 0:
-            _show(progress, recorder.flush())  # a checkpoint's steps are on disk before it is
-            if evaluates:
-                recorder.record(step, evaluator.scores(state.params, job.held_out))
-                _show(progress, recorder.flush())
-            if last or stop or step % config.checkpoint.every_steps == 0:
-                checkpointer.save(step, state, _meta(job, state))
-                job.workdir.status("running", step)
+        saves = last or stop or step % config.checkpoint.every_steps == 0
+        if step % config.log.every_steps == 0 or evaluates or saves:
+            waited = recorder.record(step, metrics)  # for the line before, not for this step
+            _show(progress, waited)
+            if evaluates or saves:
+                waited = jax.block_until_ready(metrics)
+            if waited:  # else the clock has only seen steps being queued
+                recorder.record(step, clock.lap())
+        if evaluates:
+            recorder.record(step, evaluator.scores(state.params, job.held_out))
+        if evaluates or saves:
+            _show(progress, recorder.flush())  # a checkpoint's lines are on disk before it is
+        if saves:
+            checkpointer.save(step, state, _meta(job, state))
+            job.workdir.status("running", step)
+        if evaluates or saves:
             clock.restart()
         if stop:
             break
     progress.close()
+    told.close()
     return state, step
 
 
@@ -262,8 +268,13 @@ class _Signals:
 
     def __init__(self):
         self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+
+    def close(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number, frame):
         self._asked = True

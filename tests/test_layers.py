@@ -19,6 +19,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "encode",
     "generate",
     "evaluate report validate prepare preflight export",
+    "assemble",
     "train benchmark",
     "study",
     "main",

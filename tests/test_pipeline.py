@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -169,6 +170,9 @@ def test_host_rows_cover_this_process(devices):
     mesh = jax.sharding.Mesh(np.array(devices[:4])[::-1], ("data",))
     sharding = NamedSharding(mesh, P("data"))
     assert pipeline.host_rows(sharding, 8) == slice(0, 8)
+    spans = {0: (slice(4, 6),), 1: (slice(2, 4),), 2: (slice(2, 4),)}
+    one_of_two = SimpleNamespace(addressable_devices_indices_map=lambda _: spans)
+    assert pipeline.host_rows(one_of_two, 8) == slice(2, 6)
     local = np.arange(16).reshape(8, 2)
     np.testing.assert_array_equal(pipeline.global_array(local, 8, 0, sharding), local)
 
@@ -236,9 +240,10 @@ def test_nothing_fits_is_the_users_to_mend(built):
 def test_passages_are_packed_once_each(built):
     """A corpus row skipped or encoded twice shifts every retrieval score after it."""
     store, planned, _ = built
+    shape = dataclasses.replace(planned.shape, U=2)
     seen = []
-    for packed in pipeline.pack_passages(store.ctx, planned.shape):
-        assert packed.ctx_tokens_UxL.shape == (planned.shape.U, planned.shape.L)
+    for packed in pipeline.pack_passages(store.ctx, shape):
+        assert packed.ctx_tokens_UxL.shape == (shape.U, shape.L)
         for row, slot in zip(*np.nonzero(packed.passage_valid_UxP), strict=True):
             passage = packed.index_UxP[row, slot]
             inside = packed.ctx_segments_UxL[row] == slot + 1
@@ -247,8 +252,8 @@ def test_passages_are_packed_once_each(built):
             seen.append(int(passage))
     assert sorted(seen) == list(range(store.num_passages))
     with pytest.raises(ValueError, match="do not fit L="):
-        list(pipeline.pack_passages([np.zeros(200, np.int32)], planned.shape))
-    assert not list(pipeline.pack_passages([], planned.shape))
+        list(pipeline.pack_passages([np.zeros(200, np.int32)], shape))
+    assert not list(pipeline.pack_passages([], shape))
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -1,9 +1,12 @@
 """What a trained model has to beat: BM25 for retrieval, a bigram model for next tokens."""
 
+import logging
 from collections.abc import Sequence
 
 import bm25s
 import numpy as np
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index it builds
 
 
 def bm25_ranks(queries: Sequence[str], corpus: Sequence[str], gold: np.ndarray) -> np.ndarray:
