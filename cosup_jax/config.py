@@ -138,7 +138,7 @@ class GenerateConfig:
     """Example answers of the report."""
 
     examples: int = 6  # answers written into report.html
-    max_tokens: int = 160  # prompt, inserted passages and answer together
+    max_tokens: int = 192  # prompt, inserted passages and answer together
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,10 @@ def main(argv: Sequence[str]) -> int:
         config = freeze(resolve_config(flags), explicit)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there
+        if config.deterministic:
+            flag = "--xla_gpu_deterministic_ops=true"  # before JAX reads it
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+            print("deterministic: reproducible GPU kernels, slower scatters and reductions")
         join_processes(os.environ)
         run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
         run(config, flags["--workdir"])

@@ -1,8 +1,8 @@
 """The main job: train both towers, measure on held-out questions, checkpoint, report; resume."""
 
+import collections
 import importlib.metadata
 import json
-import logging
 import signal
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from cosup_jax.step import TrainState
 from cosup_jax.telemetry import Progress, Recorder, Throughput
 from cosup_jax.workdir import Workdir
 
-_log = logging.getLogger(__name__)
+STEPS_AHEAD = 2  # queued behind the running one; more would only hold batches in memory
 
 
 class Job(NamedTuple):
@@ -127,9 +127,12 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, chec
     progress, clock, told = Progress(num_steps, start), Throughput(), _Signals()
     rows = sharding.rows(job.mesh)
     stream = pipeline.batches(job.store, job.plan, config, rows, rows, start, num_steps)
-    step = start
+    step, ahead = start, collections.deque()
     for batch in stream:
         state, metrics = step_fn(state, batch)
+        ahead.append(metrics)
+        if len(ahead) > STEPS_AHEAD:
+            jax.block_until_ready(ahead.popleft())
         clock.count(*_volume(job, step))
         step += 1
         progress.advance(step)

@@ -138,7 +138,9 @@ class _Attention(nn.Module):
     def __call__(self, x_BxTxD, mask_Bx1xTxT, positions_BxT):
         a, dtype = self.arch, x_BxTxD.dtype
         D, H, G, E = x_BxTxD.shape[-1], a.heads, a.kv_heads, a.head_dim
-        q_DxHxE = _param(self, "q", (D, H, E), ("embed", "q_heads", "head_dim"), D)
+        # Attention starts almost uniform, so that [Ret] first reads all of its context alike: a
+        # contrastive loss that starts from sharp random attention can collapse.
+        q_DxHxE = _param(self, "q", (D, H, E), ("embed", "q_heads", "head_dim"), D, gain=0.1)
         k_DxGxE = _param(self, "k", (D, G, E), ("embed", "kv_heads", "head_dim"), D)
         v_DxGxE = _param(self, "v", (D, G, E), ("embed", "kv_heads", "head_dim"), D)
         o_HxExD = _param(self, "o", (H, E, D), ("q_heads", "head_dim", "embed"), H * E, _branch(a))
@@ -157,7 +159,7 @@ class _SwiGLU(nn.Module):
         D, F, dtype = x_BxTxD.shape[-1], self.arch.mlp_width, x_BxTxD.dtype
         gate_DxF = _param(self, "gate", (D, F), ("embed", "mlp"), D)
         up_DxF = _param(self, "up", (D, F), ("embed", "mlp"), D)
-        down_FxD = _param(self, "down", (F, D), ("mlp", "embed"), F, _branch(self.arch))
+        down_FxD = _param(self, "down", (F, D), ("mlp", "embed"), F, 0.1 * _branch(self.arch))
         inner_BxTxF = nn.silu(x_BxTxD @ gate_DxF.astype(dtype)) * (x_BxTxD @ up_DxF.astype(dtype))
         return inner_BxTxF @ down_FxD.astype(dtype)
 

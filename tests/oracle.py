@@ -1,4 +1,4 @@
-"""The objective in plain NumPy loops, written from the paper; slow, float64, no masks to get wrong."""
+"""The objective in plain NumPy loops, written from the paper: slow, float64, no masks."""
 
 import numpy as np
 

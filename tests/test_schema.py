@@ -118,10 +118,10 @@ def test_a_bad_passage_is_named_by_file_and_line(tmp_path, row, reason):
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
     """Catches a traceback for a mistyped path, and an empty file that trains on nothing."""
-    with pytest.raises(UserError, match=r"x\.passages\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"x\.jsonl' does not exist"):
         read_jsonl(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"x\.jsonl: the file is empty"):
         read_jsonl(write(tmp_path, []))
-    (tmp_path / "x.jsonl").unlink()
-    with pytest.raises(UserError, match=r"x\.jsonl: No such file"):
+    (tmp_path / "x.passages.jsonl").unlink()
+    with pytest.raises(UserError, match=r"x\.passages\.jsonl: No such file"):
         read_jsonl(tmp_path / "x.jsonl")

@@ -66,6 +66,8 @@ def read_jsonl(path: str | Path) -> Dataset:
       UserError: a missing or empty file, or the first bad line, as `file:line: id: reason`.
     """
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"data source {str(path)!r} does not exist; check the path")
     digest = hashlib.sha256()
     passages: dict[str, Passage] = {}
     for row in _rows(passages_path(path), digest):

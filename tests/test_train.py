@@ -1,0 +1,195 @@
+"""The main job as a user runs it: to the end, killed and resumed, on two processes, and wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cosup_jax import main as main_lib
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+TINY = """\
+from cosup_jax.config import make
+
+def get_config(variant=""):
+    return make({overrides!r}, {{}}, variant)
+"""
+ARCH = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 64}
+
+
+def _write_data(directory: Path) -> Path:
+    """Forty towns, four questions each, the last of them held out."""
+    rng = random.Random(0)
+    examples, passages = [], []
+    for i in range(40):
+        name = "".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(3)).title()
+        facts = {what: str(rng.randint(100, 999)) for what in ("walls", "wells", "mills", "boats")}
+        text = f"{name} has " + ", ".join(f"{n} {what}" for what, n in facts.items()) + "."
+        passages.append({"id": f"p{i}", "title": name, "text": text})
+        for what, n in facts.items():
+            question = f"How many {what} has {name}?"
+            split = "dev" if what == "boats" else "train"
+            row = {"id": f"{i}{what}", "task": "open_qa", "question": question, "answers": [n]}
+            examples.append(row | {"evidence": [f"p{i}"], "split": split})
+    for name, rows in (("towns", examples), ("towns.passages", passages)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory / "towns.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A config that trains for 12 steps in seconds."""
+    directory = tmp_path_factory.mktemp("tiny")
+    data = str(_write_data(directory))
+    overrides = {
+        **{f"gen.arch.{key}": value for key, value in ARCH.items()},
+        **{"data.train": data, "data.eval": data, "data.vocab_size": 400},
+        **{"num_steps": 12, "batch_size": 4, "data.max_gen_tokens": 128, "data.ctx_rows": 4},
+        **{"data.ctx_row_tokens": 128, "log.every_steps": 1, "checkpoint.every_steps": 3},
+        **{"eval.every_steps": 5, "eval.examples": 20, "generate.examples": 2},
+        **{"bank.kind": "dual", "bank.size": 64, "bank.queries": 64},
+    }
+    path = directory / "tiny.py"
+    path.write_text(TINY.format(overrides=overrides))
+    return path
+
+
+def _command(config, workdir, *flags) -> list[str]:
+    module = [sys.executable, "-m", "cosup_jax.main"]
+    return [*module, f"--config={config}", f"--workdir={workdir}", *flags]
+
+
+def _start(command, devices: int = 1) -> subprocess.Popen:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def _lines(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def _digest(workdir: Path) -> str:
+    """Of the weights in the last checkpoint, as its embedding contract has it."""
+    last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    meta = json.loads((last / "meta" / "metadata").read_text())
+    return json.dumps([meta["run"]["contract"]["weights"], meta["leaves"]])
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory) -> Path:
+    """The run that the others are compared with."""
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    process = _start(_command(tiny, workdir))
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "towns.dev" in out and "BM25" in out and "bigram" in out
+    return workdir
+
+
+def test_a_finished_run_left_everything(tiny, unbroken):
+    """Bug: a step logged twice or never; a second invocation that trains again."""
+    rows = _lines(unbroken)
+    assert [row["step"] for row in rows] == list(range(13))
+    evaluated = [row["step"] for row in rows if "eval/towns.dev/recall_at_1" in row]
+    assert evaluated == [0, 5, 10, 12]
+    assert json.loads((unbroken / "status.json").read_text()) == {"state": "finished", "step": 12}
+    page = (unbroken / "report.html").read_text()
+    assert "<svg" in page and "How many" in page and "BM25" in page
+    assert any((unbroken / "tensorboard").iterdir())
+    process = _start(_command(tiny, unbroken))
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and "is finished" in out, err
+    assert _lines(unbroken) == rows
+
+
+def test_killed_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
+    """Bugs: data replayed or skipped after a resume; a metric line lost or doubled; bank, optimizer
+    or random key not restored."""
+    rng = random.Random(os.getpid())
+    workdir, kills = tmp_path / "run", 0
+    for kill_at in (rng.randint(1, 5), rng.randint(7, 11)):
+        process = _start(_command(tiny, workdir))
+        while process.poll() is None:
+            time.sleep(0.005)
+            path = workdir / "metrics.jsonl"
+            if path.exists() and f'"step": {kill_at},' in path.read_text():
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        process.communicate()
+    assert kills == 2
+    process = _start(_command(tiny, workdir))
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert _lines(workdir) == _lines(unbroken)
+    assert _digest(workdir) == _digest(unbroken)
+
+
+def test_sigterm_saves_and_stops(tiny, unbroken, tmp_path):
+    """Bug: a preempted run loses the steps since its last checkpoint, or reports a failure."""
+    workdir = tmp_path / "run"
+    process = _start(_command(tiny, workdir))
+    while not ((workdir / "metrics.jsonl").exists() and len(_lines(workdir)) > 2):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.terminate()
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    status = json.loads((workdir / "status.json").read_text())
+    assert status["state"] == "stopped" and f"stopped at step {status['step']}" in out
+    assert (workdir / "checkpoints" / str(status["step"])).is_dir()
+
+
+def test_two_processes_equal_one(tiny, tmp_path):
+    """Bugs: a host that reads the other's rows, a loss per host, files written twice."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ("--config.num_steps=4", "--config.mesh.fsdp=2", "--config.generate.examples=0")
+    process = _start(_command(tiny, one, *flags), devices=4)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    script = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2", "2", "--"]
+    arguments = [f"--config={tiny}", f"--workdir={two}", *flags]
+    process = subprocess.run(
+        [*script, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert process.returncode == 0, process.stderr
+    for a, b in zip(_lines(two), _lines(one), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+
+
+def _refused(capsys, *argv) -> str:
+    """Runs main in this process, which has 8 devices; returns its one line."""
+    started = time.monotonic()
+    assert main_lib.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and error.startswith("error: ") and "Traceback" not in error
+    assert time.monotonic() - started < 10
+    return error
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_what_a_user_gets_wrong(config, tmp_path, capsys):
+    """Bug: a mistake found only after minutes of work, or told as a traceback."""
+    workdir = f"--workdir={tmp_path / 'run'}"
+    missing = _refused(capsys, f"--config={config}", workdir, "--config.data.train=no/x.jsonl")
+    assert "no/x.jsonl" in missing
+    batch = _refused(capsys, f"--config={config}", workdir, "--config.batch_size=9")
+    assert "batch_size=9" in batch and "try 16" in batch
+    (tmp_path / "run" / "checkpoints" / "100").mkdir(parents=True)
+    damaged = _refused(capsys, f"--config={config}", workdir)
+    assert "none of the checkpoints" in damaged and str(tmp_path / "run") in damaged
