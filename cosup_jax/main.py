@@ -141,6 +141,11 @@ def join_processes(environ: Mapping[str, str]) -> None:
             "num_processes": _whole(environ, "JAX_NUM_PROCESSES"),
             "process_id": _whole(environ, "JAX_PROCESS_ID"),
         }
+        if where["process_id"] >= where["num_processes"]:
+            raise UserError(
+                f"JAX_PROCESS_ID={where['process_id']} must be below JAX_NUM_PROCESSES="
+                f"{where['num_processes']}; it counts from 0"
+            )
     elif (
         environ.get("COSUP_CLUSTER") == "auto"
         or ("SLURM_STEP_NODELIST" in environ and environ.get("SLURM_NTASKS", "1") != "1")

@@ -86,7 +86,7 @@ def train_step(
     metrics = dict(aux.metrics)
     for tower in ("gen", "ctx"):
         if tower in grads:
-            metrics[f"grad/norm_{tower}"] = optax.global_norm(grads[tower])
+            metrics[f"grad/norm_{tower}"] = optax.tree.norm(grads[tower])
     return (
         state.replace(
             step=state.step + 1,

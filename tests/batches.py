@@ -70,9 +70,10 @@ def random_batch(seed: int, shape: BatchShape, empty_rows: tuple[int, ...] = ())
             batch.gen_positions_BxT[b, start:stop] = np.arange(n)
             batch.ntp_targets_BxT[b, start : stop - 1] = batch.gen_tokens_BxT[b, start + 1 : stop]
             batch.ntp_weights_BxT[b, start + 2 : stop - 1] = rng.random(n - 3) < 0.7
+        positions = rng.choice(np.arange(1, shape.T - 2), shape.R, replace=False)
         for r in range(int(rng.integers(1, shape.R + 1))):
             own, other = live[rng.choice(len(live), 2, replace=False)]
-            batch.ret_positions_BxR[b, r] = int(rng.integers(1, shape.T - 2))
+            batch.ret_positions_BxR[b, r] = positions[r]
             batch.ret_valid_BxR[b, r] = True
             batch.ret_positives_BxRxSx2[b, r, 0] = ids[tuple(own)]
             if r == 0 and shape.S > 1 and tuple(ids[tuple(own)]) != tuple(ids[tuple(other)]):

@@ -59,13 +59,6 @@ def test_llama2_7b_is_what_the_official_code_runs():
     assert build("llama2_7b", "official").loss.remote_negatives == "detached"
 
 
-@pytest.mark.parametrize("name", ["base", "smollm2_135m", "llama2_7b"])
-def test_towers_share_a_width(name):
-    """Catches Gen and Ctx of unlike shapes, whose vectors no dot product can compare."""
-    config = build(name)
-    assert config.gen.arch == config.ctx.arch and config.ctx.init == "gen"
-
-
 def test_unknown_key_is_refused():
     """Catches a typo in a config file that would train with the default and say nothing."""
     with pytest.raises(UserError, match=r"optim\.gen_learning_rat'"):

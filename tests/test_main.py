@@ -188,7 +188,7 @@ def test_help(capsys):
     [
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two"),
         ({"JAX_NUM_PROCESSES": ""}, "JAX_NUM_PROCESSES= "),
-        ({"JAX_PROCESS_ID": "2"}, "process_id=2"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2"),
         ({"COSUP_JOIN_SECONDS": "soon"}, "COSUP_JOIN_SECONDS=soon"),
         ({"JAX_COORDINATOR_ADDRESS": "nowhere"}, "nowhere"),
     ],

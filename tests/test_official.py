@@ -80,7 +80,7 @@ def _by_rank(params, batch, t, W: int, weight: float):
     return total
 
 
-@pytest.mark.parametrize("W", [1, 2, 4])
+@pytest.mark.parametrize("W", [2, 4])  # one rank: test_golden.py
 def test_equals_the_rank_by_rank_computation(W):
     """Bugs: PAD targets counted to the wrong length, pooling at the row's own end, gradient through
     other ranks, one mean over all ranks. One rank has no [Ret]."""
