@@ -229,7 +229,7 @@ def _plot(title: str, curves: Sequence[Curve], share: bool) -> str:
         for curve in curves:
             _draw(axes, curve)
         drawn = np.concatenate([np.asarray(curve.values, float) for curve in curves])
-        if drawn.min() > 0 and drawn.max() > 30 * drawn.min():
+        if not share and drawn.min() > 0 and drawn.max() > 300 * drawn.min():
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0, top=1.02 if share else None)
