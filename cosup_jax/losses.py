@@ -93,8 +93,8 @@ class Scores(NamedTuple):
 
 
 def same(a_x2: jax.Array, b_x2: jax.Array) -> jax.Array:
-    """Whether two identities are equal and not (0, 0); broadcasts over leading axes."""
-    return jnp.all(a_x2 == b_x2, axis=-1) & jnp.any(a_x2 != 0, axis=-1)
+    """Whether two identities are equal; broadcasts over leading axes."""
+    return jnp.all(a_x2 == b_x2, axis=-1)
 
 
 def first_of_each(id_Cx2: jax.Array, valid_C: jax.Array) -> jax.Array:

@@ -48,8 +48,13 @@ def test_overfits_a_batch():
     )
     step, state, mesh = _compiled(c, (1, 1, 1))
     (batch,) = _batches(c, mesh, 1)
+    before = jax.tree.map(np.array, state.params)
     for _ in range(c.num_steps):
         state, metrics = jax.block_until_ready(step(state, batch))
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(state.params), strict=True
+    ):
+        assert np.any(old != new), f"never trained: {jax.tree_util.keystr(path)}"
     assert metrics["ntp/nats_per_token"] < 0.05
     assert metrics["nsp/top1"] == 1.0 and metrics["nsp/nats_per_ret"] < 0.05
 
@@ -82,6 +87,21 @@ def test_everything_lies_where_it_should():
             ring.vector_KxCxD.addressable_shards[0].data.shape[1] * 4
             == (ring.vector_KxCxD.shape[1])
         )
+
+
+def test_the_bank_is_filled_once_a_step():
+    """Bug: a slot written twice or by another step; padding remembered as a passage."""
+    c = config(bank__kind="dual", bank__size=96, bank__queries=96)
+    step, state, mesh = _compiled(c)
+    batches = _batches(c, mesh, 4)
+    for batch in batches:
+        state, _ = jax.block_until_ready(step(state, batch))
+    rings = state.bank.passages, state.bank.queries
+    written = [[set(np.unique(slot)) - {-1} for slot in np.asarray(r.step_KxC)] for r in rings]
+    assert written[1] == [{2}, {3}]  # two slots of 48 queries, the oldest overwritten
+    assert written[0] == [{3}, {1}, {2}]  # three slots of 32 passages
+    valid_C = np.asarray(batches[3].passage_valid_UxP).reshape(-1)
+    assert not (np.asarray(state.bank.passages.step_KxC)[0] == 3)[~valid_C].any()
 
 
 def _is_adam(node) -> bool:

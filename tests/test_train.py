@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cosup_jax import main as main_lib
+from cosup_jax.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -143,6 +144,23 @@ def test_killed_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     assert process.returncode == 0, err
     assert _lines(workdir) == _lines(unbroken)
     assert _digest(workdir) == _digest(unbroken)
+
+
+def test_metrics_are_on_disk_before_their_checkpoint(tiny, tmp_path, monkeypatch):
+    """Bug: a kill right after a save loses the lines of the steps that were saved."""
+    workdir, seen = tmp_path / "run", []
+    save = Checkpointer.save
+
+    def checked(self, step, *rest):
+        seen.append((step, [row["step"] for row in _lines(workdir)]))
+        save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpointer, "save", checked)
+    for_eight = ("--config.batch_size=8", "--config.data.ctx_rows=8", "--config.bank.kind=off")
+    short = ("--config.num_steps=4", "--config.eval.examples=4", "--config.generate.examples=0")
+    flags = [f"--config={tiny}", f"--workdir={workdir}", *for_eight, *short]
+    assert main_lib.main(flags) == 0
+    assert seen == [(3, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4])]
 
 
 def test_sigterm_saves_and_stops(tiny, unbroken, tmp_path):
