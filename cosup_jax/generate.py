@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import cosup, index
+from cosup_jax import cosup, index, sharding
 from cosup_jax.config import Config
 from cosup_jax.cosup import Towers
 
@@ -57,7 +57,7 @@ class Generator:
             logits_BxV = towers.gen.logits(params["gen"], hidden_BxD)
             return jnp.argmax(logits_BxV, axis=-1), cosup.similarity_space(hidden_BxD, config)
 
-        self._look = jax.jit(look)
+        self._look = jax.jit(look, out_shardings=sharding.replicated(mesh))
 
     def answer(
         self,

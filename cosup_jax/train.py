@@ -18,6 +18,7 @@ from cosup_jax.checkpoint import Checkpointer, check_readable
 from cosup_jax.config import Config, to_dict
 from cosup_jax.data import markup, pipeline, tokens
 from cosup_jax.data.plan import Plan, lengths_of, utilization
+from cosup_jax.errors import UserError
 from cosup_jax.evaluate import Evaluator, HeldOut
 from cosup_jax.evaluation.metrics import answer_present
 from cosup_jax.step import TrainState
@@ -50,18 +51,12 @@ def train(config: Config, workdir: str) -> None:
     with Workdir(workdir) as directory:
         check_readable(directory.path / "checkpoints")
         status = directory.read_status()
-        resolved = to_dict(config)
-        if status and status["state"] == "finished" and _read_config(directory) == resolved:
+        given = to_dict(config)
+        if status and status["state"] == "finished" and _read_config(directory) == given:
             _say(f"{directory.path} is finished: {status['step']} steps, see report.html")
             return
-        try:
-            job = _prepare(config, directory, mesh)
-            directory.write_json("config.json", resolved)
-            step = _run(job)
-        except BaseException:
-            if directory.read_status():
-                directory.status("failed", directory.read_status()["step"])
-            raise
+        job = _prepare(config, directory, mesh)
+        step = _run(job, given)
         _say(
             f"stopped at step {step} of {job.num_steps}; the same command goes on from there"
             if step < job.num_steps
@@ -88,8 +83,11 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
 
 
-def _run(job: Job) -> int:
-    """Trains from wherever the workdir stands; returns the steps taken."""
+def _run(job: Job, given: dict[str, Any]) -> int:
+    """Trains from wherever the workdir stands; returns the steps taken.
+
+    Nothing in the workdir changes before its checkpoint is accepted.
+    """
     config, mesh = job.config, job.mesh
     towers = assemble.make_towers(config, job.tokenizers)
     tx = optim.make(config, job.num_steps, job.plan.steps_per_epoch(0))
@@ -97,26 +95,34 @@ def _run(job: Job) -> int:
     checkpointer = Checkpointer(job.workdir.path / "checkpoints", config.checkpoint.keep)
     restored = checkpointer.restore(abstract, {"plan": job.plan.fingerprint})
     start = restored.step if restored else 0
+    if start > job.num_steps:
+        raise UserError(
+            f"{job.workdir.path} is at step {start}, beyond the {job.num_steps} of this config; "
+            "raise config.num_steps or give another --workdir"
+        )
+    job.workdir.write_json("config.json", given)
+    job.workdir.status("running", start)
     state = restored.state if restored else assemble.initial_state(config, towers, tx, abstract)
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     _say(f"{count:,} parameters on {mesh.size} device(s); step {start} of {job.num_steps}")
     recorder = Recorder(job.workdir.path, restored and restored.step)
-    job.workdir.status("running", start)
     evaluator = Evaluator(mesh, towers, config)
-    if not restored:
-        recorder.record(0, evaluator.scores(state.params, job.held_out))
-        recorder.flush()
-    step_fn = step_lib.compile_step(
-        mesh,
-        jax.tree.map(lambda leaf: leaf.sharding, abstract),
-        **{"towers": towers, "tx": tx, "config": config, "pad_id": job.tokenizers.gen.pad},
-    )
-    state, step = _loop(job, state, start, step_fn, recorder, evaluator, checkpointer)
-    checkpointer.wait()
-    if step == job.num_steps:
-        _finish(job, state, towers, evaluator, count)
-    recorder.close()
-    checkpointer.close()
+    parts = {"towers": towers, "tx": tx, "config": config, "pad_id": job.tokenizers.gen.pad}
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step_fn = step_lib.compile_step(mesh, places, **parts)
+    try:
+        if not restored:
+            recorder.record(0, evaluator.scores(state.params, job.held_out))
+            recorder.flush()
+        state, step = _loop(job, state, start, step_fn, recorder, evaluator, checkpointer)
+        checkpointer.wait()
+        if step == job.num_steps:
+            _finish(job, state, towers, evaluator, count)
+        recorder.close()
+        checkpointer.close()
+    except BaseException:
+        job.workdir.status("failed", max([start, *checkpointer.steps()]))
+        raise
     job.workdir.status("finished" if step == job.num_steps else "stopped", step)
     return step
 

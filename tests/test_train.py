@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,7 +182,7 @@ def test_sigterm_saves_and_stops(tiny, unbroken, tmp_path):
 def test_two_processes_equal_one(tiny, tmp_path):
     """Bugs: a host that reads the other's rows, a loss per host, files written twice."""
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = ("--config.num_steps=4", "--config.mesh.fsdp=2", "--config.generate.examples=0")
+    flags = ("--config.num_steps=4", "--config.mesh.fsdp=2", "--config.generate.examples=1")
     process = _start(_command(tiny, one, *flags), devices=4)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
@@ -221,3 +222,14 @@ def test_what_a_user_gets_wrong(config, tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "100").mkdir(parents=True)
     damaged = _refused(capsys, f"--config={config}", workdir)
     assert "none of the checkpoints" in damaged and str(tmp_path / "run") in damaged
+
+
+def test_a_refused_resume_changes_nothing(tiny, unbroken, tmp_path, capsys):
+    """Bug: settings that do not fit the checkpoint overwrite the config or status of the run."""
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    before = [(workdir / name).read_text() for name in ("config.json", "status.json")]
+    eight = ("--config.batch_size=8", "--config.data.ctx_rows=8")
+    other = _refused(capsys, f"--config={tiny}", f"--workdir={workdir}", *eight)
+    assert "belongs to other data" in other
+    assert [(workdir / name).read_text() for name in ("config.json", "status.json")] == before
