@@ -1,6 +1,7 @@
 """From config and workdir to what every program works with: mesh, data, tokenizers, towers."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from cosup_jax import hf, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import Config, sources
-from cosup_jax.contract import EmbeddingContract, weights_digest
+from cosup_jax.contract import EmbeddingContract
 from cosup_jax.cosup import Towers
 from cosup_jax.data import markup, tokenizer
 from cosup_jax.data.batch import batch_shape
@@ -126,8 +127,8 @@ def initial_state(
     )(pretrained)
 
 
-def embedding_contract(config: Config, tokenizers: Tokenizers, params: dict) -> EmbeddingContract:
-    """What vectors made with these parameters depend on."""
+def embedding_contract(config: Config, tokenizers: Tokenizers, weights: str) -> EmbeddingContract:
+    """What vectors depend on; `weights` is the digest of both towers."""
     gen = tokenizers.gen
     return EmbeddingContract(
         pooling=config.ctx.pooling,
@@ -142,7 +143,7 @@ def embedding_contract(config: Config, tokenizers: Tokenizers, params: dict) -> 
         max_ctx_tokens=config.data.max_ctx_tokens,
         width=config.gen.arch.width,
         tokenizer=tokenizers.ctx.fingerprint,
-        weights=weights_digest({name: params[name] for name in params if name != "nsp"}),
+        weights=weights,
     )
 
 
@@ -175,7 +176,9 @@ def _with_shape(config: Config, tower: str, shape: dict) -> Config:
 def _tokenizer(init: str, config: Config, workdir: Path, data: Sources) -> Tokenizer:
     if init != "scratch":
         return tokenizer.load(init)
-    directory = workdir / "tokenizer"
+    given = [config.data.vocab_size, markup.VERSION, *(d.version for d, _ in data.train)]
+    key = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+    directory = workdir / "tokenizer" / key  # other settings or data never meet an old one
     if jax.process_index() == 0 and not directory.is_dir():
         texts = []
         for dataset, _ in data.train:

@@ -102,7 +102,8 @@ def next_sequence(asked: Queries, live: Candidates, bank, step, tau, config: Con
     sums = losses.nsp_sums(rows[0], asked.valid_Q)
     total = sums.loss
     if remembered is not None:
-        total += losses.nsp_sums(rows[1], remembered.valid_Q).loss
+        past = losses.nsp_sums(rows[1], remembered.valid_Q).loss
+        total += jnp.where(sums.weight > 0, past, 0.0)
     return total / jnp.maximum(sums.weight, 1), sums
 
 

@@ -22,6 +22,7 @@ from cosup_jax.data.schema import Dataset, Passage
 from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.encode import Encoder, to_mesh
+from cosup_jax.errors import UserError
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
 
@@ -48,22 +49,35 @@ def held_out_sets(
     Args:
       tokenizers: with `gen` and `ctx`.
       directory: of the token stores.
+
+    Raises:
+      UserError: a source holds nothing out, or two sets have one name.
     """
     found, shape = [], batch_shape(config)
     for dataset in datasets:
-        for name, examples in eval_sets(dataset).items():
+        sets = eval_sets(dataset)
+        if not sets:
+            raise UserError(
+                f"evaluation source {dataset.name}: every row has split 'train'; give held-out "
+                "rows another split, such as 'dev'"
+            )
+        for name, examples in sets.items():
+            if name in {held_out.name for held_out in found}:
+                raise UserError(
+                    f"two evaluation sets are called {name}; rename one of the files in "
+                    "config.data.eval"
+                )
             order = np.random.default_rng(config.seed).permutation(len(examples))
             chosen = [examples[i] for i in sorted(order[: config.eval.examples])]
-            asked = dataclasses.replace(dataset, examples=chosen)
-            store = tokens.tokenize(
-                [(asked, 1.0)], *tokenizers, config, directory, split=chosen[0].split
-            )
-            rows = np.unique(canonical(store.identities))
-            packed, left_out = pack_examples(
-                store, shape, config.data.packing, config.loss.mask_evidence
-            )
+            store, packed, left_out = _asked(dataset, chosen, tokenizers, config, directory)
             if len(left_out):
                 _log.warning("%s: %d questions fit no row and are left out", name, len(left_out))
+                chosen = [example for i, example in enumerate(chosen) if i not in left_out]
+                if not chosen:
+                    continue
+                store, packed, _ = _asked(dataset, chosen, tokenizers, config, directory)
+            asked = dataclasses.replace(dataset, examples=chosen)
+            rows = np.unique(canonical(store.identities))
             corpus = list(pack_passages([store.ctx[row] for row in rows], shape))
             row_of = {tuple(pair): i for i, pair in enumerate(store.identities[rows].tolist())}
             texts = list(dataset.passages.values())
@@ -74,6 +88,18 @@ def held_out_sets(
                 )
             )
     return found
+
+
+def _asked(dataset: Dataset, examples: list, tokenizers: Any, config: Config, directory: Path):
+    """Token store and packed rows of these questions, and which of them fit no row."""
+    dataset = dataclasses.replace(dataset, examples=examples)
+    split = examples[0].split
+    store = tokens.tokenize([(dataset, 1.0)], *tokenizers, config, directory, split=split)
+    data = config.data
+    packed, left_out = pack_examples(
+        store, batch_shape(config), data.packing, config.loss.mask_evidence
+    )
+    return store, list(packed), set(left_out.tolist())
 
 
 def baselines(sets: Sequence[HeldOut], train: TokenStore, config: Config) -> dict[str, Any]:

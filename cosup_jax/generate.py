@@ -77,9 +77,11 @@ class Generator:
         writers = [_Writer(list(prompt), self._marks, self._budget) for prompt in prompts]
         tokens_BxT = np.zeros((len(writers), self._budget), np.int32)
         while not all(writer.done for writer in writers):
+            last_B = np.zeros(len(writers), np.int32)
             for row, writer in enumerate(writers):
-                tokens_BxT[row, : len(writer.tokens)] = writer.tokens
-            last_B = np.array([len(writer.tokens) - 1 for writer in writers], np.int32)
+                if not writer.done:  # a prompt beyond the budget never was anything else
+                    tokens_BxT[row, : len(writer.tokens)] = writer.tokens
+                    last_B[row] = len(writer.tokens) - 1
             with jax.set_mesh(self._mesh):
                 next_B, query_BxD = jax.device_get(self._look(params, tokens_BxT, last_B))
             waiting = [i for i, w in enumerate(writers) if w.waiting and not w.done]

@@ -39,7 +39,9 @@ def loss(params: dict, batch: Batch, towers: Towers, pad_id: int, config: Config
 
     queries_W = jnp.sum(valid_Q.reshape(W, -1), axis=1)
     nsp_W = jnp.sum(nats_Q.reshape(W, -1), axis=1) / jnp.maximum(queries_W, 1)
-    ntp, nsp, queries = jnp.mean(ntp_W), jnp.mean(nsp_W), jnp.maximum(jnp.sum(queries_W), 1)
+    queries = jnp.maximum(jnp.sum(queries_W), 1)
+    has_rows_W = jnp.any(batch.gen_segments_BxT.reshape(W, -1) > 0, axis=1)
+    ntp, nsp = jnp.mean(ntp_W, where=has_rows_W), jnp.mean(nsp_W, where=has_rows_W)
     total = config.loss.ntp_weight * ntp + config.loss.nsp_weight * nsp
     metrics = {
         "loss/total": total,
@@ -66,6 +68,7 @@ def _generate(params: dict, batch: Batch, towers: Towers, pad_id: int, W: int):
     longest_B = _longest(length_B, W)
     next_BxT = positions_BxT + 1
     is_pad_BxT = (next_BxT >= length_B[:, None]) & (next_BxT < longest_B[:, None])
+    is_pad_BxT &= length_B[:, None] > 0  # the last step of an epoch may have rows of no example
     targets_BxT = jnp.where(is_pad_BxT, pad_id, batch.ntp_targets_BxT)
     weights_BxT = jnp.where(is_pad_BxT, 1.0, batch.ntp_weights_BxT)
 

@@ -117,7 +117,7 @@ def _set_names(metrics: Sequence[Mapping]) -> list[str]:
 
 
 def _number(row: Mapping[str, Any], metric: str) -> str:
-    return COLUMNS[metric][1].format(row[metric]) if metric in row else _MISSING
+    return COLUMNS[metric][1].format(row[metric]) if row.get(metric) is not None else _MISSING
 
 
 def _header(title: str, facts: Mapping[str, str]) -> str:
@@ -157,7 +157,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _best(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     best = {}
     for metric in COLUMNS:
-        values = [row[metric] for row in group if metric in row]
+        values = [row[metric] for row in group if row.get(metric) is not None]
         if len(values) > 1:
             best[metric] = min(values) if metric.startswith("ntp") else max(values)
     return best

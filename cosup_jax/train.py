@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from cosup_jax import assemble, cosup, evaluate, generate, optim, report, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.assemble import Sources, Tokenizers
-from cosup_jax.checkpoint import Checkpointer, check_readable
+from cosup_jax.checkpoint import Checkpointer, Restored, check_readable
 from cosup_jax.config import Config, to_dict
+from cosup_jax.contract import EmbeddingContract, check_match, weights_digest
 from cosup_jax.data import markup, pipeline, tokens
 from cosup_jax.data.plan import Plan, lengths_of, utilization
 from cosup_jax.errors import UserError
@@ -100,7 +101,10 @@ def _run(job: Job, given: dict[str, Any]) -> int:
             f"{job.workdir.path} is at step {start}, beyond the {job.num_steps} of this config; "
             "raise config.num_steps or give another --workdir"
         )
-    job.workdir.write_json("config.json", given)
+    if restored:
+        _check_contract(job, restored)
+    job.workdir.write_json("config.json", to_dict(config))
+    job.workdir.write_json(".given.json", given)
     job.workdir.status("running", start)
     state = restored.state if restored else assemble.initial_state(config, towers, tx, abstract)
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
@@ -144,22 +148,23 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, chec
         progress.advance(step)
         last, stop = step == num_steps, told.to_stop(step)
         evaluates = last or step % config.eval.every_steps == 0
-        saves = last or stop or step % config.checkpoint.every_steps == 0
-        if step % config.log.every_steps == 0 or evaluates or saves:
+        scheduled = evaluates or step % config.checkpoint.every_steps == 0
+        saves = scheduled or stop
+        if step % config.log.every_steps == 0 or scheduled:  # a stop leaves no line of its own
             waited = recorder.record(step, metrics)  # for the line before, not for this step
             _show(progress, waited)
-            if evaluates or saves:
+            if saves:
                 waited = jax.block_until_ready(metrics)
             if waited:  # else the clock has only seen steps being queued
                 recorder.record(step, clock.lap())
         if evaluates:
             recorder.record(step, evaluator.scores(state.params, job.held_out))
-        if evaluates or saves:
-            _show(progress, recorder.flush())  # a checkpoint's lines are on disk before it is
         if saves:
+            _show(progress, recorder.flush())  # a checkpoint's lines are on disk before it is
+        if last or stop or step % config.checkpoint.every_steps == 0:
             checkpointer.save(step, state, _meta(job, state))
             job.workdir.status("running", step)
-        if evaluates or saves:
+        if saves:
             clock.restart()
         if stop:
             break
@@ -253,12 +258,21 @@ def _shown(held_out: HeldOut, example, answer: generate.Answer, tokenizer) -> di
 
 
 def _meta(job: Job, state: TrainState) -> dict[str, Any]:
-    contract = assemble.embedding_contract(job.config, job.tokenizers, state.params)
+    towers = {name: state.params[name] for name in state.params if name != "nsp"}
+    digest = weights_digest(towers)
+    contract = assemble.embedding_contract(job.config, job.tokenizers, digest)
     return {
         "config": to_dict(job.config),
         "contract": contract.to_dict(),
         "fingerprint": {"plan": job.plan.fingerprint},
     }
+
+
+def _check_contract(job: Job, restored: Restored) -> None:
+    """Raises UserError if the checkpoint's vectors live in another space than this config's."""
+    saved = EmbeddingContract.from_dict(restored.meta["contract"], "the workdir's checkpoint")
+    now = assemble.embedding_contract(job.config, job.tokenizers, saved.weights)
+    check_match(now, saved, "the workdir's checkpoint")
 
 
 def _volume(job: Job, step: int) -> tuple[int, int]:
@@ -314,7 +328,7 @@ def _show(progress: Progress, line: dict | None) -> None:
 
 
 def _read_config(workdir: Workdir) -> Any:
-    path = workdir.path / "config.json"
+    path = workdir.path / ".given.json"  # as asked for; config.json has the shapes filled in
     return json.loads(path.read_text()) if path.is_file() else None
 
 

@@ -1,0 +1,87 @@
+"""The numbers of an evaluation, each against one worked out by hand."""
+
+import jax
+import numpy as np
+import pytest
+from batches import config, towers
+
+from cosup_jax import generate, index, sharding
+from cosup_jax.config import MeshConfig
+from cosup_jax.evaluation import retrieval
+from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
+from cosup_jax.evaluation.metrics import answer_present, normalize_answer
+
+
+def test_ranks_equal_a_sort():
+    """Bug: a rank off by one, ties in the gold passage's favour, a last block that is wrong."""
+    rng = np.random.default_rng(0)
+    corpus = rng.integers(-1, 2, (9, 2)).astype(np.float32)  # few values: ties are certain
+    query, gold = rng.integers(-1, 2, (23, 2)).astype(np.float32), rng.integers(0, 9, 23)
+    order = np.argsort(-(query @ corpus.T), axis=1, kind="stable")
+    expected = 1 + np.argmax(order == gold[:, None], axis=1)
+    np.testing.assert_array_equal(index.ranks(query, corpus, gold, block=5), expected)
+    scores, rows = index.search(query, corpus, 4)
+    np.testing.assert_array_equal(rows, order[:, :4])
+    np.testing.assert_allclose(scores, np.take_along_axis(query @ corpus.T, order, 1)[:, :4])
+
+
+def test_retrieval_metrics():
+    """Bug: a rank of k that does not count as within k; ranks beyond 10 in MRR@10."""
+    assert retrieval.summary(np.array([1, 2, 10, 11])) == {
+        "recall_at_1": 0.25,
+        "recall_at_10": 0.75,
+        "mrr_at_10": pytest.approx((1 + 1 / 2 + 1 / 10) / 4),
+    }
+
+
+def test_bm25_ranks():
+    """Bug: the baseline ranks another passage, or ties in the gold passage's favour."""
+    corpus = ["ulm lies on the danube", "bonn lies on the rhine", "essen", "essen"]
+    ranks = bm25_ranks(["where is bonn", "essen", "essen"], corpus, np.array([1, 2, 3]))
+    np.testing.assert_array_equal(ranks, [1, 1, 2])
+
+
+def test_bigram_by_hand():
+    """Bug: a bigram model that is no distribution, so that beating it means nothing."""
+    bigram = Bigram(3)
+    bigram.fit(np.array([0, 0, 1]), np.array([1, 2, 1]))
+    unigram = np.array([1, 3, 2]) / 6  # counts 0, 2, 1 plus one each
+    expected = -np.log((1 + unigram[1]) / (2 + 1))  # 0 -> 1 seen once of twice
+    np.testing.assert_allclose(bigram.nats(np.array([0]), np.array([1])), expected)
+    for previous in range(3):
+        nats = [bigram.nats(np.array([previous]), np.array([i])) for i in range(3)]
+        np.testing.assert_allclose(np.exp(-np.array(nats)).sum(), 1)
+
+
+def test_answers_are_compared_as_the_peers_do():
+    """Bug: an empty answer counted right; articles or punctuation that decide."""
+    assert normalize_answer("The  U.S.A., a Country") == "usa country"
+    assert answer_present("It is the Danube.", ["Rhine", "danube"])
+    assert not answer_present("", [""]) and not answer_present("Rhine", ["Danube"])
+
+
+def test_writing_with_retrieval(monkeypatch):
+    """Bugs: text cited to no passage or to the wrong one; `[Cs]` left to chance; a passage beyond
+    the budget; a prompt beyond the budget that takes the whole report with it."""
+    marks = generate.Marks(ret=90, cs=91, ce=92, eos=93)
+    c = config(generate__max_tokens=12)
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    writer = generate.Generator(mesh, towers(), c, marks)
+    follows = {2: 90, 91: 5, 5: 92, 92: 6, 6: 93}  # what is written after each token
+
+    def look(params, tokens_BxT, last_B):
+        last = tokens_BxT[np.arange(len(last_B)), last_B]
+        return np.array([follows.get(int(token), 7) for token in last]), np.eye(2)[last % 2]
+
+    monkeypatch.setattr(writer, "_look", look)
+    corpus = np.array([[0.5, 0.0], [0.0, 1.0]], np.float32)  # [Ret], 90, is even: passage 0
+    answers = writer.answer({}, [[1, 2], [1] * 20, [3, 3, 3, 3, 3, 3, 3, 3, 3, 2]], corpus, _insert)
+    written, too_long, no_room = answers
+    assert written.parts == [generate.Part([5], 0), generate.Part([6], None)]
+    assert written.retrieved == [(0, 0.5)] and written.finished
+    assert too_long.parts == [] and not too_long.finished
+    assert no_room.retrieved == [] and not no_room.finished
+
+
+def _insert(row: int) -> list[int]:
+    return [40 + row, 41 + row, 91]
