@@ -148,6 +148,20 @@ def test_two_padded_ranks_by_hand():
     np.testing.assert_allclose(aux.metrics["nsp/nats_per_ret"], nsp, rtol=1e-6)
 
 
+def test_rows_without_an_example_count_nothing():
+    """Bug: the empty rows of an epoch's last step as PAD targets, or as ranks of loss zero."""
+    c = config(compat="official", batch_size=2)
+    t, params = cosup.Towers(_Lookup(), _Lookup()), jnp.eye(3, 2)
+    one = _rows(0, [5], [(3,)])
+    one = jax.tree.map(lambda x: np.minimum(x, 2) if x.dtype == np.int32 else x, one)
+    two = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), one)
+    alone = official.loss({"gen": params, "ctx": params}, one, t, 0, c)[0]
+    for ranks in (1, 2):
+        c = config_lib.replace_dotted(c, "loss.compat_ranks", ranks)
+        padded = official.loss({"gen": params, "ctx": params}, two, t, 0, c)[0]
+        np.testing.assert_allclose(padded, alone, rtol=1e-6)
+
+
 def test_a_contrary_key_is_refused():
     """Bug: compat silently overrules what the user asked for."""
     with pytest.raises(UserError, match=r"loss\.temperature"):

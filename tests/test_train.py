@@ -177,6 +177,8 @@ def test_sigterm_saves_and_stops(tiny, unbroken, tmp_path):
     status = json.loads((workdir / "status.json").read_text())
     assert status["state"] == "stopped" and f"stopped at step {status['step']}" in out
     assert (workdir / "checkpoints" / str(status["step"])).is_dir()
+    _, err = _start(_command(tiny, workdir)).communicate(timeout=100)
+    assert _lines(workdir) == _lines(unbroken) and _digest(workdir) == _digest(unbroken), err
 
 
 def test_two_processes_equal_one(tiny, tmp_path):
