@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         _print_error(error)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", flush=True)
     return 0
 
 

@@ -49,6 +49,7 @@ def train(config: Config, workdir: str) -> None:
     Raises UserError for whatever is wrong with config, data or workdir.
     """
     mesh = assemble.mesh_for(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loop, as Ctrl-C
     with Workdir(workdir) as directory:
         check_readable(directory.path / "checkpoints")
         status = directory.read_status()
@@ -103,6 +104,7 @@ def _run(job: Job, given: dict[str, Any]) -> int:
         )
     if restored:
         _check_contract(job, restored)
+        _say_changes(restored.meta["config"], to_dict(config))
     job.workdir.write_json("config.json", to_dict(config))
     job.workdir.write_json(".given.json", given)
     job.workdir.status("running", start)
@@ -124,8 +126,9 @@ def _run(job: Job, given: dict[str, Any]) -> int:
             _finish(job, state, towers, evaluator, count)
         recorder.close()
         checkpointer.close()
-    except BaseException:
-        job.workdir.status("failed", max([start, *checkpointer.steps()]))
+    except BaseException as error:
+        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        job.workdir.status(state, max([start, *checkpointer.steps()]))
         raise
     job.workdir.status("finished" if step == job.num_steps else "stopped", step)
     return step
@@ -273,6 +276,15 @@ def _check_contract(job: Job, restored: Restored) -> None:
     saved = EmbeddingContract.from_dict(restored.meta["contract"], "the workdir's checkpoint")
     now = assemble.embedding_contract(job.config, job.tokenizers, saved.weights)
     check_match(now, saved, "the workdir's checkpoint")
+
+
+def _say_changes(before: dict, now: dict, prefix: str = "") -> None:
+    """Names the settings that a resume changes."""
+    for key in now:
+        if isinstance(now[key], dict):
+            _say_changes(before.get(key, {}), now[key], f"{prefix}{key}.")
+        elif before.get(key) != now[key]:
+            _say(f"resuming with config.{prefix}{key}={now[key]!r}, was {before.get(key)!r}")
 
 
 def _volume(job: Job, step: int) -> tuple[int, int]:

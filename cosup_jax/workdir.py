@@ -24,6 +24,10 @@ class Workdir:
 
     def __init__(self, path: str | Path):
         """Raises UserError if the directory cannot be written or another run holds it."""
+        if "://" in str(path):
+            raise UserError(
+                f"--workdir={path} must be a directory; mount the storage and name that"
+            )
         self.path = Path(path).expanduser().absolute()
         self._lock = None
         if jax.process_index() != 0:
