@@ -152,22 +152,22 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, chec
         last, stop = step == num_steps, told.to_stop(step)
         evaluates = last or step % config.eval.every_steps == 0
         scheduled = evaluates or step % config.checkpoint.every_steps == 0
-        saves = scheduled or stop
+        pauses = scheduled or stop
         if step % config.log.every_steps == 0 or scheduled:  # a stop leaves no line of its own
             waited = recorder.record(step, metrics)  # for the line before, not for this step
             _show(progress, waited)
-            if saves:
+            if pauses:
                 waited = jax.block_until_ready(metrics)
             if waited:  # else the clock has only seen steps being queued
                 recorder.record(step, clock.lap())
         if evaluates:
             recorder.record(step, evaluator.scores(state.params, job.held_out))
-        if saves:
+        if pauses:
             _show(progress, recorder.flush())  # a checkpoint's lines are on disk before it is
         if last or stop or step % config.checkpoint.every_steps == 0:
             checkpointer.save(step, state, _meta(job, state))
             job.workdir.status("running", step)
-        if saves:
+        if pauses:
             clock.restart()
         if stop:
             break

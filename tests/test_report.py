@@ -167,7 +167,11 @@ def test_values_that_are_not_finite(run, tmp_path):
     for line in run["metrics"]:
         if "nsp/nats_per_ret" in line:
             line["nsp/nats_per_ret"] = math.nan
+    name = next(key for key in run["metrics"][-1] if key.startswith("eval/") and "ntp" in key)
+    run["metrics"][-1][name] = None  # how metrics.jsonl keeps a NaN
     write_report(tmp_path / "report.html", run)
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert closing_table(closing_rows(run["metrics"], run["baselines"])).count("\n") > 2
 
 
 def test_closing_rows(run):

@@ -65,7 +65,7 @@ def batches(
     """Global arrays of the steps start_step .. num_steps - 1, one batch ahead on the device.
 
     Each process reads the rows that its own devices hold; the shardings split axis 0. The start
-    costs the same whatever `start_step` is.
+    reads the cached plans of the epochs before, and no data.
     """
     shape, data = plan.shape, config.data
     gen_rows = host_rows(sharding_gen, shape.B)
