@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,13 +114,10 @@ def initial_state(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     pretrained = {}
     if config.gen.init != "scratch":
-        directory = hf.resolve(config.gen.init)
-        pretrained["gen"] = hf.load_gen(directory, abstract.params["gen"], seed=config.seed)
-        if config.ctx.init == "gen" and not towers.tied:
-            pretrained["ctx"] = hf.load_ctx(directory, abstract.params["ctx"], seed=config.seed)
-    if config.ctx.init not in ("scratch", "gen") and not towers.tied:
-        directory = hf.resolve(config.ctx.init)
-        pretrained["ctx"] = hf.load_ctx(directory, abstract.params["ctx"], seed=config.seed)
+        pretrained["gen"] = _read(hf.load_gen, config.gen.init, abstract.params["gen"], config)
+    ctx_init = config.gen.init if config.ctx.init == "gen" else config.ctx.init
+    if ctx_init != "scratch" and not towers.tied:
+        pretrained["ctx"] = _read(hf.load_ctx, ctx_init, abstract.params["ctx"], config)
     return jax.jit(
         lambda loaded: _fresh(config, towers, tx, loaded),
         out_shardings=shardings,
@@ -138,6 +136,7 @@ def embedding_contract(config: Config, tokenizers: Tokenizers, weights: str) -> 
         ret=gen.ret,
         cs=gen.cs,
         ce=gen.ce,
+        emb=tokenizers.ctx.emb,
         pad=gen.pad,
         eos=gen.eos,
         max_ctx_tokens=config.data.max_ctx_tokens,
@@ -157,6 +156,12 @@ def _fresh(config: Config, towers: Towers, tx, pretrained: dict | None = None) -
     key_params, key_state = jax.random.split(jax.random.key(config.seed))
     params = step_lib.init_params(key_params, towers, config) | (pretrained or {})
     return step_lib.init_state(params, key_state, tx, config)
+
+
+def _read(load_tower: Callable, init: str, abstract: dict, config: Config) -> dict:
+    """Pretrained weights; what their own tokenizer lacks starts anew, as our added tokens do."""
+    old_vocab = tokenizer.load(init).pretrained_size
+    return load_tower(hf.resolve(init), abstract, old_vocab, config.seed)
 
 
 def _shape_of(config: Config, tower: str) -> dict:

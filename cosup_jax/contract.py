@@ -19,13 +19,14 @@ from cosup_jax.errors import UserError
 class EmbeddingContract:
     """Everything a passage vector or a query vector depends on."""
 
-    pooling: str  # which token is read: last | eos
+    pooling: str  # which token is read: last | eos | token
     normalize: bool  # vectors have length 1
     temperature: float  # scores are divided by it
     template: str  # version of the text around question and passage
     ret: int  # token ids
     cs: int
     ce: int
+    emb: int
     pad: int
     eos: int
     max_ctx_tokens: int  # tokens of a passage that Ctx reads

@@ -107,7 +107,8 @@ def load_gen(
       directory: with config.json and safetensors, in one file or in several with an index.
       abstract: our tree of jax.ShapeDtypeStruct with shardings; dtypes are cast to it.
       old_vocab: rows that the pretrained tokenizer knew; later ones, which belong to added tokens
-        and padding, start at the mean of the old ones plus small noise. Default: the file's rows.
+        and padding, start at the mean of the old ones plus small noise, whatever the file's own
+        padding holds. Default: the file's rows.
       seed: of that noise.
 
     Raises:
@@ -205,7 +206,7 @@ def _read_leaf(files: _Files, name: str, tensor: Tensor, leaf, old_vocab, seed) 
         files.tensor(tensor.name.format(layer)) for layer in range(leaf.shape[0] if stacked else 1)
     ]
     for layer, found in enumerate(layers):
-        _check_shape(files, tensor.name.format(layer), tensor, found.get_shape(), sizes)
+        _check_shape(files, tensor.name.format(layer), tensor, found.get_shape(), sizes, old_vocab)
     grown = _new_rows(layers[0], sizes["V"], old_vocab, name, seed) if "V" in sizes else None
     parts: dict[tuple[range, ...], np.ndarray] = {}
 
@@ -247,7 +248,7 @@ class _NewRows(NamedTuple):
 def _new_rows(found, vocab: int, old_vocab: int | None, name: str, seed: int) -> _NewRows | None:
     """Rows for the entries that the pretrained tokenizer did not know."""
     rows, width = found.get_shape()
-    known = min(rows, old_vocab or rows)
+    known = _known_rows(rows, old_vocab)
     if known >= vocab:
         return None
     total_D, squares_D = np.zeros(width), np.zeros(width)
@@ -260,6 +261,11 @@ def _new_rows(found, vocab: int, old_vocab: int | None, name: str, seed: int) ->
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     noise_RxD = rng.standard_normal((vocab - known, width)) * (NEW_ROW_NOISE * spread_D)
     return _NewRows(known, (mean_D + noise_RxD).astype(np.float32))
+
+
+def _known_rows(rows: int, old_vocab: int | None) -> int:
+    """Of the file's rows those that are read; after them comes its padding, if it has any."""
+    return min(rows, old_vocab or rows)
 
 
 def _grown_part(found, tensor: Tensor, sizes, where, grown: _NewRows) -> np.ndarray:
@@ -277,11 +283,10 @@ def _axes(source: str, target: str) -> list[int]:
     return [source.index(letter) for letter in target]
 
 
-def _check_shape(files: _Files, name: str, tensor: Tensor, found, sizes) -> None:
+def _check_shape(files: _Files, name: str, tensor: Tensor, found, sizes, old_vocab) -> None:
     expected = [int(np.prod([sizes[letter] for letter in g])) for g in tensor.theirs.split()]
-    if "V" in sizes and found[1:] == expected[1:] and found[0] <= expected[0]:
-        return
-    if found != expected:
+    rows_fit = "V" in sizes and _known_rows(found[0], old_vocab) <= expected[0]
+    if found != expected and not (rows_fit and found[1:] == expected[1:]):
         raise UserError(
             f"weights in {files.directory}: tensor {name} is {list(found)}, the model expects "
             f"{expected}; take config.*.arch and the vocabulary from these weights"

@@ -1,10 +1,40 @@
 """From config to towers: whose shape counts, and which towers cannot be compared."""
 
+import json
+
+import numpy as np
 import pytest
 from batches import config
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
 
-from cosup_jax import assemble
+from cosup_jax import assemble, hf, optim
+from cosup_jax.contract import check_match
+from cosup_jax.data import tokenizer
 from cosup_jax.errors import UserError
+
+WORDS = ["</s>", "a", "b", "c", "d", "e"]
+PADDING = 100.0  # what the file holds in rows that its tokenizer has no entry for
+
+
+def pretrained(directory, rows):
+    """A Llama of one layer whose table has `rows` rows, six of them its tokenizer's."""
+    D, rng = 8, np.random.default_rng(0)
+    make = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    padded = lambda: np.append(make(len(WORDS), D), np.full((rows - len(WORDS), D), PADDING), 0)
+    names = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up")
+    weights = {f"layers.0.{name}_proj": make(D, D) for name in (*names, "mlp.down")}
+    weights |= {f"layers.0.{name}_layernorm": make(D) for name in ("input", "post_attention")}
+    weights |= {"embed_tokens": padded(), "lm_head": padded(), "norm": make(D)}
+    found = {f"{name}.weight": array.astype(np.float32) for name, array in weights.items()}
+    save_file(found, directory / "model.safetensors")
+    shape = {"hidden_size": D, "intermediate_size": D, "vocab_size": rows, "num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps({"num_attention_heads": 2, **shape}))
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(directory)
+    return found
 
 
 def test_a_ctx_that_starts_as_gen_has_its_shape():
@@ -24,3 +54,49 @@ def test_a_batch_that_does_not_split_is_refused():
     """Bug: an uneven batch, told by a sharding error after compilation."""
     with pytest.raises(UserError, match=r"ctx_rows=12 is no multiple of 8 .* try 16"):
         assemble.mesh_for(config(data__ctx_rows=12))
+
+
+@pytest.mark.parametrize("ctx_init", ["gen", "the same"])
+@pytest.mark.parametrize("rows", [8, 192], ids=["some new tokens beyond", "padded further than we"])
+def test_added_tokens_never_start_in_the_padding_of_a_table(tmp_path, rows, ctx_init):
+    """Bug: [Ret] and [Emb] start at whatever a padded table holds behind its tokenizer's rows."""
+    file, init = pretrained(tmp_path, rows), str(tmp_path)
+    keys = {"gen__init": init, "ctx__init": init if ctx_init == "the same" else "gen"}
+    found = assemble.resolve(config(**keys))
+    tokenizers = assemble.read_tokenizers(found, tmp_path, assemble.Sources([], []))
+    assert tokenizers.gen.emb == 9 and tokenizers.gen.vocab_size == 11
+    towers, tx = assemble.make_towers(found, tokenizers), optim.make(found, 10, 10)
+    abstract = assemble.abstract_state(found, towers, tx, assemble.mesh_for(found))
+    params = assemble.initial_state(found, towers, tx, abstract).params
+    for ours_VxD, name in (
+        (params["gen"]["embed"]["table"], "embed_tokens.weight"),
+        (params["gen"]["head"]["kernel"].T, "lm_head.weight"),
+        (params["ctx"]["embed"]["table"], "embed_tokens.weight"),
+    ):
+        ours_VxD, old_VxD = np.asarray(ours_VxD), file[name][: len(WORDS)]
+        np.testing.assert_array_equal(ours_VxD[: len(WORDS)], old_VxD)
+        off = np.abs(ours_VxD[len(WORDS) :] - old_VxD.mean(axis=0)) / old_VxD.std(axis=0)
+        assert ours_VxD.shape[0] == 128 and 0 < off.max() < 6 * hf.NEW_ROW_NOISE
+
+
+def test_a_tied_tower_pools_at_a_token_of_its_own():
+    """Bug: the config is refused, or vectors read at eos and at [Emb] are compared."""
+    tokens = tokenizer.train(["a passage"], 300)
+    shared = assemble.Tokenizers(tokens, tokens)
+    at_eos, at_emb = (
+        assemble.embedding_contract(
+            config(tie_ctx_to_gen=True, ctx__pooling=pooling), shared, "weights"
+        )
+        for pooling in ("eos", "token")
+    )
+    assert at_emb.emb == tokens.emb
+    assert at_emb.emb not in (at_emb.ret, at_emb.cs, at_emb.ce, at_emb.pad, at_emb.eos)
+    with pytest.raises(UserError, match="made with pooling='eos', this model has pooling='token'"):
+        check_match(at_emb, at_eos, "the index")
+
+
+def test_contract_names_the_emb_that_ctx_reads():
+    """Bug: with two tokenizers the contract carries an id at which no passage is read."""
+    gen, ctx = (tokenizer.train(["a passage"], size) for size in (258, 261))
+    contract = assemble.embedding_contract(config(), assemble.Tokenizers(gen, ctx), "weights")
+    assert contract.emb == ctx.emb != gen.emb

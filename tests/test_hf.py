@@ -181,6 +181,19 @@ def test_new_rows_start_at_the_mean_of_the_old(tmp_path, devices, old_vocab):
     assert (other["embed"]["table"][known:] != params["embed"]["table"][known:]).any()
 
 
+def test_a_padded_table_is_read_up_to_the_tokenizer(tmp_path, devices):
+    """Bug: weights padded further than our vocabulary are refused, for rows that no token has."""
+    directory = write(tmp_path, tensors())
+    params = hf.load_gen(directory, abstract(devices, vocab=8), old_vocab=7)
+    file_VxD = tensors()["model.embed_tokens.weight"]
+    table_VxD = np.asarray(params["embed"]["table"])
+    np.testing.assert_array_equal(table_VxD[:7], file_VxD[:7])
+    assert np.abs(table_VxD[7] - file_VxD[:7].mean(axis=0)).max() < 0.5
+    assert np.abs(table_VxD[7] - file_VxD[7]).max() > 0.5
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is \[10, 8\].*expects \[8, 8\]"):
+        hf.load_gen(directory, abstract(devices, vocab=8), old_vocab=9)
+
+
 def test_tied_embeddings(tmp_path, devices):
     """Bug: a tied file (no lm_head) cannot be loaded, or an untied head is dropped unasked."""
     tied = {name: t for name, t in tensors().items() if name != "lm_head.weight"}

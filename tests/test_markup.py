@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from cosup_jax.data import markup, tokenizer
@@ -113,10 +114,23 @@ def test_generation_sees_what_training_saw(bpe):
 def test_pooled_token_survives_the_cut(bpe):
     """Pooling reads the last token: cut away, a long passage would be pooled at a random word."""
     whole = bpe.encode("Paris :: Paris lies on the Seine. It is big.")
-    for pooling, expected in (("eos", [*whole[:7], bpe.eos]), ("last", whole[:8])):
+    for pooling, expected in (
+        ("eos", [*whole[:7], bpe.eos]),
+        ("token", [*whole[:7], bpe.emb]),
+        ("last", whole[:8]),
+    ):
         (cut,) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 8)
         assert cut.tolist() == expected
-    (uncut,) = markup.ctx_tokens([PASSAGES["p"]], bpe, "eos", 500)
-    assert uncut.tolist() == [*whole, bpe.eos]
-    with pytest.raises(UserError, match="max_ctx_tokens=1"):
-        markup.ctx_tokens(PASSAGES.values(), bpe, "eos", 1)
+    for pooling, token in (("eos", bpe.eos), ("token", bpe.emb)):
+        (uncut,) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 500)
+        assert uncut.tolist() == [*whole, token]
+        with pytest.raises(UserError, match="max_ctx_tokens=1"):
+            markup.ctx_tokens(PASSAGES.values(), bpe, pooling, 1)
+
+
+def test_emb_in_a_passage_is_text(bpe):
+    """A passage that spells out "[Emb]" would look like one that ends there."""
+    spelled_out = Passage("s", "", "one [Emb] two[Emb]")
+    (tokens,) = markup.ctx_tokens([spelled_out], bpe, "token", 500)
+    assert np.flatnonzero(tokens == bpe.emb).tolist() == [len(tokens) - 1]
+    assert bpe.decode(tokens[:-1]) == "one [Emb] two[Emb]"

@@ -24,12 +24,12 @@ def word_level(**special):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
-@pytest.mark.parametrize("literal", ["[Ret]", "[Cs]", "[Ce]", "<pad>", "</s>"])
+@pytest.mark.parametrize("literal", ["[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"])
 def test_text_never_becomes_a_control_token(trained, literal):
     """A passage that spells out "[Ret]" or "</s>" would plant a retrieval or end the sequence."""
-    control = {trained.ret, trained.cs, trained.ce, trained.pad, trained.eos}
+    control = {trained.ret, trained.cs, trained.ce, trained.emb, trained.pad, trained.eos}
     text = f"x{literal} {literal}y"
-    assert len(control) == 5
+    assert len(control) == 6
     assert not control & set(trained.encode(text))
     assert not control & set(trained.encode_batch([text])[0])
     assert trained.decode(trained.encode(text)) == text
@@ -40,8 +40,9 @@ def test_text_stays_plain_after_save_and_load(trained, tmp_path):
     trained.save(tmp_path / "tokenizer")
     again = tokenizer.load(tmp_path / "tokenizer")
     assert again.encode("[Ret]</s>") == trained.encode("[Ret]</s>")
-    assert (again.ret, again.pad, again.eos) == (trained.ret, trained.pad, trained.eos)
-    assert again.vocab_size == trained.vocab_size
+    for name in ("ret", "cs", "ce", "emb", "pad", "eos", "vocab_size"):
+        assert getattr(again, name) == getattr(trained, name)
+    assert again.pretrained_size == trained.vocab_size
     assert again.fingerprint == trained.fingerprint
 
 
@@ -62,17 +63,18 @@ def test_training_is_deterministic():
 def test_new_tokens_land_above_the_trained_vocabulary():
     """Control tokens counted inside vocab_size would steal entries from the BPE."""
     trained = tokenizer.train(["abab" * 50, "cdcd" * 50], 260)
-    assert [trained.ret, trained.cs, trained.ce, trained.pad] == [260, 261, 262, 263]
-    assert trained.vocab_size == 264
+    assert trained.pretrained_size == 260
+    added = [trained.ret, trained.cs, trained.ce, trained.emb, trained.pad]
+    assert added == [260, 261, 262, 263, 264] and trained.vocab_size == 265
     with pytest.raises(UserError, match="vocab_size=256 is too small"):
         tokenizer.train(TEXTS, 256)
 
 
 def test_decode_can_leave_control_tokens_out(trained):
-    """Answers shown to a reader would carry [Cs] and </s>."""
-    ids = [trained.ret, *trained.encode("Paris"), trained.ce, trained.eos, trained.pad]
+    """Answers shown to a reader would carry [Cs] and </s>, a passage the [Emb] behind it."""
+    ids = [trained.ret, *trained.encode("Paris"), trained.ce, trained.emb, trained.eos, trained.pad]
     assert trained.decode(ids, skip_control=True) == "Paris"
-    assert trained.decode(ids) == "[Ret]Paris[Ce]</s><pad>"
+    assert trained.decode(ids) == "[Ret]Paris[Ce][Emb]</s><pad>"
 
 
 def test_padding_is_never_the_end_of_sequence():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cosup_jax.config import Config, replace_dotted
-from cosup_jax.data import markup, tokenizer, tokens
+from cosup_jax.data import markup, pipeline, tokenizer, tokens
+from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
 
@@ -71,6 +72,18 @@ def test_identity_is_that_of_the_tokens_ctx_reads(tmp_path, bpe):
     assert all(passage[-1] == bpe.eos for passage in cut.ctx)
 
 
+def test_vector_is_read_at_emb(tmp_path, bpe):
+    """A vector read beside [Emb] is that of "go on writing", not of "condense this passage"."""
+    store = build(tmp_path, bpe, ctx__pooling="token", data__max_ctx_tokens=12)
+    shape = BatchShape(B=1, T=8, R=1, S=1, U=2, L=30, P=2)
+    (packed,) = pipeline.pack_passages(store.ctx, shape)
+    rows, slots = np.nonzero(packed.passage_valid_UxP)
+    assert sorted(packed.index_UxP[rows, slots]) == [0, 1, 2]
+    at_end = packed.ctx_tokens_UxL[rows, packed.passage_ends_UxP[rows, slots]]
+    assert (at_end == bpe.emb).all() and (packed.ctx_tokens_UxL == bpe.emb).sum() == 3
+    assert max(map(len, store.ctx)) == 12, "no passage was cut"
+
+
 def test_store_is_reused_only_where_nothing_changed(tmp_path, bpe):
     """Stale tokens after a changed setting train silently on yesterday's data."""
     first = build(tmp_path, bpe)
@@ -83,6 +96,7 @@ def test_store_is_reused_only_where_nothing_changed(tmp_path, bpe):
     others = [
         build(tmp_path, bpe, data__max_ctx_tokens=50),
         build(tmp_path, bpe, ctx__pooling="last"),
+        build(tmp_path, bpe, ctx__pooling="token"),
         build(tmp_path, bpe, data__no_evidence_fraction=0.5),
         build(tmp_path, bpe, data__drop_without_ret=True),
         build(tmp_path, bpe, weight=2.0),

@@ -79,9 +79,11 @@ def ctx_tokens(
 ) -> list[np.ndarray]:
     """What Ctx reads of each passage, int32, at most `max_ctx_tokens` long.
 
-    Under pooling "eos" the last token is an eos, which the cut never removes; "last" adds none.
+    The vector is read at the last token: under pooling "eos" an eos and under "token" [Emb], which
+    the cut never removes; under "last" whatever the passage ends in.
     """
-    head, tail = _bos(tokenizer), [tokenizer.eos] if pooling == "eos" else []
+    head = _bos(tokenizer)
+    tail = {"last": [], "eos": [tokenizer.eos], "token": [tokenizer.emb]}[pooling]
     room = max_ctx_tokens - len(head) - len(tail)
     if room < 1:
         raise UserError(

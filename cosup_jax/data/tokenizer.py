@@ -20,38 +20,47 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
 
-RET, CS, CE, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "<pad>", "</s>"
+RET, CS, CE, EMB, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"
 CONNECT_S = 5  # seconds until the hub counts as out of reach
 
 
 class Tokenizer:
-    """Ids of the control tokens: `ret`, `cs`, `ce`, `pad`, `eos`, and `bos` or None.
+    """Ids of the control tokens: `ret`, `cs`, `ce`, `emb`, `pad`, `eos`, and `bos` or None.
 
-    `bos` is set only where the tokenizer itself puts one in front of a text.
+    `bos` is set only where the tokenizer itself puts one in front of a text. Entries from
+    `pretrained_size` on are ours: no pretrained weights know them.
     """
 
     def __init__(self, fast: PreTrainedTokenizerFast):
-        """Adds what `fast` lacks of `[Ret] [Cs] [Ce]` and padding. Raises UserError without eos."""
+        """Adds what `fast` lacks of `[Ret] [Cs] [Ce] [Emb]` and padding.
+
+        All of them, whatever the config: settings that are compared share one vocabulary. Raises
+        UserError without eos.
+        """
         if fast.eos_token is None:
             raise UserError(
                 f"tokenizer {fast.name_or_path!r} has no end-of-sequence token; set eos_token in "
                 "its tokenizer_config.json"
             )
         starts = fast.backend_tokenizer.encode("").ids[:1]
-        new = [RET, CS, CE]
+        new = [RET, CS, CE, EMB]
         if fast.pad_token is None or fast.pad_token == fast.eos_token:
             new.append(PAD)
             fast.pad_token = PAD
+        self.pretrained_size = len(fast)
         fast.add_tokens([AddedToken(t, special=True, normalized=False) for t in new])
         self._fast = fast
         self._backend = fast.backend_tokenizer
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
-        self.ret, self.cs, self.ce = fast.convert_tokens_to_ids([RET, CS, CE])
+        self.ret, self.cs, self.ce, self.emb = fast.convert_tokens_to_ids([RET, CS, CE, EMB])
         self.pad, self.eos = fast.pad_token_id, fast.eos_token_id
         self.bos = fast.bos_token_id if starts == [fast.bos_token_id] else None
-        self._control = {self.ret, self.cs, self.ce, self.pad, self.eos, fast.bos_token_id}
+        self._control = {
+            *(self.ret, self.cs, self.ce, self.emb),
+            *(self.pad, self.eos, fast.bos_token_id),
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -61,7 +70,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the serialized tokenizer and of which ids are control tokens."""
-        ids = (self.ret, self.cs, self.ce, self.pad, self.eos, self.bos)
+        ids = (self.ret, self.cs, self.ce, self.emb, self.pad, self.eos, self.bos)
         return hashlib.sha256(f"{self._backend.to_str()}{ids}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -74,7 +83,7 @@ class Tokenizer:
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
-        """Text of ids; `skip_control` leaves out [Ret], [Cs], [Ce], padding, eos and bos."""
+        """Text of ids; `skip_control` leaves out [Ret], [Cs], [Ce], [Emb], padding, eos, bos."""
         ids = [int(i) for i in ids if not (skip_control and int(i) in self._control)]
         return self._backend.decode(ids, skip_special_tokens=False)
 
