@@ -15,7 +15,6 @@ from cosup_jax import hf, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import Config, sources
 from cosup_jax.contract import EmbeddingContract
-from cosup_jax.cosup import Towers
 from cosup_jax.data import markup, tokenizer
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.schema import Dataset
@@ -23,6 +22,7 @@ from cosup_jax.data.sources import load
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.step import TrainState
+from cosup_jax.towers import Towers
 from cosup_jax.transformer import Transformer
 
 _SHAPE = (

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from cosup_jax.config import BankConfig
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.errors import UserError
-from cosup_jax.losses import Candidates, Queries, same
-
-_EMPTY = -1  # step of an entry that holds nothing
+from cosup_jax.nsp import EMPTY, Candidates, Queries, same
 
 
 class Ring(NamedTuple):
@@ -24,7 +22,7 @@ class Ring(NamedTuple):
 
     vector_KxCxD: jax.Array
     id_KxCxSx2: jax.Array  # uint32: a passage's identity (S = 1), or a query's positives
-    step_KxC: jax.Array  # int32, the step that wrote the entry; -1 = empty
+    step_KxC: jax.Array  # int32, the step that wrote the entry; EMPTY = none
 
 
 class Bank(NamedTuple):
@@ -38,10 +36,11 @@ def init(config: BankConfig, shape: BatchShape, width: int) -> Bank | None:
     """An empty bank, or None if it is off. Raises UserError if it cannot hold one step."""
     if config.kind == "off":
         return None
-    passages = _ring("bank.size", config.size, shape.U * shape.P, 1, width)
+    ring = lambda *args: _ring(*args, width, config.dtype)
+    passages = ring("bank.size", config.size, shape.U * shape.P, 1)
     if config.kind == "passage":
         return Bank(passages, None)
-    return Bank(passages, _ring("bank.queries", config.queries, shape.B * shape.R, shape.S, width))
+    return Bank(passages, ring("bank.queries", config.queries, shape.B * shape.R, shape.S))
 
 
 def logical_axes(bank: Bank | None) -> Bank | None:
@@ -52,44 +51,69 @@ def logical_axes(bank: Bank | None) -> Bank | None:
     return Bank(axes, axes if bank.queries is not None else None)
 
 
-def candidates(bank: Bank, live: Candidates, step: jax.Array, config: BankConfig) -> Candidates:
-    """The bank's passages as columns beside the live ones.
+def candidates(
+    bank: Bank | None, live: Candidates, step: jax.Array, config: BankConfig
+) -> list[Candidates]:
+    """The bank's passages as columns beside the live ones; none if it is off.
 
     Masked: empty entries, entries older than max_age, everything before start_step, and passages
     that are also live, whose fresh vector counts instead.
     """
+    if bank is None:
+        return []
     ring = bank.passages
-    usable_KxC = _usable(ring, step, config) & ~_also_live(ring, live)
-    return Candidates(ring.vector_KxCxD, ring.id_KxCxSx2[:, :, 0], usable_KxC)
+    return [
+        Candidates(
+            ring.vector_KxCxD,
+            ring.id_KxCxSx2[:, :, 0],
+            ring.step_KxC,
+            since=_since(step, config),
+            newer_Nx2=_known(live),
+            stored=True,
+        )
+    ]
 
 
-def queries(bank: Bank, step: jax.Array, config: BankConfig) -> Queries | None:
-    """The bank's queries as rows beside the live ones, slots flattened; None unless dual."""
-    if bank.queries is None:
-        return None
+def queries(bank: Bank | None, step: jax.Array, config: BankConfig) -> list[Queries]:
+    """The bank's queries as rows beside the live ones, slots flattened; none unless dual."""
+    if bank is None or bank.queries is None:
+        return []
     ring = bank.queries
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    usable_KxC = _usable(ring, step, config)
-    return Queries(flat(ring.vector_KxCxD), flat(ring.id_KxCxSx2), flat(usable_KxC))
+    usable_KxC = ring.step_KxC >= _since(step, config)
+    return [Queries(flat(ring.vector_KxCxD), flat(ring.id_KxCxSx2), flat(usable_KxC))]
 
 
-def fill(bank: Bank | None, live: Candidates, asked: Queries, step: jax.Array) -> Bank | None:
-    """The bank after a step: its valid vectors written over the oldest slot.
+def fill(
+    bank: Bank | None, live: Candidates, asked: Queries, step: jax.Array, keep: jax.Array
+) -> Bank | None:
+    """The bank after a step: its valid vectors written over the oldest slot, if `keep`.
 
-    An older copy of a passage written now becomes empty, so that the newest copy counts.
+    An older copy of a passage written now becomes empty, so that the newest copy counts. Without
+    `keep` the bank stays as it is, bit by bit.
     """
     if bank is None:
         return None
-    stale_KxC = _also_live(bank.passages, live)
-    passages = bank.passages._replace(step_KxC=jnp.where(stale_KxC, _EMPTY, bank.passages.step_KxC))
-    ids_Cx1x2 = live.id_KxCx2[0][:, None]
-    passages = _write(passages, live.vector_KxCxD[0], ids_Cx1x2, live.valid_KxC[0], step)
+    ring, known_Nx2 = bank.passages, _known(live)
+    known_KxC = jnp.any(same(ring.id_KxCxSx2, known_Nx2[None, None]), axis=-1)
+    ring = ring._replace(step_KxC=jnp.where(known_KxC & keep, EMPTY, ring.step_KxC))
+    ids_Cx1x2, written_C = live.id_KxCx2[0][:, None], live.step_KxC[0] != EMPTY
+    passages = _write(ring, live.vector_KxCxD[0], ids_Cx1x2, written_C, step, keep)
     if bank.queries is None:
         return Bank(passages, None)
-    return Bank(passages, _write(bank.queries, *asked, step))
+    return Bank(passages, _write(bank.queries, *asked, step, keep))
 
 
-def _ring(key: str, size: int, per_step: int, positives: int, width: int) -> Ring:
+def age(bank: Bank, step: jax.Array, config: BankConfig) -> tuple[jax.Array, jax.Array]:
+    """Mean age in steps of the passages that are scored at `step`, and their number."""
+    written_KxC = bank.passages.step_KxC
+    usable_KxC = written_KxC >= _since(step, config)
+    count = jnp.sum(usable_KxC, dtype=jnp.float32)
+    total = jnp.sum(jnp.where(usable_KxC, step - written_KxC, 0), dtype=jnp.float32)
+    return total / jnp.maximum(count, 1), count
+
+
+def _ring(key: str, size: int, per_step: int, positives: int, width: int, dtype: str) -> Ring:
     slots = size // per_step
     if slots == 0:
         raise UserError(
@@ -97,29 +121,33 @@ def _ring(key: str, size: int, per_step: int, positives: int, width: int) -> Rin
             f"a multiple of {per_step} or config.bank.kind=off"
         )
     return Ring(
-        jnp.zeros((slots, per_step, width), jnp.float32),
+        jnp.zeros((slots, per_step, width), dtype),
         jnp.zeros((slots, per_step, positives, 2), jnp.uint32),
-        jnp.full((slots, per_step), _EMPTY, jnp.int32),
+        jnp.full((slots, per_step), EMPTY, jnp.int32),
     )
 
 
-def _usable(ring: Ring, step: jax.Array, config: BankConfig) -> jax.Array:
-    age_KxC = step - ring.step_KxC
-    fresh_KxC = (ring.step_KxC != _EMPTY) & (age_KxC <= config.max_age)
-    return fresh_KxC & (step >= config.start_step)
+def _since(step: jax.Array, config: BankConfig) -> jax.Array:
+    """The oldest step whose entries are scored at `step`."""
+    oldest = jnp.maximum(step - config.max_age, 0)
+    return jnp.where(step >= config.start_step, oldest, jnp.iinfo(jnp.int32).max)
 
 
-def _also_live(ring: Ring, live: Candidates) -> jax.Array:
-    stored_KxCx1x2 = ring.id_KxCxSx2[:, :, :1]
-    live_1x1xCx2 = live.id_KxCx2[0][None, None]
-    return jnp.any(same(stored_KxCx1x2, live_1x1xCx2) & live.valid_KxC[0][None, None], axis=-1)
+def _known(live: Candidates) -> jax.Array:
+    """Identities of the live passages; (0, 0), which nothing has, where there is none."""
+    return jnp.where((live.step_KxC[0] != EMPTY)[:, None], live.id_KxCx2[0], 0)
 
 
-def _write(ring: Ring, vector_CxD, id_CxSx2, valid_C, step) -> Ring:
+def _write(ring: Ring, vector_CxD, id_CxSx2, valid_C, step, keep) -> Ring:
     slot = step % ring.step_KxC.shape[0]
-    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), slot, 0)
+
+    def put(old_KxC, new_C):
+        before_C = jax.lax.dynamic_index_in_dim(old_KxC, slot, 0, keepdims=False)
+        kept_C = jnp.where(keep, new_C.astype(old_KxC.dtype), before_C)
+        return jax.lax.dynamic_update_index_in_dim(old_KxC, kept_C, slot, 0)
+
     return Ring(
         put(ring.vector_KxCxD, jax.lax.stop_gradient(vector_CxD)),
         put(ring.id_KxCxSx2, id_CxSx2),
-        put(ring.step_KxC, jnp.where(valid_C, step, _EMPTY)),
+        put(ring.step_KxC, jnp.where(valid_C, step, EMPTY)),
     )

@@ -1,11 +1,10 @@
 """Every setting, its default, its unit and its meaning; frozen once the run starts.
 
-Files under `configs/` build an `ml_collections.ConfigDict` with `make`; `freeze` turns the
-resolved ConfigDict into the dataclasses below, which are hashable and safe to close over in jit.
+Files under `configs/` build an `ml_collections.ConfigDict` with `make`; `freeze.py` turns it into
+the dataclasses below, which are hashable and safe to close over in jit.
 """
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +37,8 @@ class TowerConfig:
     """Where one language model comes from."""
 
     init: str = "scratch"  # scratch | HF directory | hub id; for ctx also gen (same weights)
-    pooling: str = "eos"  # ctx only: last (passage's last token) | eos (one eos appended)
+    pooling: str = "eos"  # ctx only: last (passage's last token) | eos | token ([Emb]) appended
+    freeze: bool = False  # True: no gradient, no optimizer state, weights stay as they start
     arch: ArchConfig = ArchConfig()
 
 
@@ -50,8 +50,14 @@ class LossConfig:
     nsp_weight: float = 1.0  # factor on nats per [Ret]; the paper: 0.01 with raw dot products
     normalize: bool = True  # cosine similarity; False = raw dot product, as in the paper
     temperature: float = 0.05  # scores are divided by it
-    learn_temperature: bool = False  # train log(temperature), clamped to [0.01, 1]
-    ntp_tiles: int = 8  # slices of a Gen row; the logits of one slice exist at a time
+    learn_temperature: bool = False  # train log(temperature), clamped, and sigmoid's bias
+    contrastive: str = "softmax"  # softmax (InfoNCE) | sigmoid (each pair by itself, SigLIP)
+    sigmoid_bias: float = -10.0  # sigmoid: added to every score
+    margin_mask: bool = False  # mask negatives that score above the positive + margin
+    margin: float = 0.1  # in units of similarity, before the temperature
+    nsp_ramp_steps: int = 0  # steps over which nsp_weight grows or falls to its value, linearly
+    nsp_ramp_from: float = 0.0  # nsp_weight at step 0 of the ramp
+    tile_mib: float = 64.0  # MiB per device for the logits or scores of a tile; 0 = all at once
     mask_evidence: bool = False  # True: tokens after [Ret] up to and including [Cs] are no targets
     remote_negatives: str = "full"  # full (gradient through every vector) | detached (compat only)
     compat_ranks: int = 1  # virtual ranks of compat=official: equal slices of the global batch
@@ -66,6 +72,8 @@ class BankConfig:
     queries: int = 4096  # query vectors kept by dual, rounded down to whole steps
     start_step: int = 0  # first step, counted from 0, that scores against the bank
     max_age: int = 1000  # steps after which an entry is no longer scored
+    dtype: str = "float32"  # of the stored vectors: float32 | bfloat16
+    ema_decay: float = 0.0  # > 0: passages are stored as a moving average of Ctx sees them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +90,9 @@ class OptimConfig:
     b2: float = 0.999  # AdamW second-moment decay
     eps: float = 1e-8  # AdamW epsilon
     weight_decay: float = 0.0  # decoupled; matrices only, never norms or temperature
-    clip_norm: float = 1.0  # global gradient norm over all parameters; 0 = off
+    clip_norm: float = 1.0  # largest gradient norm; 0 = off
+    clip: str = "global"  # one norm over all parameters | tower (each tower by its own norm)
+    max_bad_steps: int = 10  # skipped steps in a row (loss or gradient not finite) that end the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +156,7 @@ class LogConfig:
     """Telemetry."""
 
     every_steps: int = 10  # steps between lines of metrics.jsonl
+    probe_every_steps: int = 100  # steps between the costly metrics (probe.py); 0 = never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,43 +184,6 @@ class Config:
     log: LogConfig = LogConfig()
 
 
-_CHOICES = {
-    "compat": ("", "official"),
-    "gen.arch.dtype": ("float32", "bfloat16"),
-    "ctx.arch.dtype": ("float32", "bfloat16"),
-    "gen.arch.remat": ("none", "dots", "full"),
-    "ctx.arch.remat": ("none", "dots", "full"),
-    "gen.arch.attention": ("auto", "xla", "cudnn"),
-    "ctx.arch.attention": ("auto", "xla", "cudnn"),
-    "ctx.pooling": ("last", "eos"),
-    "loss.remote_negatives": ("full", "detached"),
-    "bank.kind": ("off", "passage", "dual"),
-    "optim.schedule": ("constant", "cosine", "epoch"),
-}
-_MAY_BE_ZERO = {
-    *("seed", "num_steps", "num_epochs", "data.workers", "data.no_evidence_fraction"),
-    *("loss.ntp_weight", "loss.nsp_weight", "bank.start_step", "generate.examples"),
-    *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
-    *("optim.gen_learning_rate", "optim.ctx_learning_rate"),
-}
-_MAY_BE_MINUS_ONE = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
-
-# What the official code does (arXiv 2403.09024's repository), as far as it is a setting.
-OFFICIAL = {
-    "loss.ntp_weight": 1.0,
-    "loss.nsp_weight": 0.01,
-    "loss.normalize": False,
-    "loss.temperature": 1.0,
-    "loss.learn_temperature": False,
-    "loss.mask_evidence": False,
-    "loss.remote_negatives": "detached",
-    "bank.kind": "off",
-    "data.packing": False,
-    "data.drop_without_ret": True,
-    "ctx.pooling": "last",
-}
-
-
 def make(overrides: Mapping[str, Any], variants: Mapping[str, Mapping], variant: str = ""):
     """The defaults, then `overrides`, then `variants[variant]`, as a ConfigDict.
 
@@ -233,23 +207,6 @@ def set_dotted(config: ml_collections.ConfigDict, dotted: str, value: Any) -> No
     if not isinstance(node, ml_collections.ConfigDict) or name not in node:
         raise UserError(f"unknown config key {dotted!r}; cosup_jax/config.py lists them all")
     node[name] = value
-
-
-def freeze(config: ml_collections.ConfigDict, explicit: frozenset[str] = frozenset()) -> Config:
-    """ConfigDict -> Config, checked.
-
-    Args:
-      config: as `make` returns it, command-line overrides applied.
-      explicit: dotted keys given on the command line; compat may not overrule them.
-
-    Raises:
-      UserError: unknown key, wrong type, value out of range, or keys that contradict each other.
-    """
-    frozen = _freeze_group(Config, config, "")
-    if frozen.compat == "official":
-        frozen = _apply_official(frozen, explicit)
-    _check(frozen)
-    return frozen
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -286,99 +243,3 @@ def sources(text: str) -> list[tuple[str, float]]:
         if not found[-1][1] > 0:
             raise UserError(f"data source {item!r}: the weight must be positive")
     return found
-
-
-def _freeze_group(cls, group, prefix: str):
-    if not isinstance(group, ml_collections.ConfigDict):
-        raise UserError(f"config.{prefix.rstrip('.')} must be a group of keys, not {group!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    types = typing.get_type_hints(cls)
-    unknown = sorted(set(group) - set(fields))
-    if unknown:
-        raise UserError(f"unknown config key {prefix + unknown[0]!r} in the config file")
-    missing = sorted(set(fields) - set(group))
-    if missing:
-        raise UserError(f"config key {prefix + missing[0]!r} is missing; build on config.make")
-    values = {}
-    for name in fields:
-        dotted, value = prefix + name, group[name]
-        if dataclasses.is_dataclass(types[name]):
-            values[name] = _freeze_group(types[name], value, dotted + ".")
-        else:
-            values[name] = _typed(dotted, value, types[name])
-    return cls(**values)
-
-
-def _typed(dotted: str, value: Any, kind: type) -> Any:
-    if kind is str and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-        return ",".join(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"config.{dotted} must be {kind.__name__}, not {value!r}")
-    if dotted in _CHOICES and value not in _CHOICES[dotted]:
-        options = ", ".join(repr(option) for option in _CHOICES[dotted])
-        raise UserError(f"config.{dotted} must be one of {options}, not {value!r}")
-    if kind in (int, float):
-        if value != value:
-            raise UserError(f"config.{dotted} must be a number, not {value!r}")
-        low_ok = value > 0 or (value == 0 and dotted in _MAY_BE_ZERO)
-        if not low_ok and not (value == -1 and dotted in _MAY_BE_MINUS_ONE):
-            raise UserError(f"config.{dotted} must be positive, not {value!r}")
-    return value
-
-
-def _apply_official(config: Config, explicit: frozenset[str]) -> Config:
-    default = Config()
-    for dotted, official in OFFICIAL.items():
-        value = get_dotted(config, dotted)
-        if value != official and (dotted in explicit or value != get_dotted(default, dotted)):
-            raise UserError(
-                f"config.{dotted}={value!r} contradicts compat='official', which means "
-                f"{official!r}; drop one of the two"
-            )
-        config = replace_dotted(config, dotted, official)
-    return config
-
-
-def _check(config: Config) -> None:
-    if (config.num_steps > 0) == (config.num_epochs > 0):
-        raise UserError(
-            f"set exactly one of config.num_steps (now {config.num_steps}) and config.num_epochs "
-            f"(now {config.num_epochs}) to a positive number"
-        )
-    for tower in ("gen", "ctx"):
-        arch = getattr(config, tower).arch
-        if arch.heads % arch.kv_heads:
-            raise UserError(
-                f"config.{tower}.arch.heads={arch.heads} is no multiple of kv_heads={arch.kv_heads}"
-            )
-        if arch.head_dim % 2:
-            raise UserError(f"config.{tower}.arch.head_dim={arch.head_dim} must be even (RoPE)")
-    if config.gen.init == "gen":
-        raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")
-    if config.loss.remote_negatives == "detached" and config.compat != "official":
-        raise UserError(
-            "config.loss.remote_negatives='detached' exists only under compat='official'; "
-            "set config.compat=official or remote_negatives=full"
-        )
-    if config.compat == "official" and config.batch_size % config.loss.compat_ranks:
-        raise UserError(
-            f"config.batch_size={config.batch_size} is no multiple of config.loss.compat_ranks="
-            f"{config.loss.compat_ranks}"
-        )
-    if config.batch_size % config.micro_batches:
-        raise UserError(
-            f"config.batch_size={config.batch_size} is no multiple of config.micro_batches="
-            f"{config.micro_batches}"
-        )
-    if config.data.no_evidence_fraction > 1:
-        raise UserError("config.data.no_evidence_fraction is a share: at most 1")
-    if config.data.packing and config.data.max_ctx_tokens > config.data.ctx_row_tokens:
-        raise UserError(
-            f"config.data.max_ctx_tokens={config.data.max_ctx_tokens} does not fit a Ctx row of "
-            f"config.data.ctx_row_tokens={config.data.ctx_row_tokens}"
-        )
-    for dotted in ("data.train", "data.eval"):
-        if not sources(get_dotted(config, dotted)):
-            raise UserError(f"config.{dotted} names no source")

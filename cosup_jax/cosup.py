@@ -1,200 +1,154 @@
-"""The paper's objective (arXiv 2403.09024): a batch in, `ntp + nsp` out.
+"""The paper's objective (arXiv 2403.09024): a batch in, `ntp_weight * ntp + nsp_weight * nsp` out.
 
 Gen reads text that contains `[Ret]`; its hidden state there is the query. Ctx condenses each
 passage into one vector. NTP supervises Gen over its vocabulary, NSP supervises both over the
 passages of the whole global batch. Pure functions; the mesh appears only as sharding hints.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cosup_jax import bank as bank_lib
-from cosup_jax import losses
-from cosup_jax.config import Config
+from cosup_jax import nsp, ntp
+from cosup_jax.config import Config, LossConfig
 from cosup_jax.data.batch import Batch
-from cosup_jax.losses import Candidates, Queries
+from cosup_jax.microbatch import in_parts
+from cosup_jax.nsp import EMPTY, Candidates, NspSums, Queries, Scale
 from cosup_jax.sharding import constrain
-from cosup_jax.transformer import Transformer
+from cosup_jax.towers import Towers, gen_hidden, passage_vectors, query_vectors
 
 TEMPERATURE_RANGE = (0.01, 1.0)  # of a learned temperature
 
 
-@dataclasses.dataclass(frozen=True)
-class Towers:
-    """The two language models. `params = {"gen", "ctx", "nsp"}`; tied towers have no "ctx"."""
+class Terms(NamedTuple):
+    """The two losses, and what the step reports and the bank keeps."""
 
-    gen: Transformer
-    ctx: Transformer
-    tied: bool = False
-
-    def ctx_params(self, params: dict) -> dict:
-        """Parameters of Ctx, which are Gen's if the towers are tied."""
-        return params["gen"] if self.tied else params["ctx"]
-
-
-class Aux(NamedTuple):
-    """What the step reports and the bank keeps."""
-
+    ntp: jax.Array  # nats per supervised token of the global batch
+    nsp: jax.Array  # nats per valid [Ret] of the global batch
     metrics: dict[str, jax.Array]
     live: Candidates
     asked: Queries
 
 
 def loss(params: dict, batch: Batch, bank, step, towers: Towers, config: Config):
-    """ntp_weight * NTP + nsp_weight * NSP, both means over the global batch.
+    """ntp_weight * NTP + nsp_weight * NSP in nats, and the Terms; arguments as for `terms`."""
+    found = terms(params, batch, bank, step, towers, config)
+    weight = nsp_weight(step, config.loss)
+    total = config.loss.ntp_weight * found.ntp + weight * found.nsp
+    metrics = found.metrics | {"loss/total": total, "loss/nsp_weight": weight}
+    return total, found._replace(metrics=metrics)
+
+
+def terms(params: dict, batch: Batch, bank, step, towers: Towers, config: Config) -> Terms:
+    """Both losses, each a mean over the global batch.
 
     Args:
       params: {"gen", "ctx", "nsp"}.
       batch: as in `data/batch.py`.
       bank: `bank.Bank` as it stood before the step, or None.
       step: int32 scalar, for the age of the bank's entries.
-
-    Returns:
-      total in nats, and Aux.
     """
-    ntp_sum, ntp_weight, asked = _generate(params, batch, towers, config)
-    live = _condense(params, batch, towers, config)
-    tau = temperature(params, config)
-
-    ntp = ntp_sum / jnp.maximum(ntp_weight, 1)
-    nsp, sums = next_sequence(asked, live, bank, step, tau, config)
-    total = config.loss.ntp_weight * ntp + config.loss.nsp_weight * nsp
-
-    queries = jnp.maximum(sums.weight, 1)
-    metrics = {
-        "loss/total": total,
-        "ntp/nats_per_token": ntp,
-        "ntp/tokens": ntp_weight,
-        "nsp/nats_per_ret": sums.loss / queries,
-        "nsp/top1": sums.top1 / queries,
-        "nsp/candidates": sums.candidates / queries,
-        "nsp/queries": sums.weight,
-        "nsp/temperature": tau,
-    }
-    return total, Aux(metrics, live, asked)
+    ntp_sum, ntp_count, asked = generate(params, batch, towers, config)
+    live = condense(towers.ctx_params(params), batch, step, towers, config)
+    scale = scale_of(params, config)
+    ntp_mean = ntp_sum / jnp.maximum(ntp_count, 1)
+    nsp_mean, sums = next_sequence(asked, live, bank, step, scale, config)
+    metrics = {"ntp/nats_per_token": ntp_mean, "ntp/tokens": ntp_count}
+    return Terms(ntp_mean, nsp_mean, metrics | _nsp_metrics(sums, batch, scale), live, asked)
 
 
 def next_token(params: dict, hidden_BxTxD, batch: Batch, towers: Towers, config: Config):
     """NTP over Gen's vocabulary -> summed nats, supervised tokens."""
-    return losses.tiled_ntp_sums(
-        lambda hidden: towers.gen.logits(params["gen"], hidden),
+    return ntp.linear_ntp_sums(
         hidden_BxTxD,
+        towers.gen.unembedding(params["gen"]),
         batch.ntp_targets_BxT,
         batch.ntp_weights_BxT,
-        config.loss.ntp_tiles,
+        towers.gen.vocab_size,
+        tile_bytes(config),
     )
 
 
-def next_sequence(asked: Queries, live: Candidates, bank, step, tau, config: Config):
-    """NSP over live and remembered vectors -> mean nats per live query, sums of the live rows."""
-    rows = [losses.score(asked, live, tau)]
-    remembered = None if bank is None else bank_lib.queries(bank, step, config.bank)
-    if remembered is not None:
-        rows.append(losses.score(remembered, live, tau))
-    if bank is not None:
-        columns = bank_lib.candidates(bank, live, step, config.bank)
-        rows[0] = losses.merge(rows[0], losses.score(_whole(asked), columns, tau))
-        if remembered is not None:
-            rows[1] = losses.merge(rows[1], losses.score(_whole(remembered), columns, tau))
-    sums = losses.nsp_sums(rows[0], asked.valid_Q)
-    total = sums.loss
-    if remembered is not None:
-        past = losses.nsp_sums(rows[1], remembered.valid_Q).loss
-        total += jnp.where(sums.weight > 0, past, 0.0)
+def next_sequence(asked: Queries, live: Candidates, bank, step, scale: Scale, config: Config):
+    """NSP over live and remembered passages -> mean nats per live query, sums of the live rows.
+
+    The bank's queries, if it has any, are rows too: with remembered columns alone the passages
+    would feel fewer queries than the queries feel passages.
+    """
+    columns = [live, *bank_lib.candidates(bank, live, step, config.bank)]
+    rows = [asked, *bank_lib.queries(bank, step, config.bank)]
+    margin = config.loss.margin if config.loss.margin_mask else None
+    settings = (scale, config.loss.contrastive, margin, tile_bytes(config))
+    sums, *past = [nsp.nsp_sums(queries, columns, *settings) for queries in rows]
+    total = sums.loss + sum(jnp.where(sums.weight > 0, more.loss, 0.0) for more in past)
     return total / jnp.maximum(sums.weight, 1), sums
 
 
-def temperature(params: dict, config: Config) -> jax.Array:
-    """What scores are divided by; clamped if it is learned."""
-    if not config.loss.learn_temperature:
-        return jnp.float32(config.loss.temperature)
-    return jnp.exp(jnp.clip(params["nsp"]["log_temperature"], *map(jnp.log, TEMPERATURE_RANGE)))
-
-
-def similarity_space(vectors: jax.Array, config: Config) -> jax.Array:
-    """Hidden states [..., D] -> float32 vectors that are compared by dot product."""
-    vectors = vectors.astype(jnp.float32)
-    if config.loss.normalize:
-        vectors /= jnp.sqrt(jnp.sum(vectors**2, axis=-1, keepdims=True) + 1e-12)
-    return vectors
-
-
-def gen_hidden(params: dict, batch: Batch, towers: Towers) -> jax.Array:
-    """Gen's hidden states [B, T, D]."""
-    return towers.gen.hidden(
-        params["gen"], batch.gen_tokens_BxT, batch.gen_segments_BxT, batch.gen_positions_BxT
-    )
-
-
-def query_vectors(hidden_BxTxD: jax.Array, batch: Batch, config: Config) -> jax.Array:
-    """[B, R, D]: the hidden state at each `[Ret]`."""
-    at_ret_BxRxD = _take(hidden_BxTxD, batch.ret_positions_BxR)
-    return similarity_space(at_ret_BxRxD, config)
-
-
-def passage_vectors(params: dict, batch: Batch, towers: Towers, config: Config) -> jax.Array:
-    """[U, P, D]: Ctx's hidden state at each passage's last token."""
-    hidden_UxLxD = towers.ctx.hidden(
-        towers.ctx_params(params),
-        *(batch.ctx_tokens_UxL, batch.ctx_segments_UxL, batch.ctx_positions_UxL),
-    )
-    return similarity_space(_take(hidden_UxLxD, batch.passage_ends_UxP), config)
-
-
-def _generate(params: dict, batch: Batch, towers: Towers, config: Config):
-    """Gen's pass: NTP sums, and the queries of the whole global batch."""
+def generate(params: dict, batch: Batch, towers: Towers, config: Config):
+    """Gen reads the batch -> NTP's nats, supervised tokens, and the query at every `[Ret]`."""
 
     def part(rows: Batch):
         hidden_BxTxD = gen_hidden(params, rows, towers)
-        nats, weight = next_token(params, hidden_BxTxD, rows, towers, config)
-        return nats, weight, query_vectors(hidden_BxTxD, rows, config)
+        nats, count = next_token(params, hidden_BxTxD, rows, towers, config)
+        return nats, count, query_vectors(hidden_BxTxD, rows, config)
 
-    nats, weight, query_BxRxD = _in_parts(part, batch, config.micro_batches)
+    nats, count, query_BxRxD = in_parts(part, batch, config.micro_batches)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     asked = Queries(
         constrain(flat(query_BxRxD), "batch", None),
         flat(batch.ret_positives_BxRxSx2),
         flat(batch.ret_valid_BxR),
     )
-    return jnp.sum(nats), jnp.sum(weight), asked
+    return jnp.sum(nats), jnp.sum(count), asked
 
 
-def _condense(params: dict, batch: Batch, towers: Towers, config: Config) -> Candidates:
-    """Ctx's pass: every distinct passage of the global batch, whole on every device."""
-    part = lambda rows: (passage_vectors(params, rows, towers, config),)
-    (vector_UxPxD,) = _in_parts(part, batch, config.micro_batches)
+def condense(ctx_params: dict, batch: Batch, step, towers: Towers, config: Config) -> Candidates:
+    """Ctx reads every passage of the global batch; the vectors are whole on every device."""
+    part = lambda rows: (passage_vectors(ctx_params, rows, towers, config),)
+    (vector_UxPxD,) = in_parts(part, batch, config.micro_batches)
     flat = lambda x: x.reshape(1, -1, *x.shape[2:])
     id_1xCx2 = flat(batch.passage_ids_UxPx2)
-    valid_C = losses.first_of_each(id_1xCx2[0], flat(batch.passage_valid_UxP)[0])
-    return Candidates(constrain(flat(vector_UxPxD), None, None, None), id_1xCx2, valid_C[None])
+    valid_C = nsp.first_of_each(id_1xCx2[0], flat(batch.passage_valid_UxP)[0])
+    step_1xC = jnp.where(valid_C, step, EMPTY)[None]
+    vector_1xCxD = constrain(flat(vector_UxPxD), None, None, None)
+    return Candidates(vector_1xCxD, id_1xCx2, step_1xC, since=jnp.int32(0))
 
 
-def _in_parts(part, batch: Batch, micro_batches: int) -> Any:
-    """`part` over row slices, one after the other, recomputed in the backward pass (GradCache's
-    effect, arXiv 2101.06983, by scan and checkpoint); row outputs come back in order.
-
-    Rows are dealt out so that every slice takes an equal share of every device's rows.
-    """
-    if micro_batches == 1:
-        return part(batch)
-    deal = lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
-    collect = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) if x.ndim > 1 else x
-
-    def body(_, rows):
-        rows = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), rows)
-        return None, jax.checkpoint(part)(rows)
-
-    _, outputs = jax.lax.scan(body, None, jax.tree.map(deal, batch))
-    return jax.tree.map(collect, outputs)
+def scale_of(params: dict, config: Config) -> Scale:
+    """Temperature and bias of the scores; the temperature is clamped if it is learned."""
+    learned = params["nsp"]
+    bias = jnp.float32(config.loss.sigmoid_bias if config.loss.contrastive == "sigmoid" else 0.0)
+    if not config.loss.learn_temperature:
+        return Scale(jnp.float32(config.loss.temperature), bias)
+    log_range = map(jnp.log, TEMPERATURE_RANGE)
+    temperature = jnp.exp(jnp.clip(learned["log_temperature"], *log_range))
+    return Scale(temperature, learned.get("bias", bias))
 
 
-def _take(hidden_BxTxD: jax.Array, positions_BxR: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(hidden_BxTxD, positions_BxR[..., None], axis=1)
+def tile_bytes(config: Config) -> int:
+    """What one device may spend on the logits or scores of a tile; 0 = all at once."""
+    return int(config.loss.tile_mib * 2**20)
 
 
-def _whole(queries: Queries) -> Queries:
-    """Queries whole on every device, to meet the bank's shards where they lie."""
-    return queries._replace(vector_QxD=constrain(queries.vector_QxD, None, None))
+def nsp_weight(step, config: LossConfig) -> jax.Array:
+    """NSP's factor at a step: linear from nsp_ramp_from to nsp_weight, then constant."""
+    done = jnp.minimum(step / max(config.nsp_ramp_steps, 1), 1.0) if config.nsp_ramp_steps else 1.0
+    start = config.nsp_ramp_from
+    return jnp.float32(start + (config.nsp_weight - start) * done)
+
+
+def _nsp_metrics(sums: NspSums, batch: Batch, scale: Scale) -> dict[str, jax.Array]:
+    mean = lambda total: total / jnp.maximum(sums.weight, 1)
+    return {
+        "nsp/nats_per_ret": mean(sums.loss),
+        "nsp/top1": mean(sums.top1),
+        "nsp/chance": mean(sums.chance),
+        "nsp/margin": mean(sums.margin),
+        "nsp/candidates": mean(sums.candidates),
+        "nsp/masked_siblings": mean(sums.siblings),
+        "nsp/masked_margin": mean(sums.too_close),
+        "nsp/queries": sums.weight,
+        "nsp/temperature": scale.temperature,
+    }

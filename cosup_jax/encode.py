@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import cosup, sharding
+from cosup_jax import sharding
 from cosup_jax.config import Config
-from cosup_jax.cosup import Towers
 from cosup_jax.data.pipeline import PackedPassages
+from cosup_jax.towers import Towers, passage_vectors
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class Encoder:
     def __init__(self, mesh: Mesh, towers: Towers, config: Config):
         self._mesh, self._width = mesh, config.ctx.arch.width
         self._vectors = jax.jit(
-            lambda params, batch: cosup.passage_vectors(params, batch, towers, config),
+            lambda params, batch: passage_vectors(towers.ctx_params(params), batch, towers, config),
             out_shardings=sharding.replicated(mesh),
         )
 

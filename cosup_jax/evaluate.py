@@ -12,12 +12,11 @@ from jax.sharding import Mesh
 
 from cosup_jax import cosup, index, sharding
 from cosup_jax.config import Config
-from cosup_jax.cosup import Towers
 from cosup_jax.data import tokens
 from cosup_jax.data.batch import Batch, batch_shape
+from cosup_jax.data.blocks import canonical
 from cosup_jax.data.markup import EVIDENCE, TARGET, passage_text
 from cosup_jax.data.pipeline import PackedPassages, pack_examples, pack_passages
-from cosup_jax.data.plan import canonical
 from cosup_jax.data.schema import Dataset, Passage
 from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.tokens import TokenStore
@@ -25,6 +24,7 @@ from cosup_jax.encode import Encoder, to_mesh
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
+from cosup_jax.towers import Towers, gen_hidden, query_vectors
 
 _log = logging.getLogger(__name__)
 
@@ -141,9 +141,9 @@ class Evaluator:
         self._encoder = Encoder(mesh, towers, config)
 
         def read(params, batch):
-            hidden_BxTxD = cosup.gen_hidden(params, batch, towers)
+            hidden_BxTxD = gen_hidden(params, batch, towers)
             nats, weight = cosup.next_token(params, hidden_BxTxD, batch, towers, config)
-            return nats, weight, cosup.query_vectors(hidden_BxTxD, batch, config)
+            return nats, weight, query_vectors(hidden_BxTxD, batch, config)
 
         self._read = jax.jit(read, out_shardings=sharding.replicated(mesh))
 

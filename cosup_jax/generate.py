@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import cosup, index, sharding
+from cosup_jax import index, sharding
 from cosup_jax.config import Config
-from cosup_jax.cosup import Towers
+from cosup_jax.towers import Towers, similarity_space
 
 
 class Part(NamedTuple):
@@ -55,7 +55,7 @@ class Generator:
             hidden_BxTxD = towers.gen.hidden(params["gen"], tokens_BxT, segments_BxT, positions_BxT)
             hidden_BxD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)[:, 0]
             logits_BxV = towers.gen.logits(params["gen"], hidden_BxD)
-            return jnp.argmax(logits_BxV, axis=-1), cosup.similarity_space(hidden_BxD, config)
+            return jnp.argmax(logits_BxV, axis=-1), similarity_space(hidden_BxD, config)
 
         self._look = jax.jit(look, out_shardings=sharding.replicated(mesh))
 

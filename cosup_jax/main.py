@@ -16,8 +16,9 @@ from typing import Any
 
 import ml_collections
 
-from cosup_jax.config import Config, freeze, set_dotted, to_dict
+from cosup_jax.config import Config, set_dotted, to_dict
 from cosup_jax.errors import UserError
+from cosup_jax.freeze import freeze
 
 MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",

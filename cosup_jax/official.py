@@ -14,11 +14,12 @@ Source: the paper's repository, `model/joint_modeling_llama.py` and its collator
 import jax
 import jax.numpy as jnp
 
-from cosup_jax import losses
 from cosup_jax.config import Config
-from cosup_jax.cosup import Aux, Towers
+from cosup_jax.cosup import Terms
 from cosup_jax.data.batch import Batch
-from cosup_jax.losses import Candidates, Queries
+from cosup_jax.nsp import EMPTY, Candidates, Queries
+from cosup_jax.ntp import ntp_sums
+from cosup_jax.towers import Towers
 
 
 def loss(params: dict, batch: Batch, towers: Towers, pad_id: int, config: Config):
@@ -54,8 +55,10 @@ def loss(params: dict, batch: Batch, towers: Towers, pad_id: int, config: Config
         "nsp/temperature": jnp.float32(1.0),
     }
     ids_QxSx2 = batch.ret_positives_BxRxSx2.reshape(valid_Q.size, -1, 2)
-    live = Candidates(vector_CxD[None], batch.passage_ids_UxPx2.reshape(1, -1, 2), valid_Q[None])
-    return total, Aux(metrics, live, Queries(query_QxD, ids_QxSx2, valid_Q))
+    ids_1xCx2 = batch.passage_ids_UxPx2.reshape(1, -1, 2)
+    step_1xC = jnp.where(valid_Q, 0, EMPTY)[None]
+    live = Candidates(vector_CxD[None], ids_1xCx2, step_1xC, since=jnp.int32(0))
+    return total, Terms(ntp, nsp, metrics, live, Queries(query_QxD, ids_QxSx2, valid_Q))
 
 
 def _generate(params: dict, batch: Batch, towers: Towers, pad_id: int, W: int):
@@ -74,7 +77,7 @@ def _generate(params: dict, batch: Batch, towers: Towers, pad_id: int, W: int):
 
     split = lambda x: x.reshape(W, -1, *x.shape[1:])
     logits = split(towers.gen.logits(params["gen"], hidden_BxTxD))
-    nats_W, weight_W = jax.vmap(losses.ntp_sums)(logits, split(targets_BxT), split(weights_BxT))
+    nats_W, weight_W = jax.vmap(ntp_sums)(logits, split(targets_BxT), split(weights_BxT))
     query_BxRxD = jnp.take_along_axis(hidden_BxTxD, batch.ret_positions_BxR[..., None], axis=1)
     query_QxD = query_BxRxD.reshape(-1, query_BxRxD.shape[-1]).astype(jnp.float32)
     return nats_W / jnp.maximum(weight_W, 1), query_QxD

@@ -1,4 +1,4 @@
-"""AdamW over both towers: warm-up, schedule, weight-decay mask, one clipping norm over all."""
+"""AdamW over both towers: warm-up, schedule, weight-decay mask, clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def schedule(config: OptimConfig, peak: float, num_steps: int, steps_per_epoch: 
 
 
 def make(config: Config, num_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """The optax chain over params = {"gen", "ctx", "nsp"}.
+    """The optax chain over {"gen", "ctx", "nsp"}, or those of them that are trained.
 
     Under compat=official clipping sees Gen's body alone, as the official code's does: Gen without
     its output head, no Ctx.
@@ -35,6 +35,8 @@ def make(config: Config, num_steps: int, steps_per_epoch: int) -> optax.Gradient
     clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
     if config.compat == "official":
         clip = optax.masked(clip, _gen_body)
+    elif o.clip == "tower":
+        clip = optax.partition(dict.fromkeys(("gen", "ctx", "nsp"), clip), _towers)
     return optax.chain(
         clip,
         optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
@@ -57,7 +59,7 @@ def _towers(params: dict) -> dict:
 def _decayed(params: dict) -> dict:
     """Kernels and tables; norm scales and the temperature are left alone."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in ("scale", "log_temperature"), params
+        lambda path, _: path[-1].key not in ("scale", "log_temperature", "bias"), params
     )
 
 

@@ -81,6 +81,13 @@ def row_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def parts_here(rows: int) -> int:
+    """Into how many parts `jax.set_mesh`'s mesh splits an axis of `rows` rows; 1 outside it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else row_parts(mesh)
+    return parts if rows % parts == 0 else 1
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Fixes the sharding of an intermediate; does nothing outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()

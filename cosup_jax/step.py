@@ -1,7 +1,7 @@
 """The train state, the pure train step, and their compilation over a mesh."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -12,9 +12,16 @@ from jax.sharding import Mesh
 from cosup_jax import bank as bank_lib
 from cosup_jax import cosup, official, sharding
 from cosup_jax.config import Config
-from cosup_jax.cosup import Towers
 from cosup_jax.data.batch import Batch, batch_shape
 from cosup_jax.errors import UserError
+from cosup_jax.towers import Towers
+
+
+class Skipped(NamedTuple):
+    """Steps without an update, as loss or gradient was not finite; int32."""
+
+    total: jax.Array
+    in_a_row: jax.Array
 
 
 @flax.struct.dataclass
@@ -25,7 +32,8 @@ class TrainState:
     params: dict  # {"gen", "ctx", "nsp"}; no "ctx" if the towers are tied
     opt_state: Any
     bank: Any  # bank.Bank or None
-    ema_ctx: Any  # None
+    ema_ctx: Any  # moving average of Ctx's parameters, or None
+    skipped: Skipped
     key: jax.Array
 
 
@@ -39,7 +47,19 @@ def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
         params["ctx"] = towers.ctx.init(key_ctx)
     if config.loss.learn_temperature:
         params["nsp"]["log_temperature"] = jnp.log(jnp.float32(config.loss.temperature))
+        if config.loss.contrastive == "sigmoid":
+            params["nsp"]["bias"] = jnp.float32(config.loss.sigmoid_bias)
     return params
+
+
+def trainable(params: dict, config: Config) -> dict:
+    """The part of `params` that is trained: neither frozen towers nor those that no loss reaches.
+
+    Works on any tree that is nested as the parameters are.
+    """
+    unreached = not (config.loss.nsp_weight or config.loss.nsp_ramp_steps)
+    frozen = {"gen": config.gen.freeze, "ctx": config.ctx.freeze or unreached, "nsp": unreached}
+    return {name: tree for name, tree in params.items() if not frozen[name]}
 
 
 def param_axes(towers: Towers, config: Config) -> dict:
@@ -49,6 +69,8 @@ def param_axes(towers: Towers, config: Config) -> dict:
         axes["ctx"] = towers.ctx.logical_axes()
     if config.loss.learn_temperature:
         axes["nsp"]["log_temperature"] = ()
+        if config.loss.contrastive == "sigmoid":
+            axes["nsp"]["bias"] = ()
     return axes
 
 
@@ -58,9 +80,10 @@ def init_state(params: dict, key: jax.Array, tx: optax.GradientTransformation, c
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=tx.init(params),
+        opt_state=tx.init(trainable(params, config)),
         bank=bank_lib.init(config.bank, shape, width),
-        ema_ctx=None,
+        ema_ctx=params.get("ctx", params["gen"]) if config.bank.ema_decay else None,
+        skipped=Skipped(jnp.int32(0), jnp.int32(0)),
         key=key,
     )
 
@@ -74,25 +97,45 @@ def train_step(
     config: Config,
     pad_id: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Pure; the bank is scored as it stood and filled afterwards."""
+    """One update, or none if loss or gradient is not finite: then all but the count of such steps
+    stays as it was, bit by bit. Pure; the bank is scored as it stood and filled afterwards.
+    """
 
-    def objective(params):
+    def objective(trained):
+        params = state.params | trained
         if config.compat == "official":
             return official.loss(params, batch, towers, pad_id, config)
         return cosup.loss(params, batch, state.bank, state.step, towers, config)
 
-    grads, aux = jax.grad(objective, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics = dict(aux.metrics)
-    for tower in ("gen", "ctx"):
-        if tower in grads:
-            metrics[f"grad/norm_{tower}"] = optax.tree.norm(grads[tower])
+    trained = trainable(state.params, config)
+    (total, found), grads = jax.value_and_grad(objective, has_aux=True)(trained)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    good = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(grads))
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    trained = keep(optax.apply_updates(trained, updates), trained)
+    params = state.params | trained
+    skipped = Skipped(
+        total=state.skipped.total + ~good,
+        in_a_row=jnp.where(good, 0, state.skipped.in_a_row + 1),
+    )
+    live, ema_ctx = found.live, state.ema_ctx
+    if ema_ctx is not None:
+        live = cosup.condense(ema_ctx, batch, state.step, towers, config)
+        decay = config.bank.ema_decay
+        average = lambda old, new: decay * old + (1 - decay) * new
+        ema_ctx = keep(jax.tree.map(average, ema_ctx, towers.ctx_params(params)), ema_ctx)
+    metrics = found.metrics | {
+        f"grad/norm_{name}": optax.tree.norm(tree) for name, tree in grads.items() if tree
+    }
+    metrics |= {"skipped/total": skipped.total, "skipped/in_a_row": skipped.in_a_row}
     return (
         state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            bank=bank_lib.fill(state.bank, aux.live, aux.asked, state.step),
+            params=params,
+            opt_state=keep(opt_state, state.opt_state),
+            bank=bank_lib.fill(state.bank, live, found.asked, state.step, good),
+            ema_ctx=ema_ctx,
+            skipped=skipped,
         ),
         metrics,
     )
@@ -126,7 +169,8 @@ def state_shardings(abstract: TrainState, mesh: Mesh, towers: Towers, config: Co
         params=params,
         opt_state=jax.tree_util.tree_map_with_path(like_param, abstract.opt_state),
         bank=bank and jax.tree.map(place, bank, abstract.bank, is_leaf=is_axes),
-        ema_ctx=None,
+        ema_ctx=abstract.ema_ctx and params.get("ctx", params["gen"]),
+        skipped=Skipped(sharding.replicated(mesh), sharding.replicated(mesh)),
         key=sharding.replicated(mesh),
     )
 

@@ -11,19 +11,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, cosup, evaluate, generate, optim, report, sharding
+from cosup_jax import assemble, evaluate, generate, optim, report, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.checkpoint import Checkpointer, Restored, check_readable
 from cosup_jax.config import Config, to_dict
 from cosup_jax.contract import EmbeddingContract, check_match, weights_digest
 from cosup_jax.data import markup, pipeline, tokens
-from cosup_jax.data.plan import Plan, lengths_of, utilization
+from cosup_jax.data.plan import Plan
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import Evaluator, HeldOut
 from cosup_jax.evaluation.metrics import answer_present
 from cosup_jax.step import TrainState
 from cosup_jax.telemetry import Progress, Recorder, Throughput
+from cosup_jax.towers import Towers
 from cosup_jax.workdir import Workdir
 
 STEPS_AHEAD = 2  # queued behind the running one; more would only hold batches in memory
@@ -75,12 +76,10 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     store = tokens.tokenize(data.train, *tokenizers, config, directory)
     plan = Plan(store, config)
     held_out = evaluate.held_out_sets(data.held_out, tokenizers, config, directory)
-    first = plan.epoch(0)
-    fill = utilization(first, lengths_of(store), plan.shape)
-    filled = ", ".join(f"{name} {share:.0%}" for name, share in fill.items())
+    filled = ", ".join(f"{name} {share:.0%}" for name, share in plan.utilization().items())
     _say(f"{store.num_examples:,} examples, {store.num_passages:,} passages; filled: {filled}")
-    if len(first.left_out) or store.dropped:
-        _say(f"left out: {len(first.left_out)} that fit no row, {store.dropped} without [Ret]")
+    if len(plan.left_out) or store.dropped:
+        _say(f"left out: {len(plan.left_out)} that fit no row, {store.dropped} without [Ret]")
     num_steps = config.num_steps or plan.total_steps(config.num_epochs)
     return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
 
@@ -176,7 +175,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, chec
     return state, step
 
 
-def _finish(job: Job, state: TrainState, towers: cosup.Towers, evaluator: Evaluator, count: int):
+def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, count: int):
     """Baselines, example answers, report.html, closing table."""
     path = job.workdir.path
     lines = (path / "metrics.jsonl").read_text().splitlines() if jax.process_index() == 0 else []
@@ -202,7 +201,7 @@ def _finish(job: Job, state: TrainState, towers: cosup.Towers, evaluator: Evalua
     print(report.closing_table(rows), flush=True)
 
 
-def _example_answers(job: Job, params: dict, towers: cosup.Towers, evaluator: Evaluator) -> list:
+def _example_answers(job: Job, params: dict, towers: Towers, evaluator: Evaluator) -> list:
     """A few held-out questions answered with retrieval, as report.py reads them."""
     gen, config = job.tokenizers.gen, job.config
     if not config.generate.examples or not job.held_out:
@@ -289,10 +288,10 @@ def _say_changes(before: dict, now: dict, prefix: str = "") -> None:
 
 def _volume(job: Job, step: int) -> tuple[int, int]:
     """Tokens that both towers read in a step, padding aside, and its examples."""
-    epoch, index = job.plan.locate(step)
-    plan = job.plan.epoch(epoch)
-    examples = plan.examples[slice(*plan.example_offsets[index : index + 2])]
-    passages = plan.passages[slice(*plan.passage_offsets[index : index + 2])]
+    number, index = job.plan.locate(step)
+    block = job.plan.block(number)
+    examples = block.examples[slice(*block.example_offsets[index : index + 2])]
+    passages = block.passages[slice(*block.passage_offsets[index : index + 2])]
     length = lambda offsets, items: int(np.sum(offsets[items + 1] - offsets[items]))
     read = length(job.store.gen_offsets, examples) + length(job.store.ctx_offsets, passages)
     return read, len(examples)

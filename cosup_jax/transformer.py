@@ -58,10 +58,13 @@ class Transformer:
         """
         return self._module().apply({"params": params}, tokens_BxT, segments_BxT, positions_BxT)
 
+    def unembedding(self, params: dict) -> jax.Array:
+        """Output embedding [D, V]; columns from vocab_size on belong to no token."""
+        return params["embed"]["table"].T if self.arch.tie_embeddings else params["head"]["kernel"]
+
     def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
         """Next-token logits [..., V] in float32; padded vocabulary entries never win."""
-        tied = self.arch.tie_embeddings
-        kernel_DxV = params["embed"]["table"].T if tied else params["head"]["kernel"]
+        kernel_DxV = self.unembedding(params)
         logits = jnp.einsum(
             "...d,dv->...v",
             hidden,

@@ -3,9 +3,10 @@
 import numpy as np
 
 from cosup_jax import config as config_lib
-from cosup_jax import cosup
 from cosup_jax.config import ArchConfig
 from cosup_jax.data.batch import Batch, BatchShape, empty_batch
+from cosup_jax.freeze import freeze
+from cosup_jax.towers import Towers
 from cosup_jax.transformer import Transformer
 
 VOCAB = 300
@@ -14,8 +15,8 @@ ARCH = ArchConfig(
 )
 
 
-def towers(arch: ArchConfig = ARCH, tied: bool = False) -> cosup.Towers:
-    return cosup.Towers(Transformer(arch, VOCAB), Transformer(arch, VOCAB, has_head=False), tied)
+def towers(arch: ArchConfig = ARCH, tied: bool = False) -> Towers:
+    return Towers(Transformer(arch, VOCAB), Transformer(arch, VOCAB, has_head=False), tied)
 
 
 def config(**keys):
@@ -32,53 +33,84 @@ def config(**keys):
         "data.passage_slots": 2,
     }
     keys = {name.replace("__", "."): value for name, value in keys.items()}
-    return config_lib.freeze(config_lib.make(small | keys, {}))
+    return freeze(config_lib.make(small | keys, {}))
 
 
-def random_batch(seed: int, shape: BatchShape, empty_rows: tuple[int, ...] = ()) -> Batch:
-    """Packed rows: two examples a Gen row, P passages a Ctx row, some slots empty, every [Ret]'s
-    passage somewhere in the batch, siblings and one copied passage among them."""
+def random_batch(
+    seed: int,
+    shape: BatchShape,
+    empty_rows: tuple[int, ...] = (),
+    packing: bool = True,
+    hard_negatives: bool = True,
+    vocab: int = VOCAB,
+) -> Batch:
+    """Some slots empty, every [Ret]'s passage somewhere in the batch, siblings and one copied
+    passage among them.
+
+    Args:
+      empty_rows: Gen rows without an example.
+      packing: two examples a Gen row and P passages a Ctx row, or one.
+      hard_negatives: passages that no [Ret] asks for remain in the batch.
+    """
     rng = np.random.default_rng(seed)
     batch = empty_batch(shape, shape.B, shape.U)
-    ids = rng.integers(1, 2**32, (shape.U, shape.P, 2), dtype=np.uint32)
+    P, half = shape.P if packing else 1, shape.L // shape.P
+    ids = rng.integers(1, 2**32, (shape.U, P, 2), dtype=np.uint32)
     ids[-1, -1] = ids[0, 0]
-    half = shape.L // shape.P
-    for u in range(shape.U):
-        for p in range(shape.P):
-            if (u, p) not in ((0, 0), (shape.U - 1, shape.P - 1)) and rng.random() < 0.2:
-                continue
-            n, start = rng.integers(2, half + 1), p * half
-            batch.ctx_tokens_UxL[u, start : start + n] = rng.integers(0, VOCAB, n)
-            batch.ctx_segments_UxL[u, start : start + n] = p + 1
-            batch.ctx_positions_UxL[u, start : start + n] = np.arange(n)
-            batch.passage_ends_UxP[u, p] = start + n - 1
-            batch.passage_valid_UxP[u, p] = True
-            batch.passage_ids_UxPx2[u, p] = ids[u, p]
-    batch.ctx_tokens_UxL[-1, -half:] = batch.ctx_tokens_UxL[0, :half]
-    batch.ctx_segments_UxL[-1, -half:] = batch.ctx_segments_UxL[0, :half] * shape.P
-    batch.ctx_positions_UxL[-1, -half:] = batch.ctx_positions_UxL[0, :half]
-    batch.passage_ends_UxP[-1, -1] = batch.passage_ends_UxP[0, 0] + (shape.P - 1) * half
-    live = np.argwhere(batch.passage_valid_UxP)
+    lengths = rng.integers(2, half + 1, (shape.U, P))
+    lengths[-1, -1] = lengths[0, 0]
+    used = rng.random((shape.U, P)) < 0.8
+    used[0, 0] = used[-1, -1] = True
+    for u, p in np.argwhere(used):
+        n, start = lengths[u, p], p * half
+        batch.ctx_tokens_UxL[u, start : start + n] = rng.integers(0, vocab, n)
+        batch.ctx_segments_UxL[u, start : start + n] = p + 1
+        batch.ctx_positions_UxL[u, start : start + n] = np.arange(n)
+        batch.passage_ends_UxP[u, p] = start + n - 1
+        batch.passage_valid_UxP[u, p] = True
+        batch.passage_ids_UxPx2[u, p] = ids[u, p]
+    last, n = (P - 1) * half, lengths[0, 0]
+    batch.ctx_tokens_UxL[-1, last : last + n] = batch.ctx_tokens_UxL[0, :n]
+    live, wanted = np.argwhere(used), set()
     for b in range(shape.B):
         if b in empty_rows:
             continue
-        cut = int(rng.integers(8, shape.T - 6))
-        for segment, (start, stop) in enumerate(((0, cut), (cut, shape.T - 2)), start=1):
+        cut = int(rng.integers(8, shape.T - 6)) if packing else shape.T - 2
+        stretches = [(0, cut), (cut, shape.T - 2)] if packing else [(0, cut)]
+        for segment, (start, stop) in enumerate(stretches, start=1):
             n = stop - start
-            batch.gen_tokens_BxT[b, start:stop] = rng.integers(0, VOCAB, n)
+            batch.gen_tokens_BxT[b, start:stop] = rng.integers(0, vocab, n)
             batch.gen_segments_BxT[b, start:stop] = segment
             batch.gen_positions_BxT[b, start:stop] = np.arange(n)
             batch.ntp_targets_BxT[b, start : stop - 1] = batch.gen_tokens_BxT[b, start + 1 : stop]
             batch.ntp_weights_BxT[b, start + 2 : stop - 1] = rng.random(n - 3) < 0.7
         positions = rng.choice(np.arange(1, shape.T - 2), shape.R, replace=False)
         for r in range(int(rng.integers(1, shape.R + 1))):
-            own, other = live[rng.choice(len(live), 2, replace=False)]
+            own, other = map(tuple, live[rng.choice(len(live), 2, replace=False)])
             batch.ret_positions_BxR[b, r] = positions[r]
             batch.ret_valid_BxR[b, r] = True
-            batch.ret_positives_BxRxSx2[b, r, 0] = ids[tuple(own)]
-            if r == 0 and shape.S > 1 and tuple(ids[tuple(own)]) != tuple(ids[tuple(other)]):
-                batch.ret_positives_BxRxSx2[b, r, 1] = ids[tuple(other)]
+            batch.ret_positives_BxRxSx2[b, r, 0] = ids[own]
+            wanted.add(tuple(ids[own]))
+            if r == 0 and shape.S > 1 and tuple(ids[own]) != tuple(ids[other]):
+                batch.ret_positives_BxRxSx2[b, r, 1] = ids[other]
+                wanted.add(tuple(ids[other]))
+    if not hard_negatives:
+        for u, p in np.argwhere(used):
+            batch.passage_valid_UxP[u, p] = tuple(ids[u, p]) in wanted
     return batch
+
+
+class Lookup:
+    """A tower whose hidden state is its token's row of a table: the objective on bare vectors."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def hidden(self, params, tokens, segments, positions):
+        return params["table"][tokens]
+
+    def unembedding(self, params):
+        return params["kernel"]
 
 
 def assert_close(found, expected, tolerance: float = 1e-5) -> None:

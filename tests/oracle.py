@@ -1,19 +1,41 @@
-"""The objective in plain NumPy loops, written from the paper: slow, float64, no masks."""
+"""The objective in plain NumPy loops, written from the paper: slow, float64, no masks.
 
+`ntp` and `nsp` give the losses and their gradients with respect to logits, queries and passages;
+`objective` pulls those back through the towers with a one-device vjp.
+"""
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from cosup_jax import cosup
+from cosup_jax.towers import gen_hidden, passage_vectors, query_vectors
 
 
 def ntp(logits, targets, weights):
-    """Sum of weighted -log softmax(logits)[target], and the weight."""
-    nats = 0.0
-    for row, target, weight in zip(logits, targets, weights, strict=True):
+    """Sum of weighted -log softmax(logits)[target], the weight, and the gradient of the sum."""
+    nats, grad = 0.0, np.zeros(np.shape(logits))
+    for i, (row, target, weight) in enumerate(zip(logits, targets, weights, strict=True)):
         if weight:
             row = np.asarray(row, np.float64)
-            nats += weight * (np.log(np.sum(np.exp(row - row.max()))) + row.max() - row[target])
-    return nats, float(np.sum(weights))
+            p = np.exp(row - row.max())
+            p /= p.sum()
+            nats -= weight * np.log(p[target])
+            grad[i] = weight * p
+            grad[i, target] -= weight
+    return nats, float(np.sum(weights)), grad
 
 
-def nsp(queries, live, bank=(), bank_queries=(), temperature=1.0):
+def nsp(
+    queries,
+    live,
+    bank=(),
+    bank_queries=(),
+    temperature=1.0,
+    contrastive="softmax",
+    bias=0.0,
+    margin=np.inf,
+):
     """Next-sequence prediction with identities, over live passages and a bank.
 
     Args:
@@ -21,10 +43,11 @@ def nsp(queries, live, bank=(), bank_queries=(), temperature=1.0):
       live: list of (vector, id) of valid passages, copies allowed.
       bank: list of (vector, id), newest first; may overlap live and itself.
       bank_queries: as queries, from earlier steps.
+      margin: negatives of greater similarity than the positive's by more than this are left out.
 
     Returns:
       mean nats per live query, gradient per live query [n, D], gradient per live passage [m, D]
-      (copies after the first have none).
+      (copies after the first have none), and the gradients of temperature and bias.
     """
     columns, seen = [], set()
     for source, entries in (("live", live), ("bank", bank)):
@@ -32,25 +55,138 @@ def nsp(queries, live, bank=(), bank_queries=(), temperature=1.0):
             if identity not in seen:  # live first, then the newest copy in the bank
                 seen.add(identity)
                 columns.append((source, index, np.asarray(vector, np.float64), identity))
-    grad_query = np.zeros((len(queries), len(queries[0][0]) if queries else 0))
-    grad_live = np.zeros((len(live), len(live[0][0])))
-    loss = 0.0
-    rows = [("live", i, *q) for i, q in enumerate(queries)]
-    rows += [("bank", i, *q) for i, q in enumerate(bank_queries)]
+    width = len(live[0][0])
+    grad_query, grad_live = np.zeros((len(queries), width)), np.zeros((len(live), width))
+    loss = grad_temperature = grad_bias = 0.0
+    rows = [("live", i, *q) for i, q in enumerate(queries)] if queries else []
+    rows += [("bank", i, *q) for i, q in enumerate(bank_queries)] if queries else []
+    answered = [q for q in queries if q[1][0] in seen]
     for kind, i, vector, (own, *siblings) in rows:
         vector = np.asarray(vector, np.float64)
-        counted = [c for c in columns if c[3] == own or c[3] not in siblings]
-        if own not in {c[3] for c in counted}:
+        if own not in seen or not answered:
             continue
-        scores = np.array([vector @ c[2] / temperature for c in counted])
-        p = np.exp(scores - scores.max())
-        p /= p.sum()
-        for (source, j, candidate, identity), share in zip(counted, p, strict=True):
-            pull = (share - (identity == own)) / temperature / len(queries)
-            if identity == own:
-                loss -= np.log(share) / len(queries)
+        counted = [c for c in columns if c[3] == own or c[3] not in siblings]
+        positive = next(vector @ c[2] for c in counted if c[3] == own)
+        counted = [c for c in counted if c[3] == own or vector @ c[2] <= positive + margin]
+        is_own = np.array([c[3] == own for c in counted])
+        scores = np.array([vector @ c[2] / temperature + bias for c in counted])
+        if contrastive == "softmax":
+            p = np.exp(scores - scores.max())
+            p /= p.sum()
+            loss -= np.log(p[is_own][0]) / len(answered)
+            pulls = (p - is_own) / len(answered)
+        else:
+            signed = np.where(is_own, scores, -scores)
+            loss += np.sum(np.log1p(np.exp(-signed))) / len(answered)
+            pulls = (1 / (1 + np.exp(-scores)) - is_own) / len(answered)
+        for (source, j, candidate, _), pull, score in zip(counted, pulls, scores, strict=True):
             if kind == "live":
-                grad_query[i] += pull * candidate
+                grad_query[i] += pull * candidate / temperature
             if source == "live":
-                grad_live[j] += pull * vector
-    return loss, grad_query, grad_live
+                grad_live[j] += pull * vector / temperature
+            grad_temperature -= pull * (score - bias) / temperature
+            grad_bias += pull
+    return loss, grad_query, grad_live, grad_temperature, grad_bias
+
+
+def key(pair) -> tuple[int, int]:
+    """An identity as something to compare."""
+    return int(pair[0]), int(pair[1])
+
+
+def listed(positives_Sx2) -> list[tuple[int, int]]:
+    """A query's passage and its siblings; empty places left out."""
+    return [key(pair) for i, pair in enumerate(positives_Sx2) if i == 0 or np.any(pair)]
+
+
+def remembered(bank, step: int, max_age: int):
+    """The bank's passages, newest first, and its queries, as `nsp` takes them."""
+    found = []
+    for ring in () if bank is None else (bank.passages, bank.queries):
+        if ring is None:
+            continue
+        written = np.asarray(ring.step_KxC)
+        where = np.argwhere((written >= 0) & (step - written <= max_age))
+        where = sorted(map(tuple, where), key=lambda at: step - written[at])
+        vectors, ids = np.asarray(ring.vector_KxCxD), np.asarray(ring.id_KxCxSx2)
+        found.append([(vectors[at], ids[at]) for at in where])
+    passages = [(vector, key(ids[0])) for vector, ids in found[0]] if found else []
+    queries = [(vector, listed(ids)) for vector, ids in found[1]] if len(found) > 1 else []
+    return passages, queries
+
+
+def vector_loss(asked, live, live_ids, live_valid, bank, step, temperature, bias, config):
+    """`nsp` of arrays: (mean nats, d queries [Q, D], d passages [C, D], d temperature, d bias).
+
+    Args:
+      asked: nsp.Queries; live [C, D], live_ids [C, 2], live_valid [C]; bank as in the state.
+    """
+    rows = np.flatnonzero(asked.valid_Q)
+    columns = np.flatnonzero(live_valid)
+    passages, queries = remembered(bank, step, config.bank.max_age)
+    known = {key(live_ids[j]) for j in columns} | {identity for _, identity in passages}
+    rows = [i for i in rows if key(asked.positives_QxSx2[i, 0]) in known]
+    value, grad_rows, grad_columns, *grad_scale = nsp(
+        [(asked.vector_QxD[i], listed(asked.positives_QxSx2[i])) for i in rows],
+        [(live[j], key(live_ids[j])) for j in columns] or [(live[0], None)],
+        passages,
+        queries,
+        temperature,
+        config.loss.contrastive,
+        bias,
+        config.loss.margin if config.loss.margin_mask else np.inf,
+    )
+    grad_query, grad_live = np.zeros(asked.vector_QxD.shape), np.zeros(np.shape(live))
+    grad_query[rows] = grad_rows
+    if len(columns):
+        grad_live[columns] = grad_columns
+    return value, grad_query, grad_live, *grad_scale
+
+
+def objective(params, batch, bank, step: int, towers, config):
+    """The total of `cosup.loss` and its gradient, on one device, by the loops above."""
+
+    def outputs(params):
+        hidden_BxTxD = gen_hidden(params, batch, towers)
+        logits = (hidden_BxTxD @ towers.gen.unembedding(params["gen"])).astype(jnp.float32)
+        ctx = towers.ctx_params(params)
+        vectors = passage_vectors(ctx, batch, towers, config)
+        scale = cosup.scale_of(params, config)
+        return logits, query_vectors(hidden_BxTxD, batch, config), vectors, scale
+
+    (logits, query_BxRxD, vector_UxPxD, scale), pull = jax.vjp(jax.jit(outputs), params)
+    flat = lambda x: np.asarray(x).reshape(-1, np.shape(x)[-1])
+    owned = towers.gen.vocab_size
+    weights = np.ravel(batch.ntp_weights_BxT)
+    nats, count, grad = ntp(flat(logits)[:, :owned], np.ravel(batch.ntp_targets_BxT), weights)
+    grad_logits = np.zeros(flat(logits).shape)
+    grad_logits[:, :owned] = config.loss.ntp_weight * grad / max(count, 1)
+    positives = batch.ret_positives_BxRxSx2
+    asked = cosup.Queries(
+        flat(query_BxRxD),
+        positives.reshape(-1, *positives.shape[2:]),
+        np.ravel(batch.ret_valid_BxR),
+    )
+    value, *grads = vector_loss(
+        asked,
+        flat(vector_UxPxD),
+        flat(batch.passage_ids_UxPx2),
+        np.ravel(batch.passage_valid_UxP),
+        bank,
+        step,
+        float(scale.temperature),
+        float(scale.bias),
+        config,
+    )
+    weight = float(cosup.nsp_weight(step, config.loss))
+    shaped = lambda grad, like: jnp.asarray(grad, jnp.float32).reshape(np.shape(like))
+    outer = [weight * grad for grad in grads]
+    (pulled,) = pull(
+        (
+            shaped(grad_logits, logits),
+            shaped(outer[0], query_BxRxD),
+            shaped(outer[1], vector_UxPxD),
+            cosup.Scale(jnp.float32(outer[2]), jnp.float32(outer[3])),
+        )
+    )
+    return config.loss.ntp_weight * nats / max(count, 1) + weight * value, pulled

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cosup_jax.config import OFFICIAL, freeze, get_dotted, make, set_dotted
+from cosup_jax.config import get_dotted, make, set_dotted
 from cosup_jax.errors import UserError
+from cosup_jax.freeze import OFFICIAL, freeze
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 CASES = [

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from cosup_jax import cosup, official
 from cosup_jax.config import ArchConfig, replace_dotted
 from cosup_jax.data.batch import BatchShape, empty_batch
+from cosup_jax.towers import Towers
 from cosup_jax.transformer import Transformer, padded_vocab
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -67,7 +68,7 @@ def _case(name: str):
         tie_embeddings=False,
     )
     vocab = hf["vocab_size"]
-    towers = cosup.Towers(
+    towers = Towers(
         Transformer(arch, vocab), Transformer(arch, vocab, has_head=False), tied=case["single"]
     )
     params = {"gen": _load(root / "gen", arch, vocab, head=True), "nsp": {}}

@@ -11,8 +11,10 @@ PACKAGE = ROOT / "cosup_jax"
 LAYERS = (  # low to high; a module imports strictly lower ones
     "errors",
     "config workdir",
-    "sharding data.* evaluation.* transformer losses optim telemetry contract",
-    "bank hf index data.pipeline",
+    "freeze",
+    "sharding data.* evaluation.* transformer optim telemetry contract",
+    "ntp nsp microbatch towers hf index data.pipeline",
+    "bank",
     "cosup",
     "official",
     "step checkpoint",

@@ -1,213 +1,188 @@
-"""The objective against loops written from the paper, and one device against eight."""
+"""The objective as a whole against loops written from the paper: on one device and on eight, in
+slices and in tiles, with and without a bank, packed or not."""
 
 import functools
+import itertools
+import math
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from batches import assert_close, config, random_batch, towers
-from oracle import nsp as nsp_oracle
-from oracle import ntp as ntp_oracle
+from batches import Lookup, assert_close, config, random_batch, towers
+from oracle import objective
 
 from cosup_jax import bank as bank_lib
-from cosup_jax import cosup, losses, sharding
+from cosup_jax import cosup, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import MeshConfig
-from cosup_jax.data.batch import BatchShape, batch_shape
-from cosup_jax.losses import Candidates, Queries
+from cosup_jax.data.batch import batch_shape
+from cosup_jax.towers import Towers
+
+MESHES = [(1, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)]
+BANKS = ["off", "passage", "dual"]
+SLICES = [1, 4]
+TILES = [0.0, 0.002]  # MiB: all at once, and a few columns or tokens at a time
+CONTENTS = list(itertools.product((True, False), (True, False)))  # packing, hard negatives
+STEP, VOCAB, WIDTH = 4, 40, 8
 
 
-def test_ntp_counts_supervised_tokens_only():
-    """Bug: padding or prompt tokens in the mean; a NaN on padding reaching loss or gradient."""
-    rng = np.random.default_rng(0)
-    logits, targets = rng.normal(size=(7, 11)).astype(np.float32), rng.integers(0, 11, 7)
-    weights = np.array([0, 1, 1, 0, 1, 0, 1], np.float32)
-    logits[3] = np.nan
-    (nats, weight), grad = (
-        losses.ntp_sums(logits, targets, weights),
-        jax.grad(lambda x: losses.ntp_sums(x, targets, weights)[0])(logits),
+def _config(bank_kind: str = "off", slices: int = 1, tile: float = 0.0, **keys):
+    return config(
+        batch_size=32,
+        data__ctx_rows=32,
+        micro_batches=slices,
+        loss__tile_mib=tile,
+        loss__learn_temperature=True,
+        bank__kind=bank_kind,
+        bank__size=4 * 64,
+        bank__queries=2 * 96,
+        bank__max_age=2,
+        **keys,
     )
-    expected, count = ntp_oracle(logits, targets, weights)
-    np.testing.assert_allclose(nats, expected, rtol=1e-6)
-    assert weight == count == 4
-    assert np.isfinite(grad).all() and not grad[weights == 0].any()
 
 
-def _vectors(seed: int, kind: str):
-    """Random live rows and columns, and a bank that overlaps them."""
-    rng = np.random.default_rng(seed)
-    Q, C, D, S, slots = 6, 8, 5, 3, 3
-    ids = rng.integers(1, 9, (C, 2), dtype=np.uint32)
-    ids[:, 1] = 1  # few distinct identities: copies are certain
-    positives = np.zeros((Q, S, 2), np.uint32)
-    positives[:, 0] = ids[rng.integers(0, C, Q)]
-    positives[::2, 1] = ids[rng.integers(0, C, len(positives[::2]))]
-    positives[:, 1][(positives[:, 1] == positives[:, 0]).all(-1)] = 0
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    asked = Queries(draw(Q, D), positives, rng.random(Q) < 0.8)
-    live = Candidates(draw(1, C, D), ids[None], (rng.random((1, C)) < 0.8))
-    c = config(bank__kind=kind, bank__size=slots * C, bank__queries=2 * Q, bank__max_age=2)
-    bank = None
-    if kind != "off":
-        bank = bank_lib.init(c.bank, BatchShape(B=2, T=9, R=3, S=S, U=4, L=9, P=2), D)
-        for past in range(5):
-            old = ids[rng.permutation(C)].copy()
-            old[: C // 2, 0] += 20  # half of them are passages that are not live
-            past_live = Candidates(draw(1, C, D), old[None], rng.random((1, C)) < 0.9)
-            unique = losses.first_of_each(past_live.id_KxCx2[0], past_live.valid_KxC[0])
-            past_positives = np.zeros((Q, S, 2), np.uint32)
-            past_positives[:, 0] = old[rng.integers(0, C, Q)]
-            past_asked = Queries(draw(Q, D), past_positives, rng.random(Q) < 0.9)
-            past_live = past_live._replace(valid_KxC=np.asarray(unique)[None])
-            bank = bank_lib.fill(bank, past_live, past_asked, jnp.int32(past))
-    return asked, live, bank, c
+def _vectors():
+    """Towers that look their hidden states up: the objective on bare vectors."""
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    params = {
+        "gen": {"table": draw(0, VOCAB, WIDTH), "kernel": draw(1, WIDTH, 48)},
+        "ctx": {"table": draw(2, VOCAB, WIDTH)},
+        "nsp": {"log_temperature": jnp.log(jnp.float32(0.3))},
+    }
+    return Towers(Lookup(VOCAB), Lookup(VOCAB)), params, None
 
 
-def _key(pair) -> tuple[int, int]:
-    return int(pair[0]), int(pair[1])
+def _transformers():
+    t = towers()
+    params = step_lib.init_params(jax.random.key(0), t, _config())
+    return t, params, step_lib.param_axes(t, _config())
 
 
-def _listed(positives_Sx2) -> list[tuple[int, int]]:
-    return [_key(pair) for i, pair in enumerate(positives_Sx2) if i == 0 or pair.any()]
+@functools.cache
+def _filled(make, bank_kind: str):
+    """A bank that four steps have filled; half of what they wrote is live again in `_batch`."""
+    (t, params, _), c = make(), _config(bank_kind)
+    width = jax.tree.leaves(params["ctx"])[0].shape[-1] if make is _vectors else t.ctx.arch.width
+    bank = bank_lib.init(c.bank, batch_shape(c), width)
+    read = jax.jit(lambda batch, step: cosup.terms(params, batch, None, step, t, c))
+    for past in range(STEP) if bank else ():
+        found = read(_batch(c, t, True, True, seed=past), past)
+        bank = bank_lib.fill(bank, found.live, found.asked, jnp.int32(past), jnp.bool_(True))
+    return bank
 
 
-@pytest.mark.parametrize("kind", ["off", "passage", "dual"])
-def test_nsp_equals_the_loop(kind):
-    """Bugs: a copy of the positive or a sibling as negative; a bank entry that is live, old or
-    stored twice counted; the mean over the wrong number of rows; gradient lost on one side."""
-    for seed in range(4):
-        asked, live, bank, c = _vectors(seed, kind)
-        step, tau = 5, 0.3
+def _batch(c, t, packing: bool, hard: bool, seed: int = STEP):
+    """On 8 x 1 x 1 the first device has no [Ret]; some passages are those of earlier batches."""
+    draw = functools.partial(random_batch, vocab=min(t.gen.vocab_size, VOCAB))
+    batch = draw(seed, batch_shape(c), (0, 1, 2, 3), packing, hard)
+    past = draw(max(seed - 2, 0), batch_shape(c))
+    again_UxP = batch.passage_valid_UxP & past.passage_valid_UxP
+    again_UxP[:8] = again_UxP[-1] = False
+    for u, p in np.argwhere(again_UxP):
+        before, after = batch.passage_ids_UxPx2[u, p].copy(), past.passage_ids_UxPx2[u, p]
+        batch.passage_ids_UxPx2[u, p] = after
+        positives = batch.ret_positives_BxRxSx2
+        positives[(positives == before).all(-1)] = after
+    return batch
 
-        def loss(query, passage, asked=asked, live=live, bank=bank, c=c, step=step, tau=tau):
-            valid = losses.first_of_each(live.id_KxCx2[0], live.valid_KxC[0])
-            live = Candidates(passage, live.id_KxCx2, valid[None])
-            total, _ = cosup.next_sequence(
-                asked._replace(vector_QxD=query), live, bank, jnp.int32(step), tau, c
-            )
-            return total
 
-        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(asked.vector_QxD, live.vector_KxCxD)
-        columns = np.flatnonzero(live.valid_KxC[0])
-        known = {_key(live.id_KxCx2[0, j]) for j in columns}
-        remembered, past_queries = [], []
-        if bank is not None:
-            ring = bank.passages
-            age = step - np.asarray(ring.step_KxC)
-            order = [tuple(i) for i in np.argwhere((np.asarray(ring.step_KxC) >= 0) & (age <= 2))]
-            order.sort(key=lambda i: age[i])
-            remembered = [(ring.vector_KxCxD[i], _key(ring.id_KxCxSx2[i][0])) for i in order]
-            known |= {identity for _, identity in remembered}
-        own = asked.positives_QxSx2[:, 0]
-        rows = [i for i in np.flatnonzero(asked.valid_Q) if _key(own[i]) in known]
-        if kind == "dual":
-            ring = bank.queries
-            steps = np.asarray(ring.step_KxC)
-            for i in map(tuple, np.argwhere((steps >= 0) & (step - steps <= 2))):
-                past_queries.append((ring.vector_KxCxD[i], _listed(np.asarray(ring.id_KxCxSx2[i]))))
-        expected, grad_query, grad_live = nsp_oracle(
-            [(asked.vector_QxD[i], _listed(asked.positives_QxSx2[i])) for i in rows],
-            [(live.vector_KxCxD[0, j], _key(live.id_KxCx2[0, j])) for j in columns],
-            remembered,
-            past_queries,
-            tau,
-        )
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
-        full_query, full_live = np.zeros_like(asked.vector_QxD), np.zeros_like(live.vector_KxCxD)
-        full_query[rows], full_live[0, columns] = grad_query, grad_live
-        assert_close(grads, (full_query, full_live))
+@functools.cache
+def _expected(make, bank_kind: str, packing: bool, hard: bool):
+    (t, params, _), c = make(), _config(bank_kind)
+    return objective(params, _batch(c, t, packing, hard), _filled(make, bank_kind), STEP, t, c)
+
+
+def _check(make, mesh_shape, bank_kind, slices, tile, contents):
+    t, params, axes = make()
+    c, bank = _config(bank_kind, slices, tile), _filled(make, bank_kind)
+    mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: math.prod(mesh_shape)])
+    place = lambda names, leaf: sharding.leaf_sharding(mesh, leaf.shape, names)
+    is_names = lambda x: isinstance(x, tuple) and not hasattr(x, "_fields")
+    axes = axes or jax.tree.map(lambda x: (None,) * x.ndim, params)
+    places = jax.tree.map(place, axes, params, is_leaf=is_names)
+    bank_places = jax.tree.map(place, bank_lib.logical_axes(bank), bank, is_leaf=is_names)
+    gradient = jax.jit(
+        jax.value_and_grad(lambda p, b, k, s: cosup.loss(p, b, k, s, t, c)[0]),
+        in_shardings=(places, sharding.rows(mesh), bank_places, sharding.replicated(mesh)),
+        out_shardings=(sharding.replicated(mesh), places),
+    )
+    for packing, hard in contents:
+        with jax.set_mesh(mesh):
+            found = gradient(params, _batch(c, t, packing, hard), bank, STEP)
+        assert_close(found, _expected(make, bank_kind, packing, hard))
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("slices", SLICES)
+@pytest.mark.parametrize("bank_kind", BANKS)
+@pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
+def test_vectors_equal_the_loops(mesh_shape, bank_kind, slices, tile):
+    """Bugs: negatives of one shard, slice or tile only; gradients cut at the gather or scaled by
+    the number of devices; a copy of the positive, a sibling, or a live, old or doubly stored bank
+    entry as negative; a device without any [Ret] that stops the others."""
+    _check(_vectors, mesh_shape, bank_kind, slices, tile, CONTENTS)
+
+
+def _covers(mesh_shape, bank_kind, slices, tile) -> bool:
+    """A fixed half of the slices and tiles for each mesh and bank; any two settings meet."""
+    mesh, bank = MESHES.index(mesh_shape), BANKS.index(bank_kind)
+    wanted = [(0, 0), (1, 1), (0, 1), (1, 0)][(mesh + bank) % 4]
+    return (SLICES.index(slices), TILES.index(tile)) == wanted and mesh > 0
+
+
+_GRID = list(itertools.product(MESHES, BANKS, SLICES, TILES))
+
+
+@pytest.mark.parametrize(
+    "mesh_shape,bank_kind,slices,tile",
+    [case if _covers(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in _GRID],
+    ids=str,
+)
+def test_towers_equal_the_loops(mesh_shape, bank_kind, slices, tile):
+    """Bugs: as on vectors, and sharded parameters gathered or reduced wrongly."""
+    chosen = zlib.crc32(repr((mesh_shape, bank_kind, slices, tile)).encode()) % 4
+    _check(_transformers, mesh_shape, bank_kind, slices, tile, CONTENTS[chosen : chosen + 1])
+
+
+def test_the_cover_meets_every_pair():
+    """Bug: a default run in which, say, tiles and the dual bank never meet."""
+    names = [dict(zip(["mesh", "bank", "slices", "tile"], case, strict=True)) for case in _GRID]
+    covered = [n for n, case in zip(names, _GRID, strict=True) if _covers(*case)]
+    values = {
+        name: {case[name] for case in names if case["mesh"] != (1, 1, 1)} for name in names[0]
+    }
+    for a, b in itertools.combinations(values, 2):
+        met = {(case[a], case[b]) for case in covered}
+        assert met == set(itertools.product(values[a], values[b])), (a, b)
 
 
 def test_nothing_to_retrieve_is_finite():
     """Bug: a batch without any [Ret], or of copies of one passage, gives NaN instead of zero."""
-    c, t = config(), towers()
-    params = step_lib.init_params(jax.random.key(0), t, c)
-    batch = random_batch(0, batch_shape(c))
-    loss = jax.jit(jax.value_and_grad(lambda p, b: cosup.loss(p, b, None, jnp.int32(0), t, c)[0]))
+    t, params, _ = _vectors()
+    c = _config(tile=0.002)
+    batch = _batch(c, t, True, True)
+    loss = jax.jit(jax.value_and_grad(lambda p, b: cosup.loss(p, b, None, 0, t, c)[0]))
     without = batch._replace(ret_valid_BxR=np.zeros_like(batch.ret_valid_BxR))
     value, grads = loss(params, without)
     assert np.isfinite(value)
-    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["ctx"]))
+    assert not np.any(grads["ctx"]["table"]) and np.isfinite(grads["gen"]["table"]).all()
     copies = batch._replace(passage_ids_UxPx2=np.ones_like(batch.passage_ids_UxPx2))
     copies = copies._replace(ret_positives_BxRxSx2=np.ones_like(batch.ret_positives_BxRxSx2))
     copies.ret_positives_BxRxSx2[:, :, 1:] = 0
     value, grads = loss(params, copies)  # one candidate, probability one
     assert np.isfinite(value)
-    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["ctx"]))
+    assert not np.any(grads["ctx"]["table"]) and np.isfinite(grads["gen"]["table"]).all()
 
 
 def test_permuting_the_batch_changes_nothing():
     """Bug: positives found by position."""
-    c, t = config(), towers()
-    params = step_lib.init_params(jax.random.key(0), t, c)
-    batch = random_batch(1, batch_shape(c))
+    t, params, _ = _vectors()
+    c = _config()
+    batch = _batch(c, t, True, True)
     rng = np.random.default_rng(0)
     gen, ctx = rng.permutation(c.batch_size), rng.permutation(c.data.ctx_rows)
     permuted = type(batch)(**{k: v[gen if "_B" in k else ctx] for k, v in batch._asdict().items()})
     grad = jax.jit(jax.value_and_grad(lambda p, b: cosup.loss(p, b, None, 0, t, c)[0]))
     assert_close(grad(params, permuted), grad(params, batch))
-
-
-MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)]
-
-
-@functools.cache
-def _one_device(bank_kind: str, micro_batches: int):
-    c, t, params, bank, batch = _setting(bank_kind, micro_batches)
-    f = jax.jit(jax.value_and_grad(lambda p: cosup.loss(p, batch, bank, 3, t, c)[0]))
-    return jax.device_get(f(params))
-
-
-def _setting(bank_kind: str, micro_batches: int):
-    c = config(
-        micro_batches=micro_batches,
-        bank__kind=bank_kind,
-        bank__size=96,
-        bank__queries=96,
-        loss__learn_temperature=True,
-    )
-    t = towers()
-    params = step_lib.init_params(jax.random.key(0), t, c)
-    shape = batch_shape(c)
-    bank = bank_lib.init(c.bank, shape, 32)
-    batch = random_batch(2, shape, empty_rows=(0, 1))  # a shard without any [Ret] on 8 x 1 x 1
-    if bank is not None:
-        for past in range(2):
-            old = random_batch(past, shape)
-            _, aux = jax.jit(lambda b: cosup.loss(params, b, None, 0, t, c))(old)
-            bank = bank_lib.fill(bank, aux.live, aux.asked, jnp.int32(past))
-    return c, t, params, bank, batch
-
-
-_CASES = [
-    *((shape, "off", 1) for shape in MESHES),
-    ((2, 2, 2), "dual", 2),
-    *(
-        pytest.param(shape, kind, parts, marks=pytest.mark.slow)
-        for shape in MESHES
-        for kind, parts in (("off", 2), ("passage", 1), ("dual", 1), ("dual", 2))
-        if (shape, kind, parts) != ((2, 2, 2), "dual", 2)
-    ),
-]
-
-
-@pytest.mark.parametrize("mesh_shape,bank_kind,micro_batches", _CASES)
-def test_meshes_equal_one_device(mesh_shape, bank_kind, micro_batches):
-    """Bugs: negatives of one shard only, gradients cut at the gather or scaled by the number of
-    devices, micro-batches that see only their own negatives."""
-    c, t, params, bank, batch = _setting(bank_kind, micro_batches)
-    mesh = sharding.make_mesh(MeshConfig(*mesh_shape))
-    expected = _one_device(bank_kind, 1)
-    state = step_lib.init_state(params, jax.random.key(1), optax.sgd(0.1), c).replace(bank=bank)
-    places = step_lib.state_shardings(state, mesh, t, c)
-    state = jax.device_put(state, places)
-    batch = jax.device_put(batch, sharding.rows(mesh))
-    f = jax.jit(
-        jax.value_and_grad(lambda p, b, k: cosup.loss(p, b, k, 3, t, c)[0]),
-        out_shardings=(sharding.replicated(mesh), places.params),
-    )
-    with jax.set_mesh(mesh):
-        found = f(state.params, batch, state.bank)
-    assert_close(found, expected)

@@ -13,6 +13,8 @@ from cosup_jax import cosup, official
 from cosup_jax import step as step_lib
 from cosup_jax.data.batch import BatchShape, empty_batch
 from cosup_jax.errors import UserError
+from cosup_jax.freeze import freeze
+from cosup_jax.towers import Towers
 
 PAD = VOCAB - 1
 
@@ -87,9 +89,7 @@ def test_equals_the_rank_by_rank_computation(W):
     lengths = [14, 9, 11, 7, 13, 8, 6, 10]
     evidence = [(4, 7), (5,), (9, 3), (6, 6), (), (), (5, 8), (2,)]
     batch, t = _rows(0, lengths, evidence), towers()
-    c = config_lib.freeze(
-        config_lib.make({"num_steps": 1, "compat": "official", "batch_size": 8}, {})
-    )
+    c = freeze(config_lib.make({"num_steps": 1, "compat": "official", "batch_size": 8}, {}))
     c = config_lib.replace_dotted(c, "loss.compat_ranks", W)
     c = config_lib.replace_dotted(c, "loss.nsp_weight", 0.5)  # large enough to be seen
     params = step_lib.init_params(jax.random.key(0), t, c)
@@ -125,11 +125,9 @@ def test_two_padded_ranks_by_hand():
     batch.ctx_tokens_UxL[:] = [[1, 2, 1], [2, 0, 0]]
     batch.ctx_segments_UxL[:] = [[1, 1, 1], [1, 0, 0]]
     batch.passage_valid_UxP[:] = True
-    c = config_lib.freeze(
-        config_lib.make({"num_steps": 1, "compat": "official", "batch_size": 2}, {})
-    )
+    c = freeze(config_lib.make({"num_steps": 1, "compat": "official", "batch_size": 2}, {}))
     c = config_lib.replace_dotted(c, "loss.compat_ranks", 2)
-    t = cosup.Towers(_Lookup(), _Lookup())
+    t = Towers(_Lookup(), _Lookup())
     _, aux = official.loss({"gen": table, "ctx": table}, batch, t, 0, c)
     # A token's logit is 1 for itself and 0 for the two others; its log Z is log(e + 2).
     log_z = np.log(np.e + 2)
@@ -151,7 +149,7 @@ def test_two_padded_ranks_by_hand():
 def test_rows_without_an_example_count_nothing():
     """Bug: the empty rows of an epoch's last step as PAD targets, or as ranks of loss zero."""
     c = config(compat="official", batch_size=2)
-    t, params = cosup.Towers(_Lookup(), _Lookup()), jnp.eye(3, 2)
+    t, params = Towers(_Lookup(), _Lookup()), jnp.eye(3, 2)
     one = _rows(0, [5], [(3,)])
     one = jax.tree.map(lambda x: np.minimum(x, 2) if x.dtype == np.int32 else x, one)
     two = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), one)
@@ -167,6 +165,6 @@ def test_a_contrary_key_is_refused():
     with pytest.raises(UserError, match=r"loss\.temperature"):
         config(compat="official", loss__temperature=0.2)
     plain = config_lib.make({"num_steps": 1, "compat": "official"}, {})
-    assert config_lib.freeze(plain).loss.nsp_weight == 0.01
+    assert freeze(plain).loss.nsp_weight == 0.01
     with pytest.raises(UserError, match=r"loss\.nsp_weight"):
-        config_lib.freeze(plain, frozenset({"loss.nsp_weight"}))  # given, though it is the default
+        freeze(plain, frozenset({"loss.nsp_weight"}))  # given, though it is the default

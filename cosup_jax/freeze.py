@@ -1,0 +1,187 @@
+"""ConfigDict -> frozen Config: types, ranges, choices, and settings that contradict each other."""
+
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+
+from cosup_jax.config import Config, get_dotted, replace_dotted, sources
+from cosup_jax.errors import UserError
+
+_CHOICES = {
+    "compat": ("", "official"),
+    "gen.arch.dtype": ("float32", "bfloat16"),
+    "ctx.arch.dtype": ("float32", "bfloat16"),
+    "gen.arch.remat": ("none", "dots", "full"),
+    "ctx.arch.remat": ("none", "dots", "full"),
+    "gen.arch.attention": ("auto", "xla", "cudnn"),
+    "ctx.arch.attention": ("auto", "xla", "cudnn"),
+    "ctx.pooling": ("last", "eos", "token"),
+    "loss.contrastive": ("softmax", "sigmoid"),
+    "loss.remote_negatives": ("full", "detached"),
+    "bank.kind": ("off", "passage", "dual"),
+    "bank.dtype": ("float32", "bfloat16"),
+    "optim.clip": ("global", "tower"),
+    "optim.schedule": ("constant", "cosine", "epoch"),
+}
+_MAY_BE_ZERO = {
+    *("seed", "num_steps", "num_epochs", "data.workers", "data.no_evidence_fraction"),
+    *("loss.ntp_weight", "loss.nsp_weight", "loss.nsp_ramp_steps", "loss.nsp_ramp_from"),
+    *("loss.sigmoid_bias", "loss.margin", "loss.tile_mib", "bank.start_step", "bank.ema_decay"),
+    *("generate.examples", "log.probe_every_steps"),
+    *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
+    *("optim.gen_learning_rate", "optim.ctx_learning_rate"),
+}
+_MAY_BE_MINUS_ONE = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+_MAY_BE_NEGATIVE = {"loss.sigmoid_bias"}
+
+# What the official code does (arXiv 2403.09024's repository), as far as it is a setting.
+OFFICIAL = {
+    "loss.ntp_weight": 1.0,
+    "loss.nsp_weight": 0.01,
+    "loss.normalize": False,
+    "loss.temperature": 1.0,
+    "loss.learn_temperature": False,
+    "loss.contrastive": "softmax",
+    "loss.margin_mask": False,
+    "loss.nsp_ramp_steps": 0,
+    "loss.mask_evidence": False,
+    "loss.remote_negatives": "detached",
+    "bank.kind": "off",
+    "data.packing": False,
+    "data.drop_without_ret": True,
+    "ctx.pooling": "last",
+    "optim.clip": "global",
+}
+
+
+def freeze(config: ml_collections.ConfigDict, explicit: frozenset[str] = frozenset()) -> Config:
+    """ConfigDict -> Config, checked.
+
+    Args:
+      config: as `make` returns it, command-line overrides applied.
+      explicit: dotted keys given on the command line; compat may not overrule them.
+
+    Raises:
+      UserError: unknown key, wrong type, value out of range, or keys that contradict each other.
+    """
+    frozen = _freeze_group(Config, config, "")
+    if frozen.compat == "official":
+        frozen = _apply_official(frozen, explicit)
+    _check(frozen)
+    return frozen
+
+
+def _freeze_group(cls, group, prefix: str):
+    if not isinstance(group, ml_collections.ConfigDict):
+        raise UserError(f"config.{prefix.rstrip('.')} must be a group of keys, not {group!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    unknown = sorted(set(group) - set(fields))
+    if unknown:
+        raise UserError(f"unknown config key {prefix + unknown[0]!r} in the config file")
+    missing = sorted(set(fields) - set(group))
+    if missing:
+        raise UserError(f"config key {prefix + missing[0]!r} is missing; build on config.make")
+    values = {}
+    for name in fields:
+        dotted, value = prefix + name, group[name]
+        if dataclasses.is_dataclass(types[name]):
+            values[name] = _freeze_group(types[name], value, dotted + ".")
+        else:
+            values[name] = _typed(dotted, value, types[name])
+    return cls(**values)
+
+
+def _typed(dotted: str, value: Any, kind: type) -> Any:
+    if kind is str and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return ",".join(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config.{dotted} must be {kind.__name__}, not {value!r}")
+    if dotted in _CHOICES and value not in _CHOICES[dotted]:
+        options = ", ".join(repr(option) for option in _CHOICES[dotted])
+        raise UserError(f"config.{dotted} must be one of {options}, not {value!r}")
+    if kind in (int, float):
+        if value != value:
+            raise UserError(f"config.{dotted} must be a number, not {value!r}")
+        low_ok = value > 0 or (value == 0 and dotted in _MAY_BE_ZERO) or dotted in _MAY_BE_NEGATIVE
+        if not low_ok and not (value == -1 and dotted in _MAY_BE_MINUS_ONE):
+            raise UserError(f"config.{dotted} must be positive, not {value!r}")
+    return value
+
+
+def _apply_official(config: Config, explicit: frozenset[str]) -> Config:
+    default = Config()
+    for dotted, official in OFFICIAL.items():
+        value = get_dotted(config, dotted)
+        if value != official and (dotted in explicit or value != get_dotted(default, dotted)):
+            raise UserError(
+                f"config.{dotted}={value!r} contradicts compat='official', which means "
+                f"{official!r}; drop one of the two"
+            )
+        config = replace_dotted(config, dotted, official)
+    return config
+
+
+def _check(config: Config) -> None:
+    if (config.num_steps > 0) == (config.num_epochs > 0):
+        raise UserError(
+            f"set exactly one of config.num_steps (now {config.num_steps}) and config.num_epochs "
+            f"(now {config.num_epochs}) to a positive number"
+        )
+    for tower in ("gen", "ctx"):
+        arch = getattr(config, tower).arch
+        if arch.heads % arch.kv_heads:
+            raise UserError(
+                f"config.{tower}.arch.heads={arch.heads} is no multiple of kv_heads={arch.kv_heads}"
+            )
+        if arch.head_dim % 2:
+            raise UserError(f"config.{tower}.arch.head_dim={arch.head_dim} must be even (RoPE)")
+    if config.tie_ctx_to_gen and config.ctx.freeze:
+        raise UserError(
+            "config.ctx.freeze means nothing with tie_ctx_to_gen: there is one tower; set "
+            "config.gen.freeze, or untie"
+        )
+    if config.gen.freeze and (config.ctx.freeze or config.tie_ctx_to_gen):
+        raise UserError(
+            "config.gen.freeze and config.ctx.freeze leave nothing to train; unfreeze one tower"
+        )
+    trains_nsp = config.loss.nsp_weight > 0 or config.loss.nsp_ramp_steps > 0
+    if config.gen.freeze and not trains_nsp:
+        raise UserError(
+            "config.gen.freeze with config.loss.nsp_weight=0 leaves nothing to train; drop one"
+        )
+    if config.bank.kind != "off" and not trains_nsp:
+        raise UserError("config.bank.kind means nothing with nsp_weight=0; set bank.kind=off")
+    if config.bank.ema_decay >= 1:
+        raise UserError(f"config.bank.ema_decay={config.bank.ema_decay} must be below 1")
+    if config.gen.init == "gen":
+        raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")
+    if config.loss.remote_negatives == "detached" and config.compat != "official":
+        raise UserError(
+            "config.loss.remote_negatives='detached' exists only under compat='official'; "
+            "set config.compat=official or remote_negatives=full"
+        )
+    if config.compat == "official" and config.batch_size % config.loss.compat_ranks:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is no multiple of config.loss.compat_ranks="
+            f"{config.loss.compat_ranks}"
+        )
+    if config.batch_size % config.micro_batches:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is no multiple of config.micro_batches="
+            f"{config.micro_batches}"
+        )
+    if config.data.no_evidence_fraction > 1:
+        raise UserError("config.data.no_evidence_fraction is a share: at most 1")
+    if config.data.packing and config.data.max_ctx_tokens > config.data.ctx_row_tokens:
+        raise UserError(
+            f"config.data.max_ctx_tokens={config.data.max_ctx_tokens} does not fit a Ctx row of "
+            f"config.data.ctx_row_tokens={config.data.ctx_row_tokens}"
+        )
+    for dotted in ("data.train", "data.eval"):
+        if not sources(get_dotted(config, dotted)):
+            raise UserError(f"config.{dotted} names no source")

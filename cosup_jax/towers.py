@@ -1,0 +1,54 @@
+"""The two language models and what the objective reads of them: hidden states and vectors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cosup_jax.config import Config
+from cosup_jax.data.batch import Batch
+from cosup_jax.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+    """Gen and Ctx. `params = {"gen", "ctx", "nsp"}`; tied towers have no "ctx"."""
+
+    gen: Transformer
+    ctx: Transformer
+    tied: bool = False
+
+    def ctx_params(self, params: dict) -> dict:
+        """Parameters of Ctx, which are Gen's if the towers are tied."""
+        return params["gen"] if self.tied else params["ctx"]
+
+
+def gen_hidden(params: dict, batch: Batch, towers: Towers) -> jax.Array:
+    """Gen's hidden states [B, T, D]."""
+    return towers.gen.hidden(
+        params["gen"], batch.gen_tokens_BxT, batch.gen_segments_BxT, batch.gen_positions_BxT
+    )
+
+
+def query_vectors(hidden_BxTxD: jax.Array, batch: Batch, config: Config) -> jax.Array:
+    """[B, R, D]: Gen's hidden state at each `[Ret]`."""
+    return similarity_space(_take(hidden_BxTxD, batch.ret_positions_BxR), config)
+
+
+def passage_vectors(ctx_params: dict, batch: Batch, towers: Towers, config: Config) -> jax.Array:
+    """[U, P, D]: Ctx's hidden state at each passage's last token."""
+    rows = (batch.ctx_tokens_UxL, batch.ctx_segments_UxL, batch.ctx_positions_UxL)
+    hidden_UxLxD = towers.ctx.hidden(ctx_params, *rows)
+    return similarity_space(_take(hidden_UxLxD, batch.passage_ends_UxP), config)
+
+
+def similarity_space(vectors: jax.Array, config: Config) -> jax.Array:
+    """Hidden states [..., D] -> float32 vectors that are compared by dot product."""
+    vectors = vectors.astype(jnp.float32)
+    if config.loss.normalize:
+        vectors /= jnp.sqrt(jnp.sum(vectors**2, axis=-1, keepdims=True) + 1e-12)
+    return vectors
+
+
+def _take(hidden_BxTxD: jax.Array, positions_BxR: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(hidden_BxTxD, positions_BxR[..., None], axis=1)
