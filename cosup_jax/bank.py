@@ -12,15 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from cosup_jax.config import BankConfig
+from cosup_jax.contrast import EMPTY, Candidates, Queries, in_float32, same
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.errors import UserError
-from cosup_jax.nsp import EMPTY, Candidates, Queries, same
 
 
 class Ring(NamedTuple):
-    """Vectors of past steps, without gradient."""
+    """Vectors of past steps, without gradient.
 
-    vector_KxCxD: jax.Array
+    bfloat16 is kept as its bits, uint16: XLA's CPU backend updates a bfloat16 array by turning all
+    of it into float32 and back.
+    """
+
+    vector_KxCxD: jax.Array  # float32, or uint16
     id_KxCxSx2: jax.Array  # uint32: a passage's identity (S = 1), or a query's positives
     step_KxC: jax.Array  # int32, the step that wrote the entry; EMPTY = none
 
@@ -81,7 +85,7 @@ def queries(bank: Bank | None, step: jax.Array, config: BankConfig) -> list[Quer
     ring = bank.queries
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     usable_KxC = ring.step_KxC >= _since(step, config)
-    return [Queries(flat(ring.vector_KxCxD), flat(ring.id_KxCxSx2), flat(usable_KxC))]
+    return [Queries(in_float32(flat(ring.vector_KxCxD)), flat(ring.id_KxCxSx2), flat(usable_KxC))]
 
 
 def fill(
@@ -95,8 +99,14 @@ def fill(
     if bank is None:
         return None
     ring, known_Nx2 = bank.passages, _known(live)
-    known_KxC = jnp.any(same(ring.id_KxCxSx2, known_Nx2[None, None]), axis=-1)
-    ring = ring._replace(step_KxC=jnp.where(known_KxC & keep, EMPTY, ring.step_KxC))
+
+    def evict(slot, step_KxC):
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
+        known_C = jnp.any(same(at(ring.id_KxCxSx2), known_Nx2[None]), axis=-1)
+        step_C = jnp.where(known_C & keep, EMPTY, at(step_KxC))
+        return jax.lax.dynamic_update_index_in_dim(step_KxC, step_C, slot, 0)
+
+    ring = ring._replace(step_KxC=jax.lax.fori_loop(0, len(ring.step_KxC), evict, ring.step_KxC))
     ids_Cx1x2, written_C = live.id_KxCx2[0][:, None], live.step_KxC[0] != EMPTY
     passages = _write(ring, live.vector_KxCxD[0], ids_Cx1x2, written_C, step, keep)
     if bank.queries is None:
@@ -121,7 +131,7 @@ def _ring(key: str, size: int, per_step: int, positives: int, width: int, dtype:
             f"a multiple of {per_step} or config.bank.kind=off"
         )
     return Ring(
-        jnp.zeros((slots, per_step, width), dtype),
+        jnp.zeros((slots, per_step, width), jnp.uint16 if dtype == "bfloat16" else dtype),
         jnp.zeros((slots, per_step, positives, 2), jnp.uint32),
         jnp.full((slots, per_step), EMPTY, jnp.int32),
     )
@@ -143,9 +153,11 @@ def _write(ring: Ring, vector_CxD, id_CxSx2, valid_C, step, keep) -> Ring:
 
     def put(old_KxC, new_C):
         before_C = jax.lax.dynamic_index_in_dim(old_KxC, slot, 0, keepdims=False)
-        kept_C = jnp.where(keep, new_C.astype(old_KxC.dtype), before_C)
+        kept_C = jnp.where(keep, new_C, before_C)
         return jax.lax.dynamic_update_index_in_dim(old_KxC, kept_C, slot, 0)
 
+    if ring.vector_KxCxD.dtype == jnp.uint16:
+        vector_CxD = jax.lax.bitcast_convert_type(vector_CxD.astype(jnp.bfloat16), jnp.uint16)
     return Ring(
         put(ring.vector_KxCxD, jax.lax.stop_gradient(vector_CxD)),
         put(ring.id_KxCxSx2, id_CxSx2),

@@ -62,6 +62,11 @@ class LossConfig:
     remote_negatives: str = "full"  # full (gradient through every vector) | detached (compat only)
     compat_ranks: int = 1  # virtual ranks of compat=official: equal slices of the global batch
 
+    @property
+    def trains_nsp(self) -> bool:
+        """Whether NSP has a weight at any step."""
+        return bool(self.nsp_weight or (self.nsp_ramp_steps and self.nsp_ramp_from))
+
 
 @dataclasses.dataclass(frozen=True)
 class BankConfig:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from cosup_jax import bank as bank_lib
 from cosup_jax import nsp, ntp
 from cosup_jax.config import Config, LossConfig
+from cosup_jax.contrast import EMPTY, Candidates, How, Queries, Scale, first_of_each
 from cosup_jax.data.batch import Batch
 from cosup_jax.microbatch import in_parts
-from cosup_jax.nsp import EMPTY, Candidates, NspSums, Queries, Scale
+from cosup_jax.nsp import NspSums
 from cosup_jax.sharding import constrain
 from cosup_jax.towers import Towers, gen_hidden, passage_vectors, query_vectors
 
@@ -28,7 +29,7 @@ class Terms(NamedTuple):
     ntp: jax.Array  # nats per supervised token of the global batch
     nsp: jax.Array  # nats per valid [Ret] of the global batch
     metrics: dict[str, jax.Array]
-    live: Candidates
+    live: Candidates | None  # None where NSP is not trained
     asked: Queries
 
 
@@ -51,12 +52,17 @@ def terms(params: dict, batch: Batch, bank, step, towers: Towers, config: Config
       step: int32 scalar, for the age of the bank's entries.
     """
     ntp_sum, ntp_count, asked = generate(params, batch, towers, config)
+    ntp_mean = ntp_sum / jnp.maximum(ntp_count, 1)
+    metrics = {}
+    if config.loss.ntp_weight:
+        metrics = {"ntp/nats_per_token": ntp_mean, "ntp/tokens": ntp_count}
+    if not config.loss.trains_nsp:  # NTP alone: Ctx is not run
+        return Terms(ntp_mean, jnp.float32(0), metrics, None, asked)
     live = condense(towers.ctx_params(params), batch, step, towers, config)
     scale = scale_of(params, config)
-    ntp_mean = ntp_sum / jnp.maximum(ntp_count, 1)
     nsp_mean, sums = next_sequence(asked, live, bank, step, scale, config)
-    metrics = {"ntp/nats_per_token": ntp_mean, "ntp/tokens": ntp_count}
-    return Terms(ntp_mean, nsp_mean, metrics | _nsp_metrics(sums, batch, scale), live, asked)
+    metrics |= _nsp_metrics(sums, asked, live, batch, scale)
+    return Terms(ntp_mean, nsp_mean, metrics, live, asked)
 
 
 def next_token(params: dict, hidden_BxTxD, batch: Batch, towers: Towers, config: Config):
@@ -77,11 +83,11 @@ def next_sequence(asked: Queries, live: Candidates, bank, step, scale: Scale, co
     The bank's queries, if it has any, are rows too: with remembered columns alone the passages
     would feel fewer queries than the queries feel passages.
     """
-    columns = [live, *bank_lib.candidates(bank, live, step, config.bank)]
     rows = [asked, *bank_lib.queries(bank, step, config.bank)]
+    columns = [live, *bank_lib.candidates(bank, live, step, config.bank)]
     margin = config.loss.margin if config.loss.margin_mask else None
-    settings = (scale, config.loss.contrastive, margin, tile_bytes(config))
-    sums, *past = [nsp.nsp_sums(queries, columns, *settings) for queries in rows]
+    how = How(config.loss.contrastive, margin, tile_bytes(config), config.loss.learn_temperature)
+    sums, *past = nsp.nsp_sums(rows, columns, scale, how)
     total = sums.loss + sum(jnp.where(sums.weight > 0, more.loss, 0.0) for more in past)
     return total / jnp.maximum(sums.weight, 1), sums
 
@@ -91,7 +97,9 @@ def generate(params: dict, batch: Batch, towers: Towers, config: Config):
 
     def part(rows: Batch):
         hidden_BxTxD = gen_hidden(params, rows, towers)
-        nats, count = next_token(params, hidden_BxTxD, rows, towers, config)
+        nats = count = jnp.float32(0)
+        if config.loss.ntp_weight:
+            nats, count = next_token(params, hidden_BxTxD, rows, towers, config)
         return nats, count, query_vectors(hidden_BxTxD, rows, config)
 
     nats, count, query_BxRxD = in_parts(part, batch, config.micro_batches)
@@ -109,8 +117,8 @@ def condense(ctx_params: dict, batch: Batch, step, towers: Towers, config: Confi
     part = lambda rows: (passage_vectors(ctx_params, rows, towers, config),)
     (vector_UxPxD,) = in_parts(part, batch, config.micro_batches)
     flat = lambda x: x.reshape(1, -1, *x.shape[2:])
-    id_1xCx2 = flat(batch.passage_ids_UxPx2)
-    valid_C = nsp.first_of_each(id_1xCx2[0], flat(batch.passage_valid_UxP)[0])
+    id_1xCx2 = constrain(flat(batch.passage_ids_UxPx2), None, None, None)
+    valid_C = first_of_each(id_1xCx2[0], constrain(flat(batch.passage_valid_UxP)[0], None))
     step_1xC = jnp.where(valid_C, step, EMPTY)[None]
     vector_1xCxD = constrain(flat(vector_UxPxD), None, None, None)
     return Candidates(vector_1xCxD, id_1xCx2, step_1xC, since=jnp.int32(0))
@@ -139,16 +147,23 @@ def nsp_weight(step, config: LossConfig) -> jax.Array:
     return jnp.float32(start + (config.nsp_weight - start) * done)
 
 
-def _nsp_metrics(sums: NspSums, batch: Batch, scale: Scale) -> dict[str, jax.Array]:
+def _nsp_metrics(
+    sums: NspSums, asked: Queries, live: Candidates, batch: Batch, scale: Scale
+) -> dict[str, jax.Array]:
     mean = lambda total: total / jnp.maximum(sums.weight, 1)
+    live_C = live.step_KxC[0] != EMPTY
+    copies = jnp.sum(batch.passage_valid_UxP) - jnp.sum(live_C)  # within the batch
     return {
         "nsp/nats_per_ret": mean(sums.loss),
         "nsp/top1": mean(sums.top1),
         "nsp/chance": mean(sums.chance),
         "nsp/margin": mean(sums.margin),
         "nsp/candidates": mean(sums.candidates),
+        "nsp/masked_copies": mean(sums.copies) + copies,
         "nsp/masked_siblings": mean(sums.siblings),
         "nsp/masked_margin": mean(sums.too_close),
         "nsp/queries": sums.weight,
         "nsp/temperature": scale.temperature,
+        "nsp/anisotropy_queries": nsp.anisotropy(asked.vector_QxD, asked.valid_Q),
+        "nsp/anisotropy_passages": nsp.anisotropy(live.vector_KxCxD[0], live_C),
     }

@@ -149,12 +149,11 @@ def _check(config: Config) -> None:
         raise UserError(
             "config.gen.freeze and config.ctx.freeze leave nothing to train; unfreeze one tower"
         )
-    trains_nsp = config.loss.nsp_weight > 0 or config.loss.nsp_ramp_steps > 0
-    if config.gen.freeze and not trains_nsp:
+    if config.gen.freeze and not config.loss.trains_nsp:
         raise UserError(
             "config.gen.freeze with config.loss.nsp_weight=0 leaves nothing to train; drop one"
         )
-    if config.bank.kind != "off" and not trains_nsp:
+    if config.bank.kind != "off" and not config.loss.trains_nsp:
         raise UserError("config.bank.kind means nothing with nsp_weight=0; set bank.kind=off")
     if config.bank.ema_decay >= 1:
         raise UserError(f"config.bank.ema_decay={config.bank.ema_decay} must be below 1")

@@ -1,64 +1,17 @@
-"""Next-sequence prediction: queries against candidate passages, as (sum, weight) pairs.
+"""Next-sequence prediction: the contrastive loss of queries over passages, as (sum, weight).
 
-Whoever calls divides, once, after the sum over the whole global batch. Float32 inside; shapes by
-the letters of `data/batch.py`. Positives are found by identity, wherever they lie.
+Whoever calls divides, once, after the sum over the whole global batch.
 """
 
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from cosup_jax.sharding import constrain, parts_here
-
-_NEVER = -1e30  # score of a masked candidate; finite, so that masked rows have finite gradients
-EMPTY = -1  # step of a column that holds nothing
-
-
-class Queries(NamedTuple):
-    """Rows of the contrastive loss."""
-
-    vector_QxD: jax.Array
-    positives_QxSx2: jax.Array  # uint32; [:, 0] is the query's passage, the rest its siblings
-    valid_Q: jax.Array  # bool
-
-
-@flax.struct.dataclass
-class Candidates:
-    """Columns of the contrastive loss, in K blocks of C; live ones in one block.
-
-    A column counts if it was written at step `since` or later, unless its identity is also among
-    `newer`. No identity may count twice among all the columns that one loss is computed over.
-    """
-
-    vector_KxCxD: jax.Array
-    id_KxCx2: jax.Array  # uint32
-    step_KxC: jax.Array  # int32, the step that wrote the column, or EMPTY
-    since: jax.Array  # int32, 0 or more
-    newer_Nx2: jax.Array | None = None  # uint32
-    # Live: whole on every device, with gradient. Stored: split over C, without gradient.
-    stored: bool = flax.struct.field(pytree_node=False, default=False)
-
-
-class Scale(NamedTuple):
-    """From similarity to score: divided by the temperature, plus the bias."""
-
-    temperature: jax.Array
-    bias: jax.Array  # 0 under softmax
-
-
-class Scores(NamedTuple):
-    """What one query needs to know of a set of candidates, each [Q]; `merge` joins two sets."""
-
-    negatives: jax.Array  # softmax: log-sum-exp of their scores; sigmoid: sum of their softplus
-    positive: jax.Array  # score of the query's passage; _NEVER where it is not a candidate
-    best_negative: jax.Array
-    count: jax.Array  # int32, negatives that count
-    siblings: jax.Array  # int32, candidates masked as other positives of the same example
-    too_close: jax.Array  # int32, negatives masked by the margin
+from cosup_jax import contrast
+from cosup_jax.contrast import NEVER, Candidates, How, Queries, Scale, Scores
 
 
 class NspSums(NamedTuple):
@@ -70,31 +23,14 @@ class NspSums(NamedTuple):
     chance: jax.Array  # expected top1 of a random order
     margin: jax.Array  # positive minus best negative, in units of similarity
     candidates: jax.Array  # the positive and the negatives that count
-    siblings: jax.Array
+    siblings: jax.Array  # the next three: candidates masked, as in Scores
     too_close: jax.Array
-
-
-def same(a_x2: jax.Array, b_x2: jax.Array) -> jax.Array:
-    """Whether two identities are equal; broadcasts over leading axes."""
-    return jnp.all(a_x2 == b_x2, axis=-1)
-
-
-def first_of_each(id_Cx2: jax.Array, valid_C: jax.Array) -> jax.Array:
-    """`valid_C` without the later copies of an identity: a passage counts once."""
-    C = valid_C.shape[0]
-    twin_CxC = same(id_Cx2[:, None], id_Cx2[None]) & valid_C[:, None] & valid_C[None]
-    earlier_CxC = jnp.tril(jnp.ones((C, C), bool), k=-1)
-    return valid_C & ~jnp.any(twin_CxC & earlier_CxC, axis=1)
+    copies: jax.Array
 
 
 def nsp_sums(
-    queries: Queries,
-    columns: Sequence[Candidates],
-    scale: Scale,
-    contrastive: str = "softmax",
-    margin: float | None = None,
-    tile_bytes: int = 0,
-) -> NspSums:
+    rows: Sequence[Queries], columns: Sequence[Candidates], scale: Scale, how: How
+) -> list[NspSums]:
     """The contrastive loss of every valid query over the union of `columns`.
 
     softmax: -log p(passage | candidates) in nats (arXiv 2403.09024, L_NSP). sigmoid: each pair by
@@ -102,20 +38,30 @@ def nsp_sums(
     query's example is no negative. A query whose passage is no candidate has neither loss nor
     weight. Scores exist a tile at a time; the backward pass keeps one number per query.
 
-    Args:
-      margin: a negative whose similarity exceeds the positive's by more is masked as a likely
-        false negative (Qwen3-Embedding, arXiv 2506.05176); None = off.
-      tile_bytes: what one device may spend on the scores of a tile; 0 = everything in one tile.
+    `rows` are the live queries, then any others, which get no gradient; one result for each.
     """
-    score = functools.partial(_scores, queries, columns, scale, contrastive, tile_bytes)
-    ceiling_Q = jnp.full(queries.valid_Q.shape, jnp.inf)
-    if margin is not None:
-        ceiling_Q = jax.lax.stop_gradient(score(ceiling_Q).positive + margin / scale.temperature)
-    scores = score(ceiling_Q)
-    live_Q = queries.valid_Q & (scores.positive > 0.5 * _NEVER)
+    score = functools.partial(contrast.scores, rows, columns, scale, how)
+    ceilings = [jnp.full(queries.valid_Q.shape, jnp.inf) for queries in rows]
+    if how.margin is not None:
+        above = how.margin / scale.temperature
+        ceilings = [jax.lax.stop_gradient(found.positive + above) for found in score(ceilings)]
+    return [_sums(*pair, scale, how) for pair in zip(rows, score(ceilings), strict=True)]
+
+
+def anisotropy(vectors_NxD: jax.Array, valid_N: jax.Array) -> jax.Array:
+    """Mean cosine of all pairs of different valid vectors: 0 isotropic, 1 all alike."""
+    vectors_NxD = jax.lax.stop_gradient(vectors_NxD.astype(jnp.float32))
+    length_Nx1 = jnp.sqrt(jnp.sum(vectors_NxD**2, axis=1, keepdims=True) + 1e-12)
+    unit_NxD = jnp.where(valid_N[:, None], vectors_NxD / length_Nx1, 0.0)
+    n = jnp.sum(valid_N, dtype=jnp.float32)
+    return (jnp.sum(jnp.sum(unit_NxD, axis=0) ** 2) - n) / jnp.maximum(n * (n - 1), 1)
+
+
+def _sums(queries: Queries, scores: Scores, scale: Scale, how: How) -> NspSums:
+    live_Q = queries.valid_Q & (scores.positive > 0.5 * NEVER)
     negatives_Q = jnp.where(live_Q, scores.negatives, 0.0)
     positive_Q = jnp.where(live_Q, scores.positive, 0.0)
-    if contrastive == "softmax":
+    if how.contrastive == "softmax":
         nats_Q = jax.nn.softplus(negatives_Q - positive_Q)
     else:
         nats_Q = negatives_Q + jax.nn.softplus(-positive_Q)
@@ -130,195 +76,5 @@ def nsp_sums(
         candidates=total(1 + scores.count),
         siblings=total(scores.siblings),
         too_close=total(scores.too_close),
+        copies=total(scores.copies),
     )
-
-
-def merge(a: Scores, b: Scores, contrastive: str) -> Scores:
-    """Scores over the union of two disjoint sets of candidates."""
-    join = jnp.logaddexp if contrastive == "softmax" else jnp.add
-    return Scores(
-        join(a.negatives, b.negatives),
-        jnp.maximum(a.positive, b.positive),
-        jnp.maximum(a.best_negative, b.best_negative),
-        *(x + y for x, y in zip(a[3:], b[3:], strict=True)),
-    )
-
-
-def _scores(queries, columns, scale, contrastive: str, tile_bytes: int, ceiling_Q) -> Scores:
-    found = []
-    for candidates in columns:
-        rows = queries
-        if candidates.stored:  # whole queries meet the stored columns where those lie
-            rows = queries._replace(vector_QxD=constrain(queries.vector_QxD, None, None))
-        walk = _walk_through(rows, candidates, contrastive, tile_bytes)
-        found.append(_score(walk, rows, candidates, scale, ceiling_Q))
-    return functools.reduce(functools.partial(merge, contrastive=contrastive), found)
-
-
-# Below, W is the number of parts that the mesh splits stored columns into, and a tile has G blocks
-# of C columns in each part. Sums are kept per part and joined after the last tile, so that no
-# collective runs in the loop over the tiles.
-
-
-class _Walk(NamedTuple):
-    """How the columns are walked through; static."""
-
-    contrastive: str
-    tiles: int
-    parts: int
-
-
-def _walk_through(queries, candidates, contrastive: str, tile_bytes: int) -> _Walk:
-    """Stored columns: a few whole blocks a tile. Live ones: a stretch of the one block."""
-    K, C, D = candidates.vector_KxCxD.shape
-    Q = queries.valid_Q.shape[0]
-    parts = parts_here(C) if candidates.stored else 1
-    rows_here = Q if candidates.stored else Q // parts_here(Q)
-    columns_here = tile_bytes // (4 * (rows_here + D)) if tile_bytes else K * C
-    if not candidates.stored:
-        return _Walk(contrastive, -(-C // min(max(columns_here, 1), C)), 1)
-    fits = max(columns_here * parts // C, 1)
-    return _Walk(
-        contrastive, min(n for n in range(1, K + 1) if K % n == 0 and K // n <= fits), parts
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _score(walk: _Walk, queries, candidates, scale, ceiling_Q) -> Scores:
-    return _forward(walk, queries, candidates, scale, ceiling_Q)[0]
-
-
-def _forward(walk: _Walk, queries, candidates, scale, ceiling_Q):
-    softmax = walk.contrastive == "softmax"
-    shape = (queries.valid_Q.shape[0], walk.parts)
-
-    def body(carry, tile):
-        score, own, negative, sibling, too_close = _compare(
-            queries, candidates, tile, scale, ceiling_Q
-        )
-        over = (1, 3)
-        unmasked = lambda where: jnp.where(where, score, _NEVER)
-        count = lambda where: jnp.sum(where, over, dtype=jnp.int32)
-        here = Scores(
-            jax.nn.logsumexp(unmasked(negative), over)
-            if softmax
-            else jnp.sum(jnp.where(negative, jax.nn.softplus(score), 0.0), over),
-            jnp.max(unmasked(own), over),
-            jnp.max(unmasked(negative), over),
-            *map(count, (negative, sibling, too_close)),
-        )
-        return merge(carry, here, walk.contrastive), None
-
-    never, none = jnp.full(shape, _NEVER), jnp.zeros(shape, jnp.int32)
-    start = Scores(never if softmax else jnp.zeros(shape), never, never, none, none, none)
-    found, _ = _scan(body, start, _tiles(walk, candidates))
-    joined = Scores(
-        jax.nn.logsumexp(found.negatives, 1) if softmax else jnp.sum(found.negatives, 1),
-        jnp.max(found.positive, 1),
-        jnp.max(found.best_negative, 1),
-        *(jnp.sum(x, 1) for x in found[3:]),
-    )
-    return joined, (queries, candidates, scale, ceiling_Q, joined.negatives)
-
-
-def _backward(walk: _Walk, kept, grads: Scores):
-    queries, candidates, scale, ceiling_Q, negatives_Q = kept
-    per_row = lambda x_Q: x_Q[:, None, None, None]
-    rows_QxD = _rows(queries)
-
-    def body(carry, tile):
-        score, own, negative, *_ = _compare(queries, candidates, tile, scale, ceiling_Q)
-        if walk.contrastive == "softmax":
-            share = jnp.exp(jnp.where(negative, score - per_row(negatives_Q), _NEVER))
-        else:
-            share = jnp.where(negative, jax.nn.sigmoid(score), 0.0)
-        pull_QxGxWxC = share * per_row(grads.negatives) + own * per_row(grads.positive)
-        vector_GxWxCxD, _ = _columns(candidates, tile)
-        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        grad_rows_QxWxD, grad_temperature_QxW, grad_bias_QxW = carry
-        carry = (
-            grad_rows_QxWxD + product("qgwc,gwcd->qwd", pull_QxGxWxC, vector_GxWxCxD),
-            grad_temperature_QxW + jnp.sum(pull_QxGxWxC * (score - scale.bias), (1, 3)),
-            grad_bias_QxW + jnp.sum(pull_QxGxWxC, (1, 3)),
-        )
-        if candidates.stored:
-            return carry, None
-        return carry, product("qgwc,qd->gwcd", pull_QxGxWxC, rows_QxD)
-
-    (Q, D), W = queries.vector_QxD.shape, walk.parts
-    start = (jnp.zeros((Q, W, D)), jnp.zeros((Q, W)), jnp.zeros((Q, W)))
-    sums, grad_tiles = _scan(body, start, _tiles(walk, candidates))
-    grad_rows_QxWxD, grad_temperature_QxW, grad_bias_QxW = sums
-    grad_rows_QxD = jnp.sum(grad_rows_QxWxD, axis=1) / scale.temperature
-    grad_queries = Queries(grad_rows_QxD.astype(queries.vector_QxD.dtype), None, None)
-    grad_scale = Scale(
-        -jnp.sum(grad_temperature_QxW) / scale.temperature,
-        jnp.sum(grad_bias_QxW),
-    )
-    if candidates.stored:
-        return grad_queries, None, grad_scale, None
-    K, C, _ = candidates.vector_KxCxD.shape
-    grad_CxD = grad_tiles.reshape(-1, D)[:C] / scale.temperature
-    grad_columns = candidates.replace(
-        vector_KxCxD=grad_CxD.reshape(K, C, D), id_KxCx2=None, step_KxC=None, since=None
-    )
-    return grad_queries, grad_columns, grad_scale, None
-
-
-_score.defvjp(_forward, _backward)
-
-
-def _compare(queries: Queries, candidates: Candidates, tile, scale: Scale, ceiling_Q):
-    """Scores [Q, G, W, C] of a tile, and who is what: own, negative, sibling, too close."""
-    _, id_GxWxCx2, _ = tile
-    vector_GxWxCxD, valid_GxWxC = _columns(candidates, tile)
-    similarity = jnp.einsum(
-        "qd,gwcd->qgwc", _rows(queries), vector_GxWxCxD, precision=jax.lax.Precision.HIGHEST
-    )
-    score = similarity / scale.temperature + scale.bias
-    is_the = lambda s: same(queries.positives_QxSx2[:, s][:, None, None, None], id_GxWxCx2[None])
-    own = is_the(0) & valid_GxWxC[None]
-    sibling = jnp.zeros_like(own)
-    for s in range(1, queries.positives_QxSx2.shape[1]):
-        sibling |= is_the(s)
-    other = ~own & valid_GxWxC[None]
-    too_close = other & ~sibling & (score > ceiling_Q[:, None, None, None])
-    return score, own, other & ~sibling & ~too_close, other & sibling, too_close
-
-
-def _rows(queries: Queries) -> jax.Array:
-    vector_QxD = queries.vector_QxD.astype(jnp.float32)
-    return jnp.where(queries.valid_Q[:, None], vector_QxD, 0.0)  # a NaN on padding stays there
-
-
-def _columns(candidates: Candidates, tile) -> tuple[jax.Array, jax.Array]:
-    """Vectors [G, W, C, D] of a tile in float32, and which of its columns count [G, W, C]."""
-    vector_GxWxCxD, id_GxWxCx2, step_GxWxC = tile
-    valid_GxWxC = step_GxWxC >= candidates.since
-    if candidates.newer_Nx2 is not None:
-        newer = same(id_GxWxCx2[:, :, :, None], candidates.newer_Nx2[None, None, None])
-        valid_GxWxC &= ~jnp.any(newer, axis=-1)
-    vector_GxWxCxD = vector_GxWxCxD.astype(jnp.float32)
-    return jnp.where(valid_GxWxC[..., None], vector_GxWxCxD, 0.0), valid_GxWxC
-
-
-def _tiles(walk: _Walk, candidates: Candidates) -> tuple[jax.Array, ...]:
-    """Vectors, identities and steps, each [tiles, G, W, C, ...]."""
-
-    def cut(x, fill):
-        K, C, *rest = x.shape
-        if candidates.stored:
-            return x.reshape(walk.tiles, K // walk.tiles, walk.parts, C // walk.parts, *rest)
-        padding = [(0, 0), (0, -C % walk.tiles)] + [(0, 0)] * len(rest)
-        return jnp.pad(x, padding, constant_values=fill).reshape(walk.tiles, 1, 1, -1, *rest)
-
-    fields = (candidates.vector_KxCxD, 0), (candidates.id_KxCx2, 0), (candidates.step_KxC, EMPTY)
-    return tuple(cut(x, fill) for x, fill in fields)
-
-
-def _scan(body, start, tiles):
-    """`lax.scan`, or the body alone if there is one tile: XLA's CPU loops are slow."""
-    if tiles[0].shape[0] > 1:
-        return jax.lax.scan(body, start, tiles)
-    carry, out = body(start, jax.tree.map(lambda x: x[0], tiles))
-    return carry, jax.tree.map(lambda x: x[None], out)

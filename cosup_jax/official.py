@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from cosup_jax.config import Config
+from cosup_jax.contrast import EMPTY, Candidates, Queries
 from cosup_jax.cosup import Terms
 from cosup_jax.data.batch import Batch
-from cosup_jax.nsp import EMPTY, Candidates, Queries
 from cosup_jax.ntp import ntp_sums
 from cosup_jax.towers import Towers
 

@@ -57,7 +57,7 @@ def trainable(params: dict, config: Config) -> dict:
 
     Works on any tree that is nested as the parameters are.
     """
-    unreached = not (config.loss.nsp_weight or config.loss.nsp_ramp_steps)
+    unreached = not config.loss.trains_nsp
     frozen = {"gen": config.gen.freeze, "ctx": config.ctx.freeze or unreached, "nsp": unreached}
     return {name: tree for name, tree in params.items() if not frozen[name]}
 
