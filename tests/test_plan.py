@@ -1,205 +1,208 @@
-"""The plan keeps every bound, loses nothing and repeats itself."""
+"""The plan finds every step, builds each block once and reads no more than it must."""
 
-import dataclasses
+import concurrent.futures
+import hashlib
+import itertools
+import pickle
+import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from lengths import FIVE_BLOCKS, assert_equal, random_lengths
 
-from cosup_jax.data import plan as planning
-from cosup_jax.data.batch import BatchShape
-from cosup_jax.data.packing import CtxRows
-from cosup_jax.data.plan import Lengths, PlanSettings, build_epoch, utilization
+from cosup_jax.config import Config, DataConfig
+from cosup_jax.data import plan as lookup
+from cosup_jax.data.blocks import Builder, PlanSettings
+from cosup_jax.data.plan import Plan
 
-SHAPE = BatchShape(B=4, T=64, R=4, S=2, U=3, L=40, P=3)
-
-
-def lengths_from(examples, passages, identities=None):
-    """`examples`: (tokens, evidence rows, hard-negative rows); `passages`: tokens."""
-    ret_offsets = np.cumsum([0, *(len(evidence) for _, evidence, _ in examples)])
-    negative_offsets = np.cumsum([0, *(len(negatives) for *_, negatives in examples)])
-    identities = range(1, len(passages) + 1) if identities is None else identities
-    return Lengths(
-        examples=np.array([tokens for tokens, *_ in examples], np.int32),
-        weights=np.ones(len(examples), np.float32),
-        ret_offsets=ret_offsets,
-        ret_passages=np.array([p for _, evidence, _ in examples for p in evidence], np.int32),
-        negative_offsets=negative_offsets,
-        negative_passages=np.array([p for *_, negs in examples for p in negs], np.int32),
-        passages=np.array(passages),
-        identities=np.array([(0, i) for i in identities], np.uint32).reshape(-1, 2),
-    )
-
-
-def random_lengths(seed, count=400, mean=16, corpus=60):
-    rng = np.random.default_rng(seed)
-    examples = [
-        (
-            int(np.clip(rng.gamma(4, mean / 4), 2, 64)),
-            rng.integers(0, corpus, rng.choice([0, 1, 1, 1, 2])).tolist(),
-            rng.integers(0, corpus, rng.choice([0, 0, 1])).tolist(),
-        )
-        for _ in range(count)
-    ]
-    return lengths_from(examples, rng.integers(3, 30, corpus), rng.integers(1, 50, corpus))
-
-
-@st.composite
-def any_lengths(draw):
-    passages = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
-    row = st.integers(0, len(passages) - 1)
-    examples = st.tuples(st.integers(1, 80), st.lists(row, max_size=5), st.lists(row, max_size=3))
-    identities = draw(st.lists(st.integers(1, 8), min_size=len(passages), max_size=len(passages)))
-    return lengths_from(draw(st.lists(examples, max_size=40)), passages, identities)
-
-
-def check(plan, lengths, shape, packing=True):
-    """Every bound of every step, and every passage where its example needs it."""
-    identity = lengths.identities[:, 1].tolist()
-    rets = np.diff(lengths.ret_offsets)
-    for step in range(plan.steps):
-        here = slice(*plan.example_offsets[step : step + 2])
-        examples, rows = plan.examples[here], plan.gen_rows[here]
-        assert len(examples) and (np.diff(rows) >= 0).all() and rows.max() < shape.B
-        assert np.bincount(rows, lengths.examples[examples]).max() <= shape.T
-        assert np.bincount(rows, rets[examples]).max() <= shape.R
-        assert packing or np.bincount(rows).max() == 1
-        here = slice(*plan.passage_offsets[step : step + 2])
-        passages, ctx_rows = plan.passages[here], plan.ctx_rows[here]
-        assert (np.diff(ctx_rows) >= 0).all()
-        if len(passages):
-            assert ctx_rows.max() < shape.U
-            assert np.bincount(ctx_rows, lengths.passages[passages]).max() <= shape.L
-            assert np.bincount(ctx_rows).max() <= shape.P
-        placed = [identity[p] for p in passages]
-        needed = {
-            identity[p]
-            for e in examples
-            for offsets, flat in (
-                (lengths.ret_offsets, lengths.ret_passages),
-                (lengths.negative_offsets, lengths.negative_passages),
-            )
-            for p in flat[offsets[e] : offsets[e + 1]]
-        }
-        assert len(placed) == len(set(placed)) and set(placed) == needed
-
-
-def everything_once(plan, lengths):
-    placed = sorted([*plan.examples.tolist(), *plan.left_out.tolist()])
-    assert placed == list(range(len(lengths.examples)))
-
-
-@settings(max_examples=150, deadline=None)
-@given(any_lengths(), st.integers(1, 6), st.integers(1, 3), st.booleans())
-def test_any_lengths_are_planned_within_bounds(lengths, window, misses, packing):
-    """An example lost or doubled, a bound exceeded, or a plan that never ends."""
-    chosen = PlanSettings(packing=packing, window=window, misses=misses)
-    plan = build_epoch(lengths, SHAPE, chosen, 0, 0)
-    check(plan, lengths, SHAPE, packing)
-    everything_once(plan, lengths)
-    for example in plan.left_out:
-        first = lengths.ret_offsets[example], lengths.ret_offsets[example + 1]
-        evidence = lengths.ret_passages[slice(*first)]
-        negatives = lengths.negative_passages[
-            lengths.negative_offsets[example] : lengths.negative_offsets[example + 1]
-        ]
-        ids = {lengths.identities[p, 1] for p in evidence}
-        fits_row = lengths.examples[example] <= 64 and len(evidence) <= 4 and len(ids) <= 2
-        assert not fits_row or len({*evidence, *negatives}) > 1
-
-
-def test_order_depends_on_seed_and_epoch_alone():
-    """A shuffle that repeats each epoch, or differs between two hosts."""
-    lengths = random_lengths(0)
-    first = build_epoch(lengths, SHAPE, PlanSettings(), 1, 0)
-    for again, same in (((1, 0), True), ((1, 1), False), ((2, 0), False)):
-        other = build_epoch(lengths, SHAPE, PlanSettings(), *again)
-        assert np.array_equal(first.examples, other.examples) == same
-    shuffled = planning._draw(np.ones(8), np.ones(8, bool), 5, 3)
-    assert shuffled.tolist() == [5, 2, 1, 7, 3, 0, 4, 6], "the shuffle of old checkpoints changed"
-
-
-def test_mixed_lengths_fill_the_rows():
-    """First-fit packing leaves a tenth of every matrix product to padding."""
-    lengths = random_lengths(1, count=6000)
-    shape = dataclasses.replace(SHAPE, B=16, U=64)
-    plan = build_epoch(lengths, shape, PlanSettings(), 0, 0)
-    assert utilization(plan, lengths, shape)["gen_tokens"] >= 0.95
-    check(plan, lengths, shape)
-
-
-def test_deferred_examples_come_next():
-    """An awkward example pushed back again and again is seen only when the epoch ends."""
-    big, small = (10, [0, 1], []), (10, [2], [])
-    lengths = lengths_from([big] + [small] * 400, [40, 40, 30])
-    shape = dataclasses.replace(SHAPE, U=2)
-    plan = build_epoch(lengths, shape, PlanSettings(window=8, misses=4), 0, 0)
-    at = plan.examples.tolist().index(0)
-    step = int(np.searchsorted(plan.example_offsets, at, "right")) - 1
-    before = planning._draw(lengths.weights, np.ones(401, bool), 0, 0).tolist().index(0)
-    assert step * 16 <= before + 2 * 16
-    everything_once(plan, lengths)
-
-
-def test_equal_passages_are_encoded_once():
-    """Two rows with the same tokens, encoded twice, would be each other's false negative."""
-    lengths = lengths_from([(5, [0], []), (5, [1], [2])], [10, 10, 10], identities=[7, 7, 7])
-    plan = build_epoch(lengths, SHAPE, PlanSettings(), 0, 0)
-    assert plan.passages.tolist() == [0] and plan.steps == 1
-
-
-@pytest.mark.parametrize(
-    "example",
-    [(65, [0], []), (9, [0] * 5, []), (9, [0, 1, 2], []), (9, [3, 4], [5, 6])],
-    ids=["tokens", "rets", "positives", "ctx"],
+CONFIG = Config(
+    num_epochs=1,
+    batch_size=4,
+    data=DataConfig(
+        **{"max_gen_tokens": 64, "ret_slots": 4, "max_positives": 2, "ctx_rows": 3},
+        **{"ctx_row_tokens": 40, "passage_slots": 3},
+    ),
 )
-def test_what_fits_no_row_is_left_out_and_named(example):
-    """Each bound alone: the plan must neither loop on such an example nor break the bound."""
-    passages = [5, 5, 5, 40, 40, 40, 40]
-    plan = build_epoch(lengths_from([example, (9, [0], [])], passages), SHAPE, PlanSettings(), 0, 0)
-    assert plan.left_out.tolist() == [0] and plan.examples.tolist() == [1]
 
 
-def test_repeated_evidence_is_one_positive():
-    """Counting slots instead of passages leaves out an example that cites one passage thrice."""
-    plan = build_epoch(lengths_from([(9, [0, 0, 0], [])], [5]), SHAPE, PlanSettings(), 0, 0)
-    assert not len(plan.left_out) and plan.passages.tolist() == [0]
-
-
-def test_official_layout_pairs_slots_and_rows():
-    """compat=official finds positives by position: slot (b, r) in Ctx row b * R + r."""
-    shape = BatchShape(B=2, T=64, R=3, S=3, U=6, L=40, P=1)
-    lengths = lengths_from(
-        [(5, [0, 1], [2]), (6, [0], []), (7, [], []), (8, [1, 1, 2], [])], [9] * 3
+def store_from(lengths, directory):
+    """What a plan reads of a TokenStore."""
+    ends = lambda counts: np.concatenate([[0], np.cumsum(counts)])
+    return SimpleNamespace(
+        **lengths._asdict(),
+        **{"gen_offsets": ends(lengths.examples), "ctx_offsets": ends(lengths.passages)},
+        **{"fingerprint": "by hand", "directory": directory},
     )
-    plan = build_epoch(lengths, shape, PlanSettings(packing=False, aligned=True), 0, 0)
-    assert plan.steps == 2 and sorted(plan.examples) == [0, 1, 2, 3]
-    found = set(zip(plan.ctx_rows.tolist(), plan.passages.tolist(), strict=True))
-    expected = set()
-    for place, example in enumerate(plan.examples):
-        evidence = lengths.ret_passages[slice(*lengths.ret_offsets[example : example + 2])]
-        expected |= {(place % 2 * 3 + r, int(p)) for r, p in enumerate(evidence)}
-    assert found == expected and len(plan.passages) == 6
 
 
-def test_weights_draw_examples_again():
-    """A mixture weight that is rounded away, or that drops the same examples each epoch."""
-    lengths = random_lengths(2, count=1000)
-    lengths = lengths._replace(weights=np.repeat([2.0, 0.25], 500).astype(np.float32))
-    counts = []
-    for epoch in range(2):
-        plan = build_epoch(lengths, SHAPE, PlanSettings(), 0, epoch)
-        counts.append(np.bincount(plan.examples, minlength=1000))
-        kept = np.setdiff1d(np.arange(500), plan.left_out)
-        assert (counts[-1][kept] == 2).all() and 85 <= counts[-1][500:].sum() <= 165
-    assert not np.array_equal(counts[0][500:], counts[1][500:])
+@pytest.fixture
+def new_plan(tmp_path, monkeypatch):
+    """Makes plans of five blocks an epoch that share one directory."""
+    monkeypatch.setattr(lookup, "settings_of", lambda _: FIVE_BLOCKS)
+    store = store_from(random_lengths(3), tmp_path)
+    return lambda builds_ahead=False: Plan(store, CONFIG, builds_ahead)
 
 
-def test_ctx_rows_take_all_or_nothing():
-    """A passage left behind by an example that was moved on takes a place from the next."""
-    rows = CtxRows(dataclasses.replace(SHAPE, U=2), [40, 25, 20, 15, 20])
-    assert rows.add([1]) and not rows.add([0, 2])
-    assert rows.row_of == {1: 0}
-    assert rows.add([3]) and rows.add([2, 4]) and rows.row_of == {1: 0, 3: 0, 2: 1, 4: 1}
-    assert not rows.add([0])
+def cached(plan):
+    """Numbers of the blocks on disk; nothing else may lie there."""
+    start = f"plan-{plan.fingerprint[:16]}-"
+    names = sorted(path.name for path in plan.store.directory.iterdir())
+    assert all(name.startswith(start) and name.endswith(".npz") for name in names), names
+    return sorted(int(name.removeprefix(start).removesuffix(".npz")) for name in names)
+
+
+def no_building(*_):
+    raise AssertionError("built again")
+
+
+def test_steps_are_found_over_block_and_epoch_boundaries(new_plan):
+    """An index that is off by one where a block or an epoch ends repeats or skips a step."""
+    plan = new_plan()
+    counts = [plan._builder.block(*divmod(number, 5)).steps for number in range(15)]
+    every = [(number, index) for number, steps in enumerate(counts) for index in range(steps)]
+    assert [plan.locate(step) for step in range(len(every))] == every
+    backwards = new_plan()
+    assert [backwards.locate(step) for step in reversed(range(len(every)))] == every[::-1]
+    assert new_plan().total_steps(3) == len(every)
+    of_epochs = [sum(counts[first : first + 5]) for first in (0, 5, 10)]
+    assert [plan.steps_per_epoch(epoch) for epoch in range(3)] == of_epochs
+
+
+def test_empty_blocks_are_passed_over(tmp_path, monkeypatch):
+    """Far fewer examples fit than are drawn: a block without a step must not hide the next."""
+    monkeypatch.setattr(lookup, "settings_of", lambda _: FIVE_BLOCKS)
+    lengths = random_lengths(3)
+    lengths = lengths._replace(examples=np.where(np.arange(400) < 3, lengths.examples, 99))
+    plan = Plan(store_from(lengths, tmp_path), CONFIG, builds_ahead=False)
+    assert plan.blocks_per_epoch == 5 and len(plan.left_out) == 397
+    found = [plan.locate(step) for step in range(plan.total_steps(2))]
+    seen = [plan.block(number).examples.tolist() for number, _ in found]
+    assert [len(examples) for examples in seen] == [1] * 6
+    assert sorted(itertools.chain(*seen)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_run_builds_its_first_block_alone(new_plan, monkeypatch):
+    """Minutes before step 1 while the whole epoch is planned, and again after each restart."""
+    plan = new_plan()
+    assert plan.locate(0) == (0, 0) and plan.block(0) is plan.block(0)
+    assert plan.utilization()["gen_tokens"] > 0.5
+    assert cached(plan) == [0]
+    last = plan.total_steps(2) - 1
+    assert cached(plan) == list(range(10))
+    monkeypatch.setattr(Builder, "block", no_building)
+    warm = new_plan()
+    number, index = warm.locate(last)
+    assert number == 9 and not warm._recent, "earlier blocks were read whole"
+    assert warm.block(number).steps == index + 1 and warm.total_steps(2) == last + 1
+    for block in range(9):
+        warm.block(block)
+    assert len(warm._recent) <= lookup.KEPT
+
+
+def test_the_next_block_is_built_ahead(new_plan, monkeypatch):
+    """A step that waits while its block is built; a run that plans far beyond where it stands."""
+    build, started, go_on = Builder.block, threading.Event(), threading.Event()
+
+    def slow(builder, epoch, block):
+        if block:
+            started.set()
+            assert go_on.wait(20)
+        return build(builder, epoch, block)
+
+    monkeypatch.setattr(Builder, "block", slow)
+    plan = new_plan(builds_ahead=True)
+    first = plan.block(0)
+    assert started.wait(20), "nothing is built ahead"
+    assert plan.locate(first.steps - 1) == (0, first.steps - 1)
+    assert_equal(plan.block(0), first)  # read on while the next is being built
+    go_on.set()
+    plan._request(1).result(20)
+    assert cached(plan) == [0, 1]
+    monkeypatch.setattr(Builder, "block", no_building)
+    assert plan.locate(first.steps) == (1, 0) and plan.block(1).steps
+    with pytest.raises(AssertionError, match="built again"):
+        plan.block(2)  # an error ahead is told to the reader who comes there
+
+
+def test_copies_in_worker_processes_leave_building_ahead_to_the_original(new_plan):
+    """Each of eight workers building the same next block takes eight cores from the run."""
+    copy = pickle.loads(pickle.dumps(new_plan(builds_ahead=True)))
+    copy.block(0)
+    assert copy.fingerprint == new_plan().fingerprint and list(copy._recent) == [0]
+
+
+def race(task):
+    """task(0) .. task(7), started together in threads of their own."""
+    barrier = threading.Barrier(8)
+
+    def at_once(reader):
+        barrier.wait(20)
+        return task(reader)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        return list(threads.map(at_once, range(8)))
+
+
+@pytest.fixture
+def slow_builds(monkeypatch):
+    """Every call of Builder.block, which leaves time for others to come."""
+    build, calls = Builder.block, []
+
+    def slow(builder, epoch, block):
+        calls.append((builder, epoch, block))
+        time.sleep(0.01)
+        return build(builder, epoch, block)
+
+    monkeypatch.setattr(Builder, "block", slow)
+    return calls
+
+
+def test_threads_and_plans_agree_on_every_step(new_plan, slow_builds):
+    """A block that two threads count twice shifts every later step, on one host alone."""
+    plans = [new_plan(), new_plan(builds_ahead=True)]
+    found = race(lambda reader: [plans[reader % 2].locate(step) for step in range(50)])
+    reference = Builder(random_lengths(3), plans[0].shape, FIVE_BLOCKS, CONFIG.seed)
+    steps = [reference.block(0, block).steps for block in range(5)]
+    assert len(set(steps)) > 1
+    every = [(block, index) for block in range(5) for index in range(steps[block])]
+    assert all(places == every[:50] for places in found)
+
+
+def test_threads_build_a_block_once(new_plan, slow_builds, monkeypatch):
+    """Readers that race for a block, each building it, make it come eight times as late."""
+    monkeypatch.setattr(lookup, "KEPT", 1)  # blocks are forgotten while they are being built
+    plans = [new_plan(), new_plan(builds_ahead=True)]
+    orders = [np.roll(range(5), reader).tolist() for reader in range(8)]
+    found = race(lambda reader: [plans[reader % 2].block(n) for n in orders[reader]])
+    assert len(slow_builds) == len(set(slow_builds))
+    for order, blocks in zip(orders, found, strict=True):
+        for number, block in zip(order, blocks, strict=True):
+            assert_equal(block, plans[0]._builder.block(0, number))
+
+
+def test_a_block_half_written_is_no_block(new_plan, monkeypatch):
+    """A run killed while it writes leaves a broken file that every later start trips over."""
+
+    def killed(*_):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lookup.os, "replace", killed)
+        with pytest.raises(OSError, match="killed"):
+            new_plan().block(0)
+    assert new_plan().block(0).steps
+
+
+def test_fingerprint_names_the_cut_where_there_is_one(new_plan, monkeypatch):
+    """An upgrade that refuses every checkpoint of small data, or takes another cut for the same."""
+    cut = new_plan()
+    monkeypatch.setattr(lookup, "settings_of", lambda _: PlanSettings())
+    whole = new_plan()
+    before = (
+        "(1, 'by hand', 0, BatchShape(B=4, T=64, R=4, S=2, U=3, L=40, P=3), "
+        "PlanSettings(packing=True, aligned=False, window=512, misses=64))"
+    )
+    assert whole.fingerprint == hashlib.sha256(before.encode()).hexdigest()
+    assert cut.shape == whole.shape and cut.fingerprint != whole.fingerprint

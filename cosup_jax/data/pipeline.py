@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,9 +12,10 @@ from absl import flags
 
 from cosup_jax.config import Config
 from cosup_jax.data.batch import Batch, BatchShape, empty_batch
+from cosup_jax.data.blocks import Block, PlanSettings, build_in_order
 from cosup_jax.data.markup import EVIDENCE, TARGET
 from cosup_jax.data.packing import CtxRows
-from cosup_jax.data.plan import EpochPlan, Plan, PlanSettings, build_in_order, lengths_of
+from cosup_jax.data.plan import Plan, lengths_of
 from cosup_jax.data.tokens import TokenStore
 
 READ_THREADS = 4
@@ -49,8 +49,8 @@ def host_batch(
     mask_evidence: bool,
 ) -> Batch:
     """Rows `gen_rows` of B and `ctx_rows` of U of a step, in NumPy, and nothing beyond them."""
-    epoch, index = plan.locate(step)
-    return _build(store, plan.epoch(epoch), shape, index, gen_rows, ctx_rows, mask_evidence)
+    number, index = plan.locate(step)
+    return _build(store, plan.block(number), shape, index, gen_rows, ctx_rows, mask_evidence)
 
 
 def batches(
@@ -65,13 +65,13 @@ def batches(
     """Global arrays of the steps start_step .. num_steps - 1, one batch ahead on the device.
 
     Each process reads the rows that its own devices hold; the shardings split axis 0. The start
-    reads the cached plans of the epochs before, and no data.
+    reads how many steps the plan's earlier blocks have, and no data.
     """
     shape, data = plan.shape, config.data
     gen_rows = host_rows(sharding_gen, shape.B)
     ctx_rows = host_rows(sharding_ctx, shape.U)
     steps = _Steps(store, plan, num_steps, gen_rows, ctx_rows, config.loss.mask_evidence)
-    plan.locate(start_step)  # cached before worker processes look for it
+    plan.locate(start_step)  # the block is cached before worker processes look for it
     reads = grain.ReadOptions(min(READ_THREADS, data.prefetch), data.prefetch)
     dataset = grain.MapDataset.source(steps)[start_step:num_steps].to_iter_dataset(reads)
     if data.workers:
@@ -91,10 +91,12 @@ def batches(
         )
 
     with contextlib.closing(iter(dataset)) as reader:
-        ahead = collections.deque(map(on_devices, itertools.islice(reader, 1)))
-        for local in reader:
+        ahead = collections.deque()
+        for step, local in enumerate(reader, start_step):
+            plan.block(plan.locate(step)[0])  # builds the next one, which workers leave to us
             ahead.append(on_devices(local))
-            yield ahead.popleft()
+            if len(ahead) > 1:
+                yield ahead.popleft()
         yield from ahead
 
 
@@ -139,20 +141,20 @@ def pack_examples(
 ) -> tuple[Iterator[PackedExamples], np.ndarray]:
     """All examples of a store once, in B rows at a time, and the rows of those that fit none."""
     settings = PlanSettings(packing=packing)
-    plan = build_in_order(lengths_of(store), shape, settings)
+    block, left_out = build_in_order(lengths_of(store), shape, settings)
 
     def packed(step: int) -> PackedExamples:
-        batch = _build(store, plan, shape, step, slice(0, shape.B), slice(0, 0), mask_evidence)
+        batch = _build(store, block, shape, step, slice(0, shape.B), slice(0, 0), mask_evidence)
         index_BxR = np.zeros((shape.B, shape.R), np.int64)
-        first, last = plan.example_offsets[step : step + 2]
+        here = slice(*block.example_offsets[step : step + 2])
         filled = np.zeros(shape.B, np.int64)
-        for example, row in zip(plan.examples[first:last], plan.gen_rows[first:last], strict=True):
+        for example, row in zip(block.examples[here], block.gen_rows[here], strict=True):
             rets = np.arange(*store.ret_offsets[example : example + 2])
             index_BxR[row, filled[row] : filled[row] + len(rets)] = rets
             filled[row] += len(rets)
         return PackedExamples(batch, index_BxR)
 
-    return map(packed, range(plan.steps)), plan.left_out
+    return map(packed, range(block.steps)), left_out
 
 
 class _Steps:
@@ -180,7 +182,7 @@ class _Steps:
 
 def _build(
     store: TokenStore,
-    plan: EpochPlan,
+    block: Block,
     shape: BatchShape,
     index: int,
     gen_rows: slice,
@@ -188,15 +190,15 @@ def _build(
     mask_evidence: bool,
 ) -> Batch:
     batch = empty_batch(shape, gen_rows.stop - gen_rows.start, ctx_rows.stop - ctx_rows.start)
-    first, last = plan.example_offsets[index : index + 2]
+    first, last = block.example_offsets[index : index + 2]
     _fill_gen(
         batch,
         store,
-        *_cut(plan.examples[first:last], plan.gen_rows[first:last], gen_rows),
+        *_cut(block.examples[first:last], block.gen_rows[first:last], gen_rows),
         mask_evidence,
     )
-    first, last = plan.passage_offsets[index : index + 2]
-    passages, rows = _cut(plan.passages[first:last], plan.ctx_rows[first:last], ctx_rows)
+    first, last = block.passage_offsets[index : index + 2]
+    passages, rows = _cut(block.passages[first:last], block.ctx_rows[first:last], ctx_rows)
     slots = _fill_ctx(_ctx_arrays(batch), store.ctx, passages, rows)
     batch.passage_ids_UxPx2[rows, slots] = store.identities[passages]
     return batch
