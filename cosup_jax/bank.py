@@ -15,6 +15,7 @@ from cosup_jax.config import BankConfig
 from cosup_jax.contrast import EMPTY, Candidates, Queries, in_float32, same
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.errors import UserError
+from cosup_jax.sharding import constrain
 
 
 class Ring(NamedTuple):
@@ -83,7 +84,8 @@ def queries(bank: Bank | None, step: jax.Array, config: BankConfig) -> list[Quer
     if bank is None or bank.queries is None:
         return []
     ring = bank.queries
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    # Whole first: to flatten an axis that the mesh splits moves it about.
+    flat = lambda x: constrain(x, *[None] * x.ndim).reshape(-1, *x.shape[2:])
     usable_KxC = ring.step_KxC >= _since(step, config)
     return [Queries(in_float32(flat(ring.vector_KxCxD)), flat(ring.id_KxCxSx2), flat(usable_KxC))]
 
@@ -98,20 +100,33 @@ def fill(
     """
     if bank is None:
         return None
-    ring, known_Nx2 = bank.passages, _known(live)
-
-    def evict(slot, step_KxC):
-        at = lambda x: jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
-        known_C = jnp.any(same(at(ring.id_KxCxSx2), known_Nx2[None]), axis=-1)
-        step_C = jnp.where(known_C & keep, EMPTY, at(step_KxC))
-        return jax.lax.dynamic_update_index_in_dim(step_KxC, step_C, slot, 0)
-
-    ring = ring._replace(step_KxC=jax.lax.fori_loop(0, len(ring.step_KxC), evict, ring.step_KxC))
     ids_Cx1x2, written_C = live.id_KxCx2[0][:, None], live.step_KxC[0] != EMPTY
-    passages = _write(ring, live.vector_KxCxD[0], ids_Cx1x2, written_C, step, keep)
+    ring = _write(bank.passages, live.vector_KxCxD[0], ids_Cx1x2, written_C, step, keep)
+    known_Nx2 = _known(live)
+
+    def evict(slot, step_KxC):  # a slot at a time: all at once would compare a bank's worth of ids
+        step_C = _at(step_KxC, slot)
+        older_C = jnp.any(same(_at(ring.id_KxCxSx2, slot), known_Nx2[None]), axis=-1)
+        older_C &= (step_C != step) & keep
+        return _put(step_KxC, jnp.where(older_C, EMPTY, step_C), slot)
+
+    step_KxC = jax.lax.fori_loop(0, len(ring.step_KxC), evict, ring.step_KxC)
+    passages = ring._replace(step_KxC=step_KxC)
     if bank.queries is None:
         return Bank(passages, None)
     return Bank(passages, _write(bank.queries, *asked, step, keep))
+
+
+def oldest(config: BankConfig, shape: BatchShape, step: int) -> int:
+    """The oldest step whose passages the bank may still score at `step`."""
+    return max(step - min(config.size // (shape.U * shape.P), config.max_age), 0)
+
+
+def stored(bank: Bank, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The passages that `step` wrote: vectors [C, D] in float32, and which are still there [C]."""
+    ring = bank.passages
+    slot = step % ring.step_KxC.shape[0]
+    return in_float32(_at(ring.vector_KxCxD, slot)), _at(ring.step_KxC, slot) == step
 
 
 def age(bank: Bank, step: jax.Array, config: BankConfig) -> tuple[jax.Array, jax.Array]:
@@ -151,11 +166,7 @@ def _known(live: Candidates) -> jax.Array:
 def _write(ring: Ring, vector_CxD, id_CxSx2, valid_C, step, keep) -> Ring:
     slot = step % ring.step_KxC.shape[0]
 
-    def put(old_KxC, new_C):
-        before_C = jax.lax.dynamic_index_in_dim(old_KxC, slot, 0, keepdims=False)
-        kept_C = jnp.where(keep, new_C, before_C)
-        return jax.lax.dynamic_update_index_in_dim(old_KxC, kept_C, slot, 0)
-
+    put = lambda old_KxC, new_C: _put(old_KxC, jnp.where(keep, new_C, _at(old_KxC, slot)), slot)
     if ring.vector_KxCxD.dtype == jnp.uint16:
         vector_CxD = jax.lax.bitcast_convert_type(vector_CxD.astype(jnp.bfloat16), jnp.uint16)
     return Ring(
@@ -163,3 +174,11 @@ def _write(ring: Ring, vector_CxD, id_CxSx2, valid_C, step, keep) -> Ring:
         put(ring.id_KxCxSx2, id_CxSx2),
         put(ring.step_KxC, jnp.where(valid_C, step, EMPTY)),
     )
+
+
+def _at(x_KxC: jax.Array, slot) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x_KxC, slot, 0, keepdims=False)
+
+
+def _put(x_KxC: jax.Array, x_C: jax.Array, slot) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(x_KxC, x_C, slot, 0)

@@ -162,6 +162,7 @@ class LogConfig:
 
     every_steps: int = 10  # steps between lines of metrics.jsonl
     probe_every_steps: int = 100  # steps between the costly metrics (probe.py); 0 = never
+    probe_bank: bool = False  # dual bank: probes compare it with a large live batch, all re-encoded
 
 
 @dataclasses.dataclass(frozen=True)

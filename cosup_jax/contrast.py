@@ -129,21 +129,24 @@ def scores(
 
 
 def _over_live(rows, candidates: Candidates, scale, how: How, ceilings) -> list[Scores]:
-    return [
-        _score(_walk(queries, candidates, how), queries, candidates, scale, ceiling_Q)
-        for queries, ceiling_Q in zip(rows, ceilings, strict=True)
-    ]
+    found = []
+    for queries, ceiling_Q in zip(rows, ceilings, strict=True):
+        queries = Queries(*(constrain(x, "batch", *[None] * (x.ndim - 1)) for x in queries))
+        walk = _walk(queries, candidates, how)
+        found.append(_score(walk, queries, candidates, scale, ceiling_Q))
+    return found
 
 
 def _over_stored(rows, candidates: Candidates, scale, how: How, ceilings) -> list[Scores]:
     """All rows, whole, meet the stored columns where those lie, in one walk: of two walks at once
     each would want a bank of its own."""
-    whole = lambda *x: jnp.concatenate([constrain(a, *[None] * a.ndim) for a in x])
-    together = Queries(*map(whole, *rows))
+    whole = lambda x: constrain(x, *[None] * x.ndim)
+    joined = lambda *parts: jnp.concatenate([whole(part) for part in parts])
+    together = Queries(*map(joined, *rows))
     ends = np.cumsum([len(queries.valid_Q) for queries in rows])
     walk = _walk(together, candidates, how, int(ends[-1] if how.learn_scale else ends[0]))
-    scores = _score(walk, together, candidates, scale, whole(*ceilings))
-    parts = [jnp.split(x, ends[:-1]) for x in scores]
+    scores = _score(walk, together, candidates, scale, joined(*ceilings))
+    parts = [[whole(part) for part in jnp.split(whole(x), ends[:-1])] for x in scores]
     return [Scores(*part) for part in zip(*parts, strict=True)]
 
 
@@ -185,6 +188,7 @@ def _forward(walk: _Walk, queries, candidates, scale, ceiling_Q):
     shape = (queries.valid_Q.shape[0], walk.parts)
 
     def body(carry, tile):
+        tile = _in_parts(walk, tile)
         score, own, negative, *masked = _compare(queries, candidates, tile, scale, ceiling_Q)
         over = (1, 3)
         unmasked = lambda where: jnp.where(where, score, NEVER)
@@ -222,6 +226,7 @@ def _backward(walk: _Walk, kept, grads: Scores):
     rows_QxD = _rows(queries)
 
     def body(carry, tile):
+        tile = _in_parts(walk, tile)
         score, own, negative, *_ = _compare(queries, candidates, tile, scale, ceiling_Q)
         if walk.contrastive == "softmax":
             share = jnp.exp(jnp.where(negative, score - per_row(negatives_Q), NEVER))
@@ -300,24 +305,29 @@ def _columns(candidates: Candidates, tile) -> tuple[jax.Array, jax.Array, jax.Ar
         newer = same(id_GxWxCx2[:, :, :, None], candidates.newer_Nx2[None, None, None])
         copy_GxWxC = valid_GxWxC & jnp.any(newer, axis=-1)
         valid_GxWxC &= ~copy_GxWxC
-    # Without the barrier XLA would turn all stored vectors into float32 ahead of the loop.
-    vector_GxWxCxD = in_float32(jax.lax.optimization_barrier(vector_GxWxCxD))
-    vector_GxWxCxD = jnp.where(valid_GxWxC[..., None], vector_GxWxCxD, 0.0)
+    vector_GxWxCxD = jnp.where(valid_GxWxC[..., None], in_float32(vector_GxWxCxD), 0.0)
     return vector_GxWxCxD, valid_GxWxC, copy_GxWxC
 
 
 def _tiles(walk: _Walk, candidates: Candidates) -> tuple[jax.Array, ...]:
-    """Vectors, identities and steps, each [tiles, G, W, C, ...]."""
+    """Vectors, identities and steps, each [tiles, G, W * C, ...]."""
 
     def cut(x, fill):
-        K, C, *rest = x.shape
-        if candidates.stored:
-            return x.reshape(walk.tiles, K // walk.tiles, walk.parts, C // walk.parts, *rest)
-        padding = [(0, 0), (0, -C % walk.tiles)] + [(0, 0)] * len(rest)
-        return jnp.pad(x, padding, constant_values=fill).reshape(walk.tiles, 1, 1, -1, *rest)
+        if not candidates.stored:
+            padding = [(0, 0), (0, -x.shape[1] % walk.tiles)] + [(0, 0)] * (x.ndim - 2)
+            x = jnp.pad(x, padding, constant_values=fill)
+            return x.reshape(walk.tiles, 1, -1, *x.shape[2:])
+        return x.reshape(walk.tiles, -1, *x.shape[1:])
 
     fields = (candidates.vector_KxCxD, 0), (candidates.id_KxCx2, 0), (candidates.step_KxC, EMPTY)
     return tuple(cut(x, fill) for x, fill in fields)
+
+
+def _in_parts(walk: _Walk, tile) -> tuple[jax.Array, ...]:
+    """A tile of `_tiles` as [G, W, C, ...]."""
+    # Without the barrier XLA would turn all stored vectors into float32 ahead of the loop.
+    tile = jax.lax.optimization_barrier(tile)
+    return tuple(x.reshape(x.shape[0], walk.parts, -1, *x.shape[2:]) for x in tile)
 
 
 def _scan(body, start, tiles):

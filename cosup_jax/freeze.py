@@ -155,6 +155,8 @@ def _check(config: Config) -> None:
         )
     if config.bank.kind != "off" and not config.loss.trains_nsp:
         raise UserError("config.bank.kind means nothing with nsp_weight=0; set bank.kind=off")
+    if config.log.probe_bank and config.bank.kind != "dual":
+        raise UserError("config.log.probe_bank compares what a dual bank holds; set bank.kind=dual")
     if config.bank.ema_decay >= 1:
         raise UserError(f"config.bank.ema_decay={config.bank.ema_decay} must be below 1")
     if config.gen.init == "gen":

@@ -88,6 +88,16 @@ def init_state(params: dict, key: jax.Array, tx: optax.GradientTransformation, c
     )
 
 
+def objective(
+    trained: dict, state: TrainState, batch: Batch, towers: Towers, config: Config, pad_id: int
+) -> tuple[jax.Array, cosup.Terms]:
+    """The loss of a batch at `state`, its trained parameters replaced by `trained`."""
+    params = state.params | trained
+    if config.compat == "official":
+        return official.loss(params, batch, towers, pad_id, config)
+    return cosup.loss(params, batch, state.bank, state.step, towers, config)
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -101,14 +111,9 @@ def train_step(
     stays as it was, bit by bit. Pure; the bank is scored as it stood and filled afterwards.
     """
 
-    def objective(trained):
-        params = state.params | trained
-        if config.compat == "official":
-            return official.loss(params, batch, towers, pad_id, config)
-        return cosup.loss(params, batch, state.bank, state.step, towers, config)
-
     trained = trainable(state.params, config)
-    (total, found), grads = jax.value_and_grad(objective, has_aux=True)(trained)
+    loss = lambda trained: objective(trained, state, batch, towers, config, pad_id)
+    (total, found), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     good = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(grads))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)

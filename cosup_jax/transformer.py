@@ -128,7 +128,7 @@ class _RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
-        scale_D = self.param("scale", ones, (x.shape[-1],), jnp.float32)
+        scale_D = constrain(self.param("scale", ones, (x.shape[-1],), jnp.float32), None)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
         return jnp.einsum("...d,d->...d", normed, scale_D).astype(x.dtype)
@@ -189,7 +189,8 @@ class _Decoder(nn.Module):
     def __call__(self, tokens_BxT, segments_BxT, positions_BxT):
         a, V = self.arch, self.padded_vocab
         table_VxD = _Table((V, a.width), ("vocab", "embed"), "table", name="embed")()
-        x_BxTxD = constrain(table_VxD.astype(a.dtype)[tokens_BxT], "batch", None, None)
+        table_VxD = constrain(table_VxD.astype(a.dtype), "vocab", None)  # gathered over fsdp once
+        x_BxTxD = constrain(table_VxD[tokens_BxT], "batch", None, None)
         blocks = nn.scan(
             _remat(_Block, a.remat),
             variable_axes={"params": 0},

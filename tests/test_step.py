@@ -10,7 +10,8 @@ import optax
 import pytest
 from batches import ARCH, assert_close, config, random_batch, towers
 
-from cosup_jax import optim, sharding
+from cosup_jax import bank as bank_lib
+from cosup_jax import cosup, optim, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.checkpoint import Checkpointer
 from cosup_jax.config import MeshConfig
@@ -166,6 +167,140 @@ def test_clipping_sees_both_towers():
     assert_close(scaled[""], jax.tree.map(lambda g: g / 13, grads))
     expected = grads | {"gen": grads["gen"] | {"blocks": grads["gen"]["blocks"] / 3}}
     assert_close(scaled["official"], expected)
+
+
+def test_clipping_by_tower():
+    """Bug: a tower whose gradient is small scaled down for the sake of the other."""
+    params = {"gen": {"x": jnp.zeros(2)}, "ctx": {"x": jnp.zeros(1)}}
+    grads = {"gen": {"x": jnp.array([3.0, 4])}, "ctx": {"x": jnp.array([0.5])}}
+    chain = optim.make(config(optim__clip="tower", optim__clip_norm=1.0), 10, 10)
+    state = chain.update(grads, chain.init(params), params)[1]
+    mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s))
+    expected = {"gen": {"x": jnp.array([0.6, 0.8])}, "ctx": {"x": jnp.array([0.5])}}
+    assert_close(jax.tree.map(lambda m: 10 * m, mu), expected)
+
+
+def _raw(state):
+    """Leaves as NumPy, keys as their data, by path."""
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return {
+        jax.tree_util.keystr(path): np.asarray(jax.random.key_data(x) if is_key(x) else x)
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _poisoned(tree, value):
+    """A copy with one number of Gen's embedding table replaced."""
+    table = tree["gen"]["embed"]["table"].at[0, 0].set(value)
+    return tree | {"gen": tree["gen"] | {"embed": {"table": table}}}
+
+
+def test_a_bad_step_changes_nothing():
+    """Bug: a NaN in the moments, the bank or the moving average for good; a count that a good step
+    does not end, or that hides the steps before."""
+    keys = {"bank__kind": "dual", "bank__size": 96, "bank__queries": 96, "bank__ema_decay": 0.9}
+    c = config(optim__weight_decay=0.1, **keys)
+    step, state, mesh = _compiled(c)
+    batches = _batches(c, mesh, 3)
+    state, _ = step(state, batches[0])
+    good = jax.tree.map(jnp.copy, state.params)
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    for bad in (1, 2):
+        state = state.replace(params=jax.device_put(_poisoned(state.params, jnp.nan), places))
+        before = _raw(state)
+        state, metrics = step(state, batches[bad])
+        after = _raw(state)
+        assert (metrics["skipped/total"], metrics["skipped/in_a_row"]) == (bad, bad)
+        for path in before:
+            if not path.startswith((".step", ".skipped")):
+                np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+        assert state.step == bad + 1
+    state, metrics = step(state.replace(params=good), batches[0])
+    assert (metrics["skipped/total"], metrics["skipped/in_a_row"]) == (2, 0)
+    assert all(np.isfinite(x).all() for x in _raw(state).values())
+    assert _raw(state)[".bank.passages.step_KxC"].max() == 3
+
+
+@pytest.mark.parametrize("tower", ["gen", "ctx"])
+def test_a_frozen_tower_stays(tower):
+    """Bug: a frozen tower that decays or drifts, that has optimizer state, or whose gradient is in
+    the clipping norm."""
+    c = config(optim__weight_decay=0.1, **{f"{tower}__freeze": True})
+    step, state, mesh = _compiled(c, (1, 1, 1))
+    before = jax.tree.map(np.array, state.params)
+    mu = next(s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s))
+    assert tower not in mu
+    state, metrics = step(state, *_batches(c, mesh, 1))
+    assert f"grad/norm_{tower}" not in metrics
+    other = {"gen": "ctx", "ctx": "gen"}[tower]
+    assert_close(state.params[tower], before[tower], 0)
+    with pytest.raises(AssertionError):
+        assert_close(state.params[other], before[other], 0)
+
+
+@pytest.mark.parametrize("loss,missing", [("ntp", "nsp"), ("nsp", "ntp")])
+def test_one_loss_alone(loss, missing):
+    """Bug: a loss without weight that still costs its forward pass, decays a tower that it does
+    not train, or is reported without being measured."""
+    c = config(optim__weight_decay=0.1, **{f"loss__{missing}_weight": 0.0})
+    step, state, mesh = _compiled(c, (1, 1, 1))
+    before = jax.tree.map(np.array, state.params)
+    batch = _batches(c, mesh, 1)[0]
+    state, metrics = step(state, batch)
+    assert not [name for name in metrics if name.startswith(f"{missing}/")]
+    assert (
+        metrics["loss/total"]
+        == metrics[{"ntp": "ntp/nats_per_token", "nsp": "nsp/nats_per_ret"}[loss]]
+    )
+    if loss == "ntp":
+        assert_close(state.params["ctx"], before["ctx"], 0)
+    else:  # Gen's output head predicts tokens and nothing else
+        assert_close(
+            state.params["gen"]["head"]["kernel"], 0.999 * before["gen"]["head"]["kernel"], 1e-3
+        )
+
+
+def test_the_weight_of_nsp_moves():
+    """Bug: a ramp off by one, or one that never ends."""
+    c = config(loss__nsp_weight=2.0, loss__nsp_ramp_steps=4, loss__nsp_ramp_from=0.5).loss
+    weights = [float(cosup.nsp_weight(jnp.int32(step), c)) for step in range(6)]
+    np.testing.assert_allclose(weights, [0.5, 0.875, 1.25, 1.625, 2.0, 2.0])
+    assert float(cosup.nsp_weight(jnp.int32(0), config().loss)) == 1.0
+
+
+def test_the_moving_average_feeds_the_bank():
+    """Bug: a bank filled by Ctx itself, an average that runs ahead of Ctx or starts at zero."""
+    c = config(bank__kind="passage", bank__size=96, bank__ema_decay=0.75, optim__clip_norm=0.0)
+    step, state, mesh = _compiled(c, (1, 1, 1))
+    t, first = towers(), jax.tree.map(np.array, state.params["ctx"])
+    batches = _batches(c, mesh, 2)
+    state, _ = step(state, batches[0])
+    average = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * np.asarray(b), first, state.params["ctx"])
+    assert_close(state.ema_ctx, average)
+    average = jax.tree.map(jnp.copy, state.ema_ctx)
+    state, _ = step(state, batches[1])
+    live = jax.jit(lambda p: cosup.condense(p, batches[1], 1, t, c))(average)
+    stored, there_C = bank_lib.stored(state.bank, jnp.int32(1))
+    assert there_C.any()
+    assert_close(stored, live.vector_KxCxD[0])
+
+
+def test_slices_save_memory():
+    """Bug: activations of all slices kept. Eight slices: at most a quarter of the temporary memory
+    of one, gradients aside (they are temporaries too, as large as the parameters)."""
+    keys = {"batch_size": 64, "data__ctx_rows": 64, "data__max_gen_tokens": 128}
+    keys |= {"data__ctx_row_tokens": 128, "data__max_ctx_tokens": 64}
+    temporary = []
+    for slices in (1, 8):
+        c = config(micro_batches=slices, loss__tile_mib=0.25, **keys)
+        step, state, mesh = _compiled(c, (1, 1, 1))
+        batch = jax.eval_shape(lambda c=c: random_batch(0, batch_shape(c)))
+        with jax.set_mesh(mesh):
+            compiled = step.lower(state, batch).compile()
+        gradients = sum(x.nbytes for x in jax.tree.leaves(state.params))
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes - gradients)
+    print(f"temporary MiB but gradients: {[round(x / 2**20, 1) for x in temporary]}")
+    assert 0 < temporary[1] <= 0.25 * temporary[0]
 
 
 @pytest.mark.parametrize(
