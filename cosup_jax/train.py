@@ -1,6 +1,7 @@
 """The main job: train both towers, measure on held-out questions, checkpoint, report; resume."""
 
 import collections
+import functools
 import importlib.metadata
 import json
 import signal
@@ -22,6 +23,7 @@ from cosup_jax.data.plan import Plan
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import Evaluator, HeldOut
 from cosup_jax.evaluation.metrics import answer_present
+from cosup_jax.probe import Probe
 from cosup_jax.step import TrainState
 from cosup_jax.telemetry import Progress, Recorder, Throughput
 from cosup_jax.towers import Towers
@@ -91,7 +93,9 @@ def _run(job: Job, given: dict[str, Any]) -> int:
     """
     config, mesh = job.config, job.mesh
     towers = assemble.make_towers(config, job.tokenizers)
-    tx = optim.make(config, job.num_steps, job.plan.steps_per_epoch(0))
+    # Only this schedule asks for the whole first epoch of the plan before the first step.
+    epoch_steps = job.plan.steps_per_epoch(0) if config.optim.schedule == "epoch" else 0
+    tx = optim.make(config, job.num_steps, epoch_steps)
     abstract = assemble.abstract_state(config, towers, tx, mesh)
     checkpointer = Checkpointer(job.workdir.path / "checkpoints", config.checkpoint.keep)
     restored = checkpointer.restore(abstract, {"plan": job.plan.fingerprint})
@@ -115,11 +119,15 @@ def _run(job: Job, given: dict[str, Any]) -> int:
     parts = {"towers": towers, "tx": tx, "config": config, "pad_id": job.tokenizers.gen.pad}
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = step_lib.compile_step(mesh, places, **parts)
+    rows = sharding.rows(mesh)
+    batch_at = functools.partial(pipeline.batch_at, job.store, job.plan, config, rows, rows)
+    probe = Probe(mesh, towers, config, job.tokenizers.gen.pad, batch_at)
+    measure = lambda state, step: _measure(job, evaluator, probe, state, step)
     try:
         if not restored:
-            recorder.record(0, evaluator.scores(state.params, job.held_out))
+            recorder.record(0, measure(state, 0))
             recorder.flush()
-        state, step = _loop(job, state, start, step_fn, recorder, evaluator, checkpointer)
+        state, step = _loop(job, state, start, step_fn, recorder, measure, checkpointer)
         checkpointer.wait()
         if step == job.num_steps:
             _finish(job, state, towers, evaluator, count)
@@ -133,7 +141,7 @@ def _run(job: Job, given: dict[str, Any]) -> int:
     return step
 
 
-def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, checkpointer):
+def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkpointer):
     """The training loop; the host never waits for a running step except where it saves."""
     config, num_steps = job.config, job.num_steps
     progress, clock, told = Progress(num_steps, start), Throughput(), _Signals()
@@ -144,13 +152,13 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, chec
         state, metrics = step_fn(state, batch)
         ahead.append(metrics)
         if len(ahead) > STEPS_AHEAD:
-            jax.block_until_ready(ahead.popleft())
+            _check_finite(ahead.popleft(), job, checkpointer)
         clock.count(*_volume(job, step))
         step += 1
         progress.advance(step)
         last, stop = step == num_steps, told.to_stop(step)
-        evaluates = last or step % config.eval.every_steps == 0
-        scheduled = evaluates or step % config.checkpoint.every_steps == 0
+        measures = _evaluates(job, step) or _probes(job, step)
+        scheduled = measures or step % config.checkpoint.every_steps == 0
         pauses = scheduled or stop
         if step % config.log.every_steps == 0 or scheduled:  # a stop leaves no line of its own
             waited = recorder.record(step, metrics)  # for the line before, not for this step
@@ -159,8 +167,8 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, chec
                 waited = jax.block_until_ready(metrics)
             if waited:  # else the clock has only seen steps being queued
                 recorder.record(step, clock.lap())
-        if evaluates:
-            recorder.record(step, evaluator.scores(state.params, job.held_out))
+        if measures:
+            recorder.record(step, measure(state, step))
         if pauses:
             _show(progress, recorder.flush())  # a checkpoint's lines are on disk before it is
         if last or stop or step % config.checkpoint.every_steps == 0:
@@ -172,7 +180,35 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, evaluator, chec
             break
     progress.close()
     told.close()
+    for metrics in ahead:
+        _check_finite(metrics, job, checkpointer)
     return state, step
+
+
+def _evaluates(job: Job, step: int) -> bool:
+    return step == job.num_steps or step % job.config.eval.every_steps == 0
+
+
+def _probes(job: Job, step: int) -> bool:
+    every = job.config.log.probe_every_steps
+    return every > 0 and step % every == 0 and step < job.num_steps
+
+
+def _measure(job: Job, evaluator: Evaluator, probe: Probe, state: TrainState, step: int) -> dict:
+    """What is due at this step beside the step's own metrics."""
+    scores = evaluator.scores(state.params, job.held_out) if _evaluates(job, step) else {}
+    return scores | (probe(state, step) if _probes(job, step) else {})
+
+
+def _check_finite(metrics: dict[str, jax.Array], job: Job, checkpointer: Checkpointer) -> None:
+    """Waits for a step; raises UserError if it is one bad step too many."""
+    in_a_row = int(jax.block_until_ready(metrics)["skipped/in_a_row"])
+    if in_a_row >= job.config.optim.max_bad_steps:
+        raise UserError(
+            f"loss or gradient was not finite in {in_a_row} steps in a row, none of which changed "
+            f"anything; checkpoints are at steps {checkpointer.steps()}; lower "
+            "config.optim.gen_learning_rate and ctx_learning_rate, or raise warmup_steps"
+        )
 
 
 def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, count: int):

@@ -18,7 +18,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "cosup",
     "official",
     "step checkpoint",
-    "encode",
+    "encode probe",
     "generate",
     "evaluate report validate prepare preflight export",
     "assemble",
@@ -29,7 +29,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
 ALLOWED_SIDEWAYS = {("transformer", "sharding")}
 DATA_ORDERS = (  # low to high, within data/
     ("batch", "schema", "world_facts", "world_text", "world", "sources"),
-    ("tokenizer", "markup", "tokens", "packing", "plan"),
+    ("tokenizer", "markup", "tokens", "packing", "blocks", "plan"),
 )
 BANNED_IMPORTS = {"torch", "tensorflow", "clu"}
 FOREIGN_CONFIG = {"hf"}  # there `config` is HF's config.json, where an absent key has a default

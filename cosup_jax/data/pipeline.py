@@ -67,10 +67,8 @@ def batches(
     Each process reads the rows that its own devices hold; the shardings split axis 0. The start
     reads how many steps the plan's earlier blocks have, and no data.
     """
-    shape, data = plan.shape, config.data
-    gen_rows = host_rows(sharding_gen, shape.B)
-    ctx_rows = host_rows(sharding_ctx, shape.U)
-    steps = _Steps(store, plan, num_steps, gen_rows, ctx_rows, config.loss.mask_evidence)
+    data, place = config.data, _Placement(plan.shape, sharding_gen, sharding_ctx)
+    steps = _Steps(store, plan, num_steps, *place.rows(), config.loss.mask_evidence)
     plan.locate(start_step)  # the block is cached before worker processes look for it
     reads = grain.ReadOptions(min(READ_THREADS, data.prefetch), data.prefetch)
     dataset = grain.MapDataset.source(steps)[start_step:num_steps].to_iter_dataset(reads)
@@ -80,24 +78,51 @@ def batches(
         buffered = -(-data.prefetch // data.workers)
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(data.workers, buffered))
 
-    def on_devices(local: Batch) -> Batch:
-        return Batch(
-            *(
-                global_array(rows, shape.U, ctx_rows.start, sharding_ctx)
-                if "_U" in name
-                else global_array(rows, shape.B, gen_rows.start, sharding_gen)
-                for name, rows in zip(Batch._fields, local, strict=True)
-            )
-        )
-
     with contextlib.closing(iter(dataset)) as reader:
         ahead = collections.deque()
         for step, local in enumerate(reader, start_step):
             plan.block(plan.locate(step)[0])  # builds the next one, which workers leave to us
-            ahead.append(on_devices(local))
+            ahead.append(place.on_devices(local))
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
+
+
+def batch_at(
+    store: TokenStore,
+    plan: Plan,
+    config: Config,
+    sharding_gen: jax.sharding.NamedSharding,
+    sharding_ctx: jax.sharding.NamedSharding,
+    step: int,
+) -> Batch:
+    """The batch of any one step, as `batches` gives it."""
+    place = _Placement(plan.shape, sharding_gen, sharding_ctx)
+    mask_evidence = config.loss.mask_evidence
+    return place.on_devices(host_batch(store, plan, plan.shape, step, *place.rows(), mask_evidence))
+
+
+class _Placement(NamedTuple):
+    """Which rows of a batch this process reads, and where they go."""
+
+    shape: BatchShape
+    gen: jax.sharding.NamedSharding
+    ctx: jax.sharding.NamedSharding
+
+    def rows(self) -> tuple[slice, slice]:
+        """Of Gen and of Ctx."""
+        return host_rows(self.gen, self.shape.B), host_rows(self.ctx, self.shape.U)
+
+    def on_devices(self, local: Batch) -> Batch:
+        gen_rows, ctx_rows = self.rows()
+        return Batch(
+            *(
+                global_array(rows, self.shape.U, ctx_rows.start, self.ctx)
+                if "_U" in name
+                else global_array(rows, self.shape.B, gen_rows.start, self.gen)
+                for name, rows in zip(Batch._fields, local, strict=True)
+            )
+        )
 
 
 def host_rows(sharding: jax.sharding.Sharding, rows: int) -> slice:
