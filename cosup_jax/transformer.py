@@ -203,7 +203,8 @@ class _Decoder(nn.Module):
         x_BxTxD, _ = blocks(x_BxTxD, attention_mask(segments_BxT), positions_BxT)
         if self.has_head and not a.tie_embeddings and self.is_initializing():
             _Table((a.width, V), ("embed", "vocab"), "kernel", name="head")()
-        return _RMSNorm(a.norm_eps, name="final_norm")(x_BxTxD)
+        x_BxTxD = _RMSNorm(a.norm_eps, name="final_norm")(x_BxTxD)
+        return constrain(x_BxTxD, "batch", None, None)
 
 
 class _Table(nn.Module):

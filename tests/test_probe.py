@@ -1,0 +1,113 @@
+"""The costly metrics against plain computations of the same."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from batches import config, random_batch, towers
+
+from cosup_jax import cosup, sharding
+from cosup_jax import step as step_lib
+from cosup_jax.config import MeshConfig
+from cosup_jax.data.batch import batch_shape
+from cosup_jax.probe import Probe
+
+KEYS = {"bank__kind": "dual", "bank__size": 96, "bank__queries": 144, "log__probe_bank": True}
+
+
+@functools.cache
+def _trained(steps: int, **keys):
+    """A state after some steps on 2 x 2 x 2, what it ran on, and its probe."""
+    c, t = config(**(KEYS | keys)), towers()
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    rows = sharding.rows(mesh)
+    batch_at = lambda step: jax.device_put(random_batch(step, batch_shape(c)), rows)
+    tx = optax.sgd(0.05)
+
+    def fresh():
+        params = step_lib.init_params(jax.random.key(0), t, c)
+        return step_lib.init_state(params, jax.random.key(1), tx, c)
+
+    places = step_lib.state_shardings(jax.eval_shape(fresh), mesh, t, c)
+    state = jax.jit(fresh, out_shardings=places)()
+    step = step_lib.compile_step(mesh, places, towers=t, tx=tx, config=c)
+    states = [jax.tree.map(jnp.copy, state)]
+    for k in range(steps):
+        state, _ = jax.block_until_ready(step(state, batch_at(k)))
+        states.append(jax.tree.map(jnp.copy, state))
+    return c, t, states, batch_at, Probe(mesh, t, c, 0, batch_at)
+
+
+def _cosine(a, b) -> float:
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (a, b))
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_gradients_of_each_loss():
+    """Bugs: one loss's gradient taken for the other's, a ratio without the weights, a state that
+    the probe consumes."""
+    c, t, states, _, probe = _trained(4, loss__nsp_weight=0.5)
+    params, bank = jax.device_get((states[4].params, states[4].bank))
+    batch = random_batch(4, batch_shape(c))
+    found = probe(states[4], 4)
+    alone = lambda name: jax.jit(
+        jax.grad(lambda p: getattr(cosup.terms(p, batch, bank, 4, t, c), name))
+    )(params)
+    ntp, nsp = alone("ntp"), alone("nsp")
+    expected = {
+        "grad/norm_ntp_gen": optax.tree.norm(ntp["gen"]),
+        "grad/norm_nsp_gen": optax.tree.norm(nsp["gen"]),
+        "grad/norm_nsp_ctx": optax.tree.norm(nsp["ctx"]),
+        "grad/cosine_ntp_nsp_gen": _cosine(ntp["gen"], nsp["gen"]),
+        "grad/nsp_over_ntp_gen": 0.5 * optax.tree.norm(nsp["gen"]) / optax.tree.norm(ntp["gen"]),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+    assert found.keys() - expected.keys() == {name for name in found if name.startswith("bank/")}
+
+
+def test_drift_is_what_training_changed():
+    """Bug: a stored vector compared with another passage's, or with what was stored."""
+    c, t, states, batch_at, probe = _trained(4, loss__nsp_weight=0.5)
+    found = probe(states[4], 4)
+    assert found["bank/drift_age"] == 3  # three slots: steps 1, 2 and 3 are there
+    before, after = (
+        np.asarray(
+            jax.jit(lambda p: cosup.condense(p, batch_at(1), 1, t, c))(
+                state.params["ctx"]
+            ).vector_KxCxD[0]
+        )
+        for state in (states[1], states[4])
+    )
+    written_at = np.asarray(states[4].bank.passages.step_KxC)
+    written = written_at[1] == 1  # and not stored again since
+    cosines = np.sum(before * after, axis=1)[written]
+    np.testing.assert_allclose(found["bank/drift_cosine"], cosines.mean(), rtol=1e-4)
+    assert 0 < found["bank/drift_cosine"] < 0.9999
+    written = written_at[written_at >= 0]
+    np.testing.assert_allclose(found["bank/mean_age"], np.mean(4 - written), rtol=1e-5)
+    assert found["bank/passages"] == len(written)
+    assert not [name for name in probe(states[0], 0) if name.startswith("bank/")]
+
+
+def test_a_fresh_dual_bank_points_where_a_large_batch_does():
+    """Bug: directions compared with the stale bank, or kinds mixed up."""
+    *_, states, batch_at, probe = _trained(4, loss__nsp_weight=0.5)
+    state = states[4]
+    stale = jax.device_get(probe(state, 4))
+    bank = state.bank
+    for before in (1, 2, 3):
+        bank = probe._refresh(bank, state.params, batch_at(before), before)
+    fresh = jax.device_get(probe(state.replace(bank=bank), 4))
+    for side in ("queries", "passages"):
+        assert fresh[f"bank/direction_{side}_dual"] == pytest.approx(1, abs=1e-5)
+        assert 0 < stale[f"bank/direction_{side}_dual"] < 0.9999
+        assert fresh[f"bank/direction_{side}_off"] == pytest.approx(
+            stale[f"bank/direction_{side}_off"], abs=1e-4
+        )
+    assert fresh["bank/direction_queries_passage"] == pytest.approx(1, abs=1e-5)
+    assert fresh["bank/direction_passages_passage"] < 0.99
+    assert fresh["bank/drift_cosine"] == pytest.approx(1, abs=1e-5)
