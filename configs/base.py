@@ -6,6 +6,11 @@ Hardware    2 CPU cores, 4 GB of memory; no accelerator and no network
 Expected    the README's table: recall@1 on held-out in-domain questions >= 0.80, chance 0.0007
 Command     python -m cosup_jax.main --config=configs/base.py --workdir=runs/base
 Variants    smoke: a few steps of a tiny model, seconds; shows that everything runs, learns nothing
+            ntp, nsp: one loss alone: a generator, a retriever whose query is its own state at [Ret]
+            nsp_tied: the same retriever in one tower; tied: one tower, both losses, as released
+            tied_token: one tower that reads passages at a token of its own, [Emb]
+            sigmoid: each query and passage judged by itself
+            passage_bank, dual_bank: past passages, or past queries too, beside the batch
 """
 
 from cosup_jax.config import make
@@ -37,6 +42,14 @@ BASE = {
 }
 
 VARIANTS = {
+    "ntp": {"loss.nsp_weight": 0.0},
+    "nsp": {"loss.ntp_weight": 0.0},
+    "nsp_tied": {"loss.ntp_weight": 0.0, "tie_ctx_to_gen": True},
+    "tied": {"tie_ctx_to_gen": True},
+    "tied_token": {"tie_ctx_to_gen": True, "ctx.pooling": "token"},
+    "sigmoid": {"loss.contrastive": "sigmoid", "loss.learn_temperature": True},
+    "passage_bank": {"bank.kind": "passage"},
+    "dual_bank": {"bank.kind": "dual"},
     "smoke": {
         "num_steps": 6,
         "batch_size": 8,

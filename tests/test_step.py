@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,9 @@ from cosup_jax.data.batch import batch_shape
 from cosup_jax.errors import UserError
 
 
-def _compiled(c, mesh_shape=(2, 2, 2), seed: int = 0):
+def _compiled(c, mesh_shape=(2, 2, 2), seed: int = 0, tied: bool = False):
     """A compiled step on a mesh, and a fresh state."""
-    t = towers()
+    t = towers(tied=tied)
     mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: math.prod(mesh_shape)])
     tx = optim.make(c, c.num_steps, steps_per_epoch=5)
 
@@ -258,6 +260,30 @@ def test_one_loss_alone(loss, missing):
         assert_close(
             state.params["gen"]["head"]["kernel"], 0.999 * before["gen"]["head"]["kernel"], 1e-3
         )
+
+
+BASE = Path(__file__).parent.parent / "configs" / "base.py"
+BASE_VARIANTS = runpy.run_path(str(BASE))["VARIANTS"]
+    "VARIANTS"
+]
+OBJECTIVES = sorted(BASE_VARIANTS.keys() - {"smoke"})
+
+
+@pytest.mark.parametrize("variant", OBJECTIVES)
+def test_every_objective_of_base_learns(variant):
+    """Bug: a variant that builds and does not train: no gradient, a lost tower, a bank unused."""
+    keys = {key.replace(".", "__"): value for key, value in BASE_VARIANTS[variant].items()}
+    c = config(**keys, bank__size=96, bank__queries=96, loss__temperature=0.1)
+    tied = c.tie_ctx_to_gen
+    step, state, mesh = _compiled(c, (1, 1, 1), tied=tied)
+    assert ("ctx" in state.params) != tied
+    first, last, (batch,) = {}, {}, _batches(c, mesh, 1)
+    for _ in range(8):
+        state, metrics = step(state, batch)
+        first, last = first or metrics, metrics
+    watched = {"ntp/nats_per_token", "nsp/nats_per_ret"} & metrics.keys()
+    assert watched and all(float(last[name]) < float(first[name]) for name in watched)
+    assert np.isfinite(list(map(float, metrics.values()))).all()
 
 
 def test_the_weight_of_nsp_moves():
