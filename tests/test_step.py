@@ -264,8 +264,6 @@ def test_one_loss_alone(loss, missing):
 
 BASE = Path(__file__).parent.parent / "configs" / "base.py"
 BASE_VARIANTS = runpy.run_path(str(BASE))["VARIANTS"]
-    "VARIANTS"
-]
 OBJECTIVES = sorted(BASE_VARIANTS.keys() - {"smoke"})
 
 
