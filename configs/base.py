@@ -48,8 +48,8 @@ VARIANTS = {
     "tied": {"tie_ctx_to_gen": True},
     "tied_token": {"tie_ctx_to_gen": True, "ctx.pooling": "token"},
     "sigmoid": {"loss.contrastive": "sigmoid", "loss.learn_temperature": True},
-    "passage_bank": {"bank.kind": "passage"},
-    "dual_bank": {"bank.kind": "dual"},
+    "passage_bank": {"bank.kind": "passage", "bank.start_step": 20},
+    "dual_bank": {"bank.kind": "dual", "bank.start_step": 20},
     "smoke": {
         "num_steps": 6,
         "batch_size": 8,

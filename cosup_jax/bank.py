@@ -122,6 +122,19 @@ def oldest(config: BankConfig, shape: BatchShape, step: int) -> int:
     return max(step - min(config.size // (shape.U * shape.P), config.max_age), 0)
 
 
+def flops(bank: Bank, shape: BatchShape, learn_scale: bool) -> int:
+    """Matrix-product FLOPs a step of what the bank adds to NSP, forward and backward.
+
+    Every row meets every stored passage; rows with a backward pass meet them twice more. The
+    bank's own queries also meet the live passages, three times: `dual` is quadratic.
+    """
+    slots, per_step, width = bank.passages.vector_KxCxD.shape
+    live, own = shape.B * shape.R, 0 if bank.queries is None else bank.queries.step_KxC.size
+    learned = live + own if learn_scale else live
+    products = (live + own + 2 * learned) * slots * per_step + 3 * own * per_step
+    return 2 * products * width
+
+
 def stored(bank: Bank, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The passages that `step` wrote: vectors [C, D] in float32, and which are still there [C]."""
     ring = bank.passages

@@ -12,17 +12,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, evaluate, generate, optim, report, sharding
+from cosup_jax import assemble, bank, evaluate, optim, report, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.checkpoint import Checkpointer, Restored, check_readable
 from cosup_jax.config import Config, to_dict
 from cosup_jax.contract import EmbeddingContract, check_match, weights_digest
-from cosup_jax.data import markup, pipeline, tokens
+from cosup_jax.data import pipeline, tokens
+from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.plan import Plan
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import Evaluator, HeldOut
-from cosup_jax.evaluation.metrics import answer_present
+from cosup_jax.examples import example_answers
 from cosup_jax.probe import Probe
 from cosup_jax.step import TrainState
 from cosup_jax.telemetry import Progress, Recorder, Throughput
@@ -114,6 +115,8 @@ def _run(job: Job, given: dict[str, Any]) -> int:
     state = restored.state if restored else assemble.initial_state(config, towers, tx, abstract)
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     _say(f"{count:,} parameters on {mesh.size} device(s); step {start} of {job.num_steps}")
+    if abstract.bank is not None:
+        _say_bank(abstract, job.plan.shape, config)
     recorder = Recorder(job.workdir.path, restored and restored.step)
     evaluator = Evaluator(mesh, towers, config)
     parts = {"towers": towers, "tx": tx, "config": config, "pad_id": job.tokenizers.gen.pad}
@@ -217,7 +220,10 @@ def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, c
     lines = (path / "metrics.jsonl").read_text().splitlines() if jax.process_index() == 0 else []
     metrics = [json.loads(line) for line in lines]
     baselines = evaluate.baselines(job.held_out, job.store, job.config)
-    examples = _example_answers(job, state.params, towers, evaluator)
+    tokenizer = job.tokenizers.gen
+    examples = example_answers(
+        state.params, job.held_out, evaluator, tokenizer, job.mesh, towers, job.config
+    )
     rows = report.closing_rows(metrics, baselines)
     if jax.process_index() != 0:
         return
@@ -235,64 +241,6 @@ def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, c
     run = {"title": path.name, "facts": facts, "metrics": metrics}
     report.write_report(path / "report.html", run | {"baselines": baselines, "examples": examples})
     print(report.closing_table(rows), flush=True)
-
-
-def _example_answers(job: Job, params: dict, towers: Towers, evaluator: Evaluator) -> list:
-    """A few held-out questions answered with retrieval, as report.py reads them."""
-    gen, config = job.tokenizers.gen, job.config
-    if not config.generate.examples or not job.held_out:
-        return []
-    marks = generate.Marks(gen.ret, gen.cs, gen.ce, gen.eos)
-    writer = generate.Generator(job.mesh, towers, config, marks)
-    shown, each = [], -(-config.generate.examples // len(job.held_out))
-    for held_out in job.held_out:
-        questions = held_out.dataset.examples
-        rng = np.random.default_rng(config.seed)
-        chosen = [questions[i] for i in rng.permutation(len(questions))[:each]]
-        answers = writer.answer(
-            params,
-            [markup.prompt(example, gen) for example in chosen],
-            evaluator.vectors(params, held_out),
-            lambda row, passages=held_out.passages: markup.insertion(
-                passages[row], gen, config.data.max_ctx_tokens
-            ),
-        )
-        shown += map(lambda e, a, h=held_out: _shown(h, e, a, gen), chosen, answers)
-    return shown[: config.generate.examples]
-
-
-def _shown(held_out: HeldOut, example, answer: generate.Answer, tokenizer) -> dict[str, Any]:
-    numbers = {row: n for n, row in enumerate(dict.fromkeys(r for r, _ in answer.retrieved), 1)}
-    scores = dict(answer.retrieved)
-    parts = [(tokenizer.decode(part.tokens), part.passage) for part in answer.parts]
-    text = "".join(text for text, _ in parts)
-    sources = []
-    for row, number in numbers.items():
-        passage = held_out.passages[row]
-        spans = [passage.text.find(text) for text, where in parts if where == row and text]
-        span = next((at for at in spans if at >= 0), None)
-        size = next((len(text) for text, where in parts if where == row and text), 0)
-        sources.append(
-            {
-                "number": number,
-                "id": passage.id,
-                "title": passage.title,
-                "text": passage.text,
-                "score": scores[row],
-                "span": None if span is None else [span, span + size],
-                "gold": passage.id in example.evidence,
-            }
-        )
-    return {
-        "set": held_out.name,
-        "question": example.question,
-        "gold_answers": list(example.answers),
-        "answer_parts": [
-            {"text": text, "cite": None if row is None else numbers[row]} for text, row in parts
-        ],
-        "sources": sources,
-        "right": answer_present(text, example.answers),
-    }
 
 
 def _meta(job: Job, state: TrainState) -> dict[str, Any]:
@@ -357,6 +305,19 @@ class _Signals:
         if step % 8:
             return False
         return bool(np.any(multihost_utils.process_allgather(np.array(self._asked))))
+
+
+def _say_bank(state: TrainState, shape: BatchShape, config: Config) -> None:
+    """What the bank holds, and its FLOPs beside the layers' (6 for each weight and token)."""
+    stored = bank.flops(state.bank, shape, config.loss.learn_temperature)
+    weights = lambda tower: sum(x.size for x in jax.tree.leaves(tower["blocks"]))
+    ctx = state.params["gen" if config.tie_ctx_to_gen else "ctx"]
+    layers = weights(state.params["gen"]) * shape.B * shape.T + weights(ctx) * shape.U * shape.L
+    held = [f"{state.bank.passages.step_KxC.size:,} passages"]
+    if state.bank.queries is not None:
+        held.append(f"{state.bank.queries.step_KxC.size:,} queries")
+    cost = f"{stored / 1e9:,.1f} GFLOP a step; the towers' layers take {6 * layers / 1e9:,.1f}"
+    _say(f"bank of {' and '.join(held)}: {cost}")
 
 
 def _show(progress: Progress, line: dict | None) -> None:

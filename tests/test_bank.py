@@ -141,14 +141,14 @@ def test_a_fresh_dual_bank_is_one_large_batch():
     assert_close(found, (4 * large[0][-Q:], 4 * large[1][:, -C:]))  # means over Q and 4 Q rows
 
 
-def _compiled_step(kind: str, size: int, mesh=None):
+def _compiled_step(kind: str, size: int, mesh=None, **keys):
     """Score 256 queries and fill a bank of width 1024, compiled for abstract arguments."""
     shape, width = BatchShape(B=64, T=9, R=4, S=2, U=64, L=9, P=4), 1024
-    c = _config(kind, bank__size=size, bank__queries=1024, bank__dtype="bfloat16")
+    c = _config(kind, bank__size=size, bank__queries=1024, bank__dtype="bfloat16", **keys)
     bank = jax.eval_shape(lambda: bank_lib.init(c.bank, shape, width))
 
     def step(bank, query, passage, positives, ids, valid, number):
-        def loss(query, passage):
+        def loss(query, passage, temperature):
             asked = Queries(sharding.constrain(query, "batch", None), positives, valid)
             live = Candidates(
                 sharding.constrain(passage[None], None, None, None),
@@ -156,11 +156,12 @@ def _compiled_step(kind: str, size: int, mesh=None):
                 jnp.where(valid, number, EMPTY)[None],
                 since=jnp.int32(0),
             )
-            scale = Scale(jnp.float32(0.05), jnp.float32(0))
+            scale = Scale(temperature, jnp.float32(0))
             total, _ = cosup.next_sequence(asked, live, bank, number, scale, c)
             return total, (live, asked)
 
-        grads, kept = jax.grad(loss, argnums=(0, 1), has_aux=True)(query, passage)
+        at = (query, passage, jnp.float32(0.05))
+        grads, kept = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*at)
         return bank_lib.fill(bank, *kept, number, jnp.isfinite(grads[0]).all()), grads
 
     array = jax.ShapeDtypeStruct
@@ -178,7 +179,7 @@ def _compiled_step(kind: str, size: int, mesh=None):
     jitted = jax.jit(
         step,
         in_shardings=(places, *[rows] * 5, sharding.replicated(mesh)),
-        out_shardings=(places, rows),
+        out_shardings=(places, (rows, rows, sharding.replicated(mesh))),
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
@@ -200,6 +201,22 @@ def test_no_temporary_and_no_collective_grows_with_the_bank(kind, mesh_shape):
     print(f"{kind}, mesh {mesh_shape}: temporary MiB {[round(x / 2**20, 1) for x in temporary]}")
     assert temporary[1] == temporary[0] < 128 << 20
     assert moved[1] == moved[0] and bool(moved[0]) == (mesh is not None)
+
+
+@pytest.mark.parametrize("kind,learned", [("passage", False), ("dual", False), ("dual", True)])
+def test_the_cost_that_is_printed(kind, learned):
+    """Bug: a cost that leaves out the backward pass, or the bank's own queries."""
+    shape, width = BatchShape(B=64, T=9, R=4, S=2, U=64, L=9, P=4), 1024
+    rows, total, told = 256 if kind == "passage" else 256 + 1024, [], []
+    for slots in (4, 8):  # of 256 passages; XLA counts the body of the loop over tiles once
+        tile = slots * 256 * 4 * (rows + width) / 2**20
+        keys = {"loss__tile_mib": tile, "loss__learn_temperature": learned}
+        total.append(_compiled_step(kind, 1 << 12, **keys).cost_analysis()["flops"])
+        c = _config(kind, bank__size=slots * 256, bank__queries=1024)
+        bank = jax.eval_shape(lambda c=c: bank_lib.init(c.bank, shape, width))
+        told.append(bank_lib.flops(bank, shape, learned))
+    counted = (total[1] - total[0]) / (told[1] - told[0])
+    assert 1 <= counted < 1.1, counted  # what is not a matrix product comes on top
 
 
 def test_restores_onto_another_mesh(tmp_path):

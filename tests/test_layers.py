@@ -21,7 +21,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "encode probe",
     "generate",
     "evaluate report validate prepare preflight export",
-    "assemble",
+    "examples assemble",
     "train benchmark",
     "study",
     "main",
