@@ -162,6 +162,9 @@ def test_batches_start_anywhere(built, mesh):
         for step, batch in enumerate(resumed, start):
             assert_equal(batch, run[step])
             assert_equal(batch, host(built, step))
+            alone = pipeline.batch_at(store, planned, found, sharding, sharding, step)
+            assert_equal(alone, batch)
+            assert alone.gen_tokens_BxT.sharding == sharding
         assert start + len(resumed) == steps
 
 
