@@ -6,11 +6,14 @@ Hardware    2 CPU cores, 4 GB of memory; no accelerator and no network
 Expected    the README's table: recall@1 on held-out in-domain questions >= 0.80, chance 0.0007
 Command     python -m cosup_jax.main --config=configs/base.py --workdir=runs/base
 Variants    smoke: a few steps of a tiny model, seconds; shows that everything runs, learns nothing
-            ntp, nsp: one loss alone: a generator, a retriever whose query is its own state at [Ret]
-            nsp_tied: the same retriever in one tower; tied: one tower, both losses, as released
+            ntp: that loss alone, a generator
+            nsp: that loss alone, a retriever whose query is its own state at [Ret]
+            nsp_tied: the same retriever in one tower
+            tied: one tower, both losses, as the paper's authors released it
             tied_token: one tower that reads passages at a token of its own, [Emb]
             sigmoid: each query and passage judged by itself
-            passage_bank, dual_bank: past passages, or past queries too, beside the batch
+            passage_bank: past passages beside the batch
+            dual_bank: past passages and queries beside the batch
 """
 
 from cosup_jax.config import make
