@@ -13,7 +13,8 @@ Variants    smoke: a few steps of a tiny model, seconds; shows that everything r
             tied_token: one tower that reads passages at a token of its own, [Emb]
             sigmoid: each query and passage judged by itself
             passage_bank: past passages beside the batch
-            dual_bank: past passages and queries beside the batch
+            dual_bank: past passages and queries beside the batch; both banks from step 140 on,
+            when the vectors no longer move much (docs/bank.md)
 """
 
 from cosup_jax.config import make
@@ -51,8 +52,8 @@ VARIANTS = {
     "tied": {"tie_ctx_to_gen": True},
     "tied_token": {"tie_ctx_to_gen": True, "ctx.pooling": "token"},
     "sigmoid": {"loss.contrastive": "sigmoid", "loss.learn_temperature": True},
-    "passage_bank": {"bank.kind": "passage", "bank.start_step": 20},
-    "dual_bank": {"bank.kind": "dual", "bank.start_step": 20},
+    "passage_bank": {"bank.kind": "passage", "bank.start_step": 140},
+    "dual_bank": {"bank.kind": "dual", "bank.start_step": 140},
     "smoke": {
         "num_steps": 6,
         "batch_size": 8,

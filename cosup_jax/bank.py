@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from cosup_jax.config import BankConfig
-from cosup_jax.contrast import EMPTY, Candidates, Queries, in_float32, same
+from cosup_jax.contrast import EMPTY, Candidates, Queries, in_float32, largest_divisor, same
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.errors import UserError
 from cosup_jax.sharding import constrain
+
+_COMPARED_AT_ONCE = 1 << 22  # pairs of identities
 
 
 class Ring(NamedTuple):
@@ -104,13 +106,18 @@ def fill(
     ring = _write(bank.passages, live.vector_KxCxD[0], ids_Cx1x2, written_C, step, keep)
     known_Nx2 = _known(live)
 
-    def evict(slot, step_KxC):  # a slot at a time: all at once would compare a bank's worth of ids
-        step_C = _at(step_KxC, slot)
-        older_C = jnp.any(same(_at(ring.id_KxCxSx2, slot), known_Nx2[None]), axis=-1)
-        older_C &= (step_C != step) & keep
-        return _put(step_KxC, jnp.where(older_C, EMPTY, step_C), slot)
+    K, C = ring.step_KxC.shape
+    group = largest_divisor(K, _COMPARED_AT_ONCE // (C * len(known_Nx2)))
 
-    step_KxC = jax.lax.fori_loop(0, len(ring.step_KxC), evict, ring.step_KxC)
+    def evict(i, step_KxC):  # a few slots at a time: all ids at once would take memory
+        here = lambda x: jax.lax.dynamic_slice_in_dim(x, i * group, group)
+        step_GxC = here(step_KxC)
+        known_GxC = jnp.any(same(here(ring.id_KxCxSx2), known_Nx2[None, None]), axis=-1)
+        older_GxC = known_GxC & (step_GxC != step) & keep
+        step_GxC = jnp.where(older_GxC, EMPTY, step_GxC)
+        return jax.lax.dynamic_update_slice_in_dim(step_KxC, step_GxC, i * group, 0)
+
+    step_KxC = jax.lax.fori_loop(0, K // group, evict, ring.step_KxC)
     passages = ring._replace(step_KxC=step_KxC)
     if bank.queries is None:
         return Bank(passages, None)
@@ -173,7 +180,8 @@ def _since(step: jax.Array, config: BankConfig) -> jax.Array:
 
 def _known(live: Candidates) -> jax.Array:
     """Identities of the live passages; (0, 0), which nothing has, where there is none."""
-    return jnp.where((live.step_KxC[0] != EMPTY)[:, None], live.id_KxCx2[0], 0)
+    known_Nx2 = jnp.where((live.step_KxC[0] != EMPTY)[:, None], live.id_KxCx2[0], 0)
+    return constrain(known_Nx2, None, None)  # else every turn of a loop gathers them again
 
 
 def _write(ring: Ring, vector_CxD, id_CxSx2, valid_C, step, keep) -> Ring:

@@ -57,7 +57,7 @@ class LossConfig:
     margin: float = 0.1  # in units of similarity, before the temperature
     nsp_ramp_steps: int = 0  # steps over which nsp_weight grows or falls to its value, linearly
     nsp_ramp_from: float = 0.0  # nsp_weight at step 0 of the ramp
-    tile_mib: float = 64.0  # MiB per device for the logits or scores of a tile; 0 = all at once
+    tile_mib: float = 256.0  # MiB per device for the logits or scores of a tile; 0 = all at once
     mask_evidence: bool = False  # True: tokens after [Ret] up to and including [Cs] are no targets
     remote_negatives: str = "full"  # full (gradient through every vector) | detached (compat only)
     compat_ranks: int = 1  # virtual ranks of compat=official: equal slices of the global batch

@@ -88,6 +88,11 @@ def in_float32(vectors: jax.Array) -> jax.Array:
     return vectors.astype(jnp.float32)
 
 
+def largest_divisor(n: int, most: int) -> int:
+    """The largest divisor of `n` that is at most `most`; 1 if `most` is less."""
+    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))
+
+
 def first_of_each(id_Cx2: jax.Array, valid_C: jax.Array) -> jax.Array:
     """`valid_C` without the later copies of an identity: a passage counts once."""
     C = valid_C.shape[0]
@@ -173,8 +178,7 @@ def _walk(queries: Queries, candidates: Candidates, how: How, learned: int = 0) 
     columns_here = how.tile_bytes // (4 * (rows_here + D)) if how.tile_bytes else K * C
     if not candidates.stored:
         return _Walk(how.contrastive, -(-C // min(max(columns_here, 1), C)), 1, 0)
-    fits = max(columns_here * parts // C, 1)
-    tiles = min(n for n in range(1, K + 1) if K % n == 0 and K // n <= fits)
+    tiles = K // largest_divisor(K, columns_here * parts // C)
     return _Walk(how.contrastive, tiles, parts, learned)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from cosup_jax.sharding import constrain, parts_here
 
+_LANES = 128  # rows that a matrix unit takes at once; a tile is a multiple
 _NEVER = -1e30  # logit of a vocabulary entry that no token owns; finite, so that gradients are
 
 
@@ -50,13 +51,14 @@ def linear_ntp_sums(
       tile_bytes: what one device may spend on the logits of a tile; 0 = everything in one tile.
     """
     B, T = weights_BxT.shape
-    parts = parts_here(B)  # each device's rows by themselves: no collective within a tile
+    parts = parts_here(B)  # each device's rows by themselves: a tile moves none of them
     split = lambda x: constrain(
         x.reshape(parts, B // parts * T, *x.shape[2:]), "batch", *[None] * (x.ndim - 1)
     )
     tokens = B // parts * T
     row_bytes = 4 * _columns_here(kernel_DxV)
-    tile = min(tokens, max(tile_bytes // row_bytes, 1)) if tile_bytes else tokens
+    fits = max(tile_bytes // row_bytes, 1) if tile_bytes else tokens
+    tile = min(tokens, fits // _LANES * _LANES or fits)
     nats = _nats(
         split(hidden_BxTxD), kernel_DxV, split(targets_BxT), split(weights_BxT), vocab_size, tile
     )
