@@ -15,6 +15,7 @@ import pytest
 from cosup_jax import main as main_lib
 from cosup_jax.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.xdist_group("train")  # the runs below are shared
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 TINY = """\
@@ -23,6 +24,10 @@ from cosup_jax.config import make
 def get_config(variant=""):
     return make({overrides!r}, {{}}, variant)
 """
+SHORT = (
+    *("--config.num_steps=4", "--config.checkpoint.every_steps=3"),
+    *("--config.mesh.fsdp=2", "--config.generate.examples=1"),
+)
 ARCH = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 64}
 
 
@@ -55,18 +60,28 @@ def compile_once(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_signals():
+    """Runs in this process take SIGTERM over."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A config that trains for 12 steps in seconds."""
+    """A config that trains for 24 steps in seconds, on up to 8 devices."""
     directory = tmp_path_factory.mktemp("tiny")
     data = str(_write_data(directory))
     overrides = {
         **{f"gen.arch.{key}": value for key, value in ARCH.items()},
         **{"data.train": data, "data.eval": data, "data.vocab_size": 400},
-        **{"num_steps": 12, "batch_size": 4, "data.max_gen_tokens": 128, "data.ctx_rows": 4},
-        **{"data.ctx_row_tokens": 128, "log.every_steps": 1, "checkpoint.every_steps": 3},
-        **{"eval.every_steps": 5, "eval.examples": 20, "generate.examples": 2},
-        **{"bank.kind": "dual", "bank.size": 64, "bank.queries": 64},
+        **{"num_steps": 24, "batch_size": 8, "data.max_gen_tokens": 128, "data.ctx_rows": 8},
+        # Lines are written at multiples of 4 and 6. A signal that waits for one is obeyed a step
+        # later, where no checkpoint is due.
+        **{"data.ctx_row_tokens": 128, "log.every_steps": 1, "checkpoint.every_steps": 4},
+        **{"eval.every_steps": 6, "eval.examples": 20, "generate.examples": 2},
+        **{"generate.max_tokens": 64, "bank.kind": "dual", "bank.size": 128, "bank.queries": 128},
     }
     path = directory / "tiny.py"
     path.write_text(TINY.format(overrides=overrides))
@@ -78,8 +93,8 @@ def _command(config, workdir, *flags) -> list[str]:
     return [*module, f"--config={config}", f"--workdir={workdir}", *flags]
 
 
-def _start(command, devices: int = 1) -> subprocess.Popen:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+def _start(command) -> subprocess.Popen:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
 
@@ -108,38 +123,69 @@ def unbroken(tiny, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_finished_run_left_everything(tiny, unbroken):
+@pytest.fixture(scope="module")
+def short(tiny, tmp_path_factory) -> tuple[Path, list]:
+    """Four steps on this process' 8 devices, and the lines on disk at the start of each save."""
+    workdir, seen = tmp_path_factory.mktemp("short") / "run", []
+    save = Checkpointer.save
+
+    def noted(self, step, *rest):
+        seen.append((step, [row["step"] for row in _lines(workdir)]))
+        save(self, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpointer, "save", noted)
+        assert main_lib.main([f"--config={tiny}", f"--workdir={workdir}", *SHORT]) == 0
+    return workdir, seen
+
+
+def test_metrics_are_on_disk_before_their_checkpoint(short):
+    """Bug: a kill right after a save loses the lines of the steps that were saved."""
+    _, seen = short
+    assert seen == [(3, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4])]
+
+
+def test_a_finished_run_left_everything(tiny, unbroken, capsys):
     """Bug: a step logged twice or never; a second invocation that trains again."""
     rows = _lines(unbroken)
-    assert [row["step"] for row in rows] == list(range(13))
+    assert [row["step"] for row in rows] == list(range(25))
     evaluated = [row["step"] for row in rows if "eval/towns.dev/recall_at_1" in row]
-    assert evaluated == [0, 5, 10, 12]
-    assert json.loads((unbroken / "status.json").read_text()) == {"state": "finished", "step": 12}
+    assert evaluated == [0, 6, 12, 18, 24]
+    assert json.loads((unbroken / "status.json").read_text()) == {"state": "finished", "step": 24}
     page = (unbroken / "report.html").read_text()
     assert "<svg" in page and "How many" in page and "BM25" in page
     assert any((unbroken / "tensorboard").iterdir())
-    process = _start(_command(tiny, unbroken))
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0 and "is finished" in out, err
+    assert main_lib.main([f"--config={tiny}", f"--workdir={unbroken}"]) == 0
+    assert "is finished" in capsys.readouterr().out
     assert _lines(unbroken) == rows
 
 
-def test_killed_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
+def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     """Bugs: data replayed or skipped after a resume; a metric line lost or doubled; bank, optimizer
-    or random key not restored."""
-    rng = random.Random(os.getpid())
-    workdir, kills = tmp_path / "run", 0
-    for kill_at in (rng.randint(1, 6), rng.randint(7, 11)):
+    or random key not restored; a preempted run that loses the steps since its last checkpoint, or
+    reports a failure."""
+    rng, workdir = random.Random(os.getpid()), tmp_path / "run"
+    metrics = workdir / "metrics.jsonl"
+    count = lambda: metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def interrupted(number: int) -> tuple[int, str]:
+        """Sends a signal a few steps beyond the lines that the run finds."""
+        wanted = count() + rng.randint(1, 4)
         process = _start(_command(tiny, workdir))
-        while process.poll() is None:
+        while count() < wanted:
             time.sleep(0.005)
-            path = workdir / "metrics.jsonl"
-            if path.exists() and f'"step": {kill_at},' in path.read_text():
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-        process.communicate()
-    assert kills == 2
+            assert process.poll() is None
+        process.send_signal(number)
+        out, err = process.communicate(timeout=100)
+        return process.returncode, out + err
+
+    assert interrupted(signal.SIGKILL)[0] == -signal.SIGKILL
+    code, said = interrupted(signal.SIGTERM)
+    assert code == 0, said
+    status = json.loads((workdir / "status.json").read_text())
+    assert status["state"] == "stopped" and f"stopped at step {status['step']}" in said
+    assert (workdir / "checkpoints" / str(status["step"])).is_dir()
+    assert interrupted(signal.SIGKILL)[0] == -signal.SIGKILL
     process = _start(_command(tiny, workdir))
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
@@ -147,51 +193,12 @@ def test_killed_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     assert _digest(workdir) == _digest(unbroken)
 
 
-def test_metrics_are_on_disk_before_their_checkpoint(tiny, tmp_path, monkeypatch):
-    """Bug: a kill right after a save loses the lines of the steps that were saved."""
-    workdir, seen = tmp_path / "run", []
-    save = Checkpointer.save
-
-    def checked(self, step, *rest):
-        seen.append((step, [row["step"] for row in _lines(workdir)]))
-        save(self, step, *rest)
-
-    monkeypatch.setattr(Checkpointer, "save", checked)
-    for_eight = ("--config.batch_size=8", "--config.data.ctx_rows=8", "--config.bank.kind=off")
-    short = ("--config.num_steps=4", "--config.eval.examples=4", "--config.generate.examples=0")
-    flags = [f"--config={tiny}", f"--workdir={workdir}", *for_eight, *short]
-    assert main_lib.main(flags) == 0
-    assert seen == [(3, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4])]
-
-
-def test_sigterm_saves_and_stops(tiny, unbroken, tmp_path):
-    """Bug: a preempted run loses the steps since its last checkpoint, or reports a failure."""
-    workdir = tmp_path / "run"
-    process = _start(_command(tiny, workdir))
-    while not ((workdir / "metrics.jsonl").exists() and len(_lines(workdir)) > 2):
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.terminate()
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    status = json.loads((workdir / "status.json").read_text())
-    assert status["state"] == "stopped" and f"stopped at step {status['step']}" in out
-    assert (workdir / "checkpoints" / str(status["step"])).is_dir()
-    _, err = _start(_command(tiny, workdir)).communicate(timeout=100)
-    assert _lines(workdir) == _lines(unbroken) and _digest(workdir) == _digest(unbroken), err
-
-
-def test_two_processes_equal_one(tiny, tmp_path):
+def test_two_processes_equal_one(tiny, short, tmp_path):
     """Bugs: a host that reads the other's rows, a loss per host, files written twice."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    flags = ("--config.num_steps=4", "--config.mesh.fsdp=2", "--config.generate.examples=1")
-    process = _start(_command(tiny, one, *flags), devices=4)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    script = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2", "2", "--"]
-    arguments = [f"--config={tiny}", f"--workdir={two}", *flags]
+    one, two = short[0], tmp_path / "two"
+    script = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2", "4", "--"]
     process = subprocess.run(
-        [*script, *arguments],
+        [*script, f"--config={tiny}", f"--workdir={two}", *SHORT],
         cwd=ROOT,
         env=os.environ | {"PYTHON": sys.executable},
         capture_output=True,
@@ -231,7 +238,7 @@ def test_a_refused_resume_changes_nothing(tiny, unbroken, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken, workdir)
     before = [(workdir / name).read_text() for name in ("config.json", "status.json")]
-    eight = ("--config.batch_size=8", "--config.data.ctx_rows=8")
-    other = _refused(capsys, f"--config={tiny}", f"--workdir={workdir}", *eight)
+    twice = ("--config.batch_size=16", "--config.data.ctx_rows=16")
+    other = _refused(capsys, f"--config={tiny}", f"--workdir={workdir}", *twice)
     assert "belongs to other data" in other
     assert [(workdir / name).read_text() for name in ("config.json", "status.json")] == before
