@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batches import VOCAB, assert_close, config, towers
+from batches import ARCH, VOCAB, assert_close, config, towers
 
 from cosup_jax import config as config_lib
 from cosup_jax import cosup, official
@@ -16,6 +16,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 from cosup_jax.towers import Towers
 
+pytestmark = pytest.mark.xdist_group("official")  # `setting` is compiled once
 PAD = VOCAB - 1
 
 
@@ -82,23 +83,30 @@ def _by_rank(params, batch, t, W: int, weight: float):
     return total
 
 
-@pytest.mark.parametrize("W", [2, 4])  # one rank: test_golden.py
-def test_equals_the_rank_by_rank_computation(W):
-    """Bugs: PAD targets counted to the wrong length, pooling at the row's own end, gradient through
-    other ranks, one mean over all ranks. One rank has no [Ret]."""
+@pytest.fixture(scope="module")
+def setting():
+    """Towers, their parameters, a batch of four ranks that is worth two, and our own objective."""
     lengths = [14, 9, 11, 7, 13, 8, 6, 10]
     evidence = [(4, 7), (5,), (9, 3), (6, 6), (), (), (5, 8), (2,)]
-    batch, t = _rows(0, lengths, evidence), towers()
+    t = towers(dataclasses.replace(ARCH, layers=1))
     c = freeze(config_lib.make({"num_steps": 1, "compat": "official", "batch_size": 8}, {}))
-    c = config_lib.replace_dotted(c, "loss.compat_ranks", W)
     c = config_lib.replace_dotted(c, "loss.nsp_weight", 0.5)  # large enough to be seen
-    params = step_lib.init_params(jax.random.key(0), t, c)
+    batch = _rows(0, lengths, evidence)
+    params = jax.jit(lambda key: step_lib.init_params(key, t, c))(jax.random.key(0))
+    ours = dataclasses.replace(c, compat="")
+    objective = lambda p: cosup.loss(p, batch, None, 0, t, ours)[0]
+    return t, c, batch, params, jax.jit(jax.value_and_grad(objective))(params)
+
+
+@pytest.mark.parametrize("W", [2, 4])  # one rank: test_golden.py
+def test_equals_the_rank_by_rank_computation(setting, W):
+    """Bugs: PAD targets counted to the wrong length, pooling at the row's own end, gradient through
+    other ranks, one mean over all ranks. One rank has no [Ret]."""
+    t, c, batch, params, corrected = setting
+    c = config_lib.replace_dotted(c, "loss.compat_ranks", W)
     found = jax.jit(jax.value_and_grad(lambda p: official.loss(p, batch, t, PAD, c)[0]))(params)
     expected = jax.jit(jax.value_and_grad(lambda p: _by_rank(p, batch, t, W, 0.5)))(params)
     assert_close(found, expected)
-    ours = dataclasses.replace(c, compat="")
-    objective = lambda p: cosup.loss(p, batch, None, 0, t, ours)[0]
-    corrected = jax.jit(jax.value_and_grad(objective))(params)
     with pytest.raises(AssertionError):
         assert_close(corrected, expected, 1e-2)
 
@@ -111,6 +119,12 @@ class _Lookup:
 
     def logits(self, params, hidden):
         return hidden @ params.T
+
+
+def _by_lookup(table, batch, c):
+    """`official.loss` of two such towers; eager, every operation would be compiled by itself."""
+    t, params = Towers(_Lookup(), _Lookup()), {"gen": table, "ctx": table}
+    return jax.jit(lambda: official.loss(params, batch, t, 0, c))()
 
 
 def test_two_padded_ranks_by_hand():
@@ -127,8 +141,7 @@ def test_two_padded_ranks_by_hand():
     batch.passage_valid_UxP[:] = True
     c = freeze(config_lib.make({"num_steps": 1, "compat": "official", "batch_size": 2}, {}))
     c = config_lib.replace_dotted(c, "loss.compat_ranks", 2)
-    t = Towers(_Lookup(), _Lookup())
-    _, aux = official.loss({"gen": table, "ctx": table}, batch, t, 0, c)
+    _, aux = _by_lookup(table, batch, c)
     # A token's logit is 1 for itself and 0 for the two others; its log Z is log(e + 2).
     log_z = np.log(np.e + 2)
     # Rank 0 is as long as its row: b -> a and a -> b cost log Z each. Rank 1: b -> a costs log Z;
@@ -139,7 +152,7 @@ def test_two_padded_ranks_by_hand():
     np.testing.assert_allclose(aux.metrics["nsp/nats_per_ret"], np.log(np.e + 1) - 1, rtol=1e-6)
     # As one rank, row 1 is padded to 4: a -> PAD, PAD -> PAD count too, and passage b pools PAD.
     c = config_lib.replace_dotted(c, "loss.compat_ranks", 1)
-    _, aux = official.loss({"gen": table, "ctx": table}, batch, t, 0, c)
+    _, aux = _by_lookup(table, batch, c)
     ntp = (3 * log_z + log_z + np.log(3)) / 5
     np.testing.assert_allclose(aux.metrics["ntp/nats_per_token"], ntp, rtol=1e-6)
     nsp = ((np.log(np.e + 1) - 1) + np.log(2)) / 2  # query b sees (0, 0)
@@ -149,14 +162,14 @@ def test_two_padded_ranks_by_hand():
 def test_rows_without_an_example_count_nothing():
     """Bug: the empty rows of an epoch's last step as PAD targets, or as ranks of loss zero."""
     c = config(compat="official", batch_size=2)
-    t, params = Towers(_Lookup(), _Lookup()), jnp.eye(3, 2)
+    table = jnp.eye(3, 2)
     one = _rows(0, [5], [(3,)])
     one = jax.tree.map(lambda x: np.minimum(x, 2) if x.dtype == np.int32 else x, one)
     two = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), one)
-    alone = official.loss({"gen": params, "ctx": params}, one, t, 0, c)[0]
+    alone = _by_lookup(table, one, c)[0]
     for ranks in (1, 2):
         c = config_lib.replace_dotted(c, "loss.compat_ranks", ranks)
-        padded = official.loss({"gen": params, "ctx": params}, two, t, 0, c)[0]
+        padded = _by_lookup(table, two, c)[0]
         np.testing.assert_allclose(padded, alone, rtol=1e-6)
 
 

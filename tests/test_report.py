@@ -46,8 +46,7 @@ def evaluation(step, recall):
     )
 
 
-@pytest.fixture
-def run():
+def make_run():
     training = [
         {
             "step": step,
@@ -89,10 +88,16 @@ def run():
 
 
 @pytest.fixture
-def page(run, tmp_path):
-    write_report(tmp_path / "report.html", run)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    return (tmp_path / "report.html").read_text()
+def run():
+    return make_run()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("page")
+    write_report(directory / "report.html", make_run())
+    assert [path.name for path in directory.iterdir()] == ["report.html"]
+    return (directory / "report.html").read_text()
 
 
 def test_user_text_is_escaped(page):

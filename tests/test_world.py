@@ -12,6 +12,7 @@ from cosup_jax.data import world, world_facts, world_text
 from cosup_jax.data.world_facts import Fact
 from cosup_jax.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("world")  # the data set is built once
 ENTITIES = 600
 
 
@@ -65,15 +66,15 @@ def test_another_process_with_other_hashing_composes_the_same_rows():
         "import hashlib; from cosup_jax.data import world; d = world.compose(120, 8);"
         "print(hashlib.sha256(repr((d.examples, d.passages)).encode()).hexdigest())"
     )
-    digests = [
-        subprocess.run(
+    started = [
+        subprocess.Popen(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            check=True,
-        ).stdout
+            stdout=subprocess.PIPE,
+        )
         for seed in ("1", "2")
     ]
+    digests = [process.communicate(timeout=60)[0] for process in started]
     assert digests[0] == digests[1] and len(digests[0]) == 65
 
 
