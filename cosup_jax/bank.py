@@ -124,21 +124,25 @@ def fill(
     return Bank(passages, _write(bank.queries, *asked, step, keep))
 
 
-def oldest(config: BankConfig, shape: BatchShape, step: int) -> int:
-    """The oldest step whose passages the bank may still score at `step`."""
-    return max(step - min(config.size // (shape.U * shape.P), config.max_age), 0)
+def steps(bank: Bank, step: jax.Array, config: BankConfig) -> list[jax.Array]:
+    """For each ring, the step [K] that each of its slots holds; EMPTY if too old, or nothing."""
+    oldest = jnp.maximum(step - config.max_age, 0)
+    found = [jnp.max(ring.step_KxC, axis=1) for ring in bank if ring is not None]
+    return [jnp.where(written_K >= oldest, written_K, EMPTY) for written_K in found]
 
 
-def flops(bank: Bank, shape: BatchShape, learn_scale: bool) -> int:
+def flops(bank: Bank, shape: BatchShape, learn_scale: bool, margin_mask: bool) -> int:
     """Matrix-product FLOPs a step of what the bank adds to NSP, forward and backward.
 
-    Every row meets every stored passage; rows with a backward pass meet them twice more. The
-    bank's own queries also meet the live passages, three times: `dual` is quadratic.
+    Every row meets every stored passage, with the margin mask twice; rows with a backward pass meet
+    them twice more. The bank's own queries also meet the live passages: `dual` is quadratic.
     """
     slots, per_step, width = bank.passages.vector_KxCxD.shape
     live, own = shape.B * shape.R, 0 if bank.queries is None else bank.queries.step_KxC.size
     learned = live + own if learn_scale else live
-    products = (live + own + 2 * learned) * slots * per_step + 3 * own * per_step
+    forward = 2 if margin_mask else 1
+    products = (forward * (live + own) + 2 * learned) * slots * per_step
+    products += (forward + 2) * own * per_step
     return 2 * products * width
 
 
@@ -191,7 +195,7 @@ def _write(ring: Ring, vector_CxD, id_CxSx2, valid_C, step, keep) -> Ring:
     if ring.vector_KxCxD.dtype == jnp.uint16:
         vector_CxD = jax.lax.bitcast_convert_type(vector_CxD.astype(jnp.bfloat16), jnp.uint16)
     return Ring(
-        put(ring.vector_KxCxD, jax.lax.stop_gradient(vector_CxD)),
+        put(ring.vector_KxCxD, vector_CxD),
         put(ring.id_KxCxSx2, id_CxSx2),
         put(ring.step_KxC, jnp.where(valid_C, step, EMPTY)),
     )

@@ -42,6 +42,9 @@ class TowerConfig:
     arch: ArchConfig = ArchConfig()
 
 
+TEMPERATURE_RANGE = (0.01, 100.0)  # of a learned temperature
+
+
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """total = ntp_weight * ntp + nsp_weight * nsp (arXiv 2403.09024, section 3)."""
@@ -50,7 +53,7 @@ class LossConfig:
     nsp_weight: float = 1.0  # factor on nats per [Ret]; the paper: 0.01 with raw dot products
     normalize: bool = True  # cosine similarity; False = raw dot product, as in the paper
     temperature: float = 0.05  # scores are divided by it
-    learn_temperature: bool = False  # train log(temperature), clamped, and sigmoid's bias
+    learn_temperature: bool = False  # train it, clamped to TEMPERATURE_RANGE, and sigmoid's bias
     contrastive: str = "softmax"  # softmax (InfoNCE) | sigmoid (each pair by itself, SigLIP)
     sigmoid_bias: float = -10.0  # sigmoid: added to every score
     margin_mask: bool = False  # mask negatives that score above the positive + margin
@@ -61,6 +64,11 @@ class LossConfig:
     mask_evidence: bool = False  # True: tokens after [Ret] up to and including [Cs] are no targets
     remote_negatives: str = "full"  # full (gradient through every vector) | detached (compat only)
     compat_ranks: int = 1  # virtual ranks of compat=official: equal slices of the global batch
+
+    @property
+    def tile_bytes(self) -> int:
+        """What a device may spend on the logits or scores of a tile; 0 = all at once."""
+        return int(self.tile_mib * 2**20)
 
     @property
     def trains_nsp(self) -> bool:
@@ -83,7 +91,7 @@ class BankConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW over Gen, Ctx and the NSP parameters; one clipping norm over all of them."""
+    """AdamW over Gen, Ctx and the NSP parameters."""
 
     gen_learning_rate: float = 1e-3  # peak, Gen and NSP parameters
     ctx_learning_rate: float = 1e-3  # peak, Ctx

@@ -95,10 +95,12 @@ def largest_divisor(n: int, most: int) -> int:
 
 def first_of_each(id_Cx2: jax.Array, valid_C: jax.Array) -> jax.Array:
     """`valid_C` without the later copies of an identity: a passage counts once."""
-    C = valid_C.shape[0]
-    twin_CxC = same(id_Cx2[:, None], id_Cx2[None]) & valid_C[:, None] & valid_C[None]
-    earlier_CxC = jnp.tril(jnp.ones((C, C), bool), k=-1)
-    return valid_C & ~jnp.any(twin_CxC & earlier_CxC, axis=1)
+    place_C = jnp.arange(valid_C.shape[0])
+    keys = (id_Cx2[:, 0], id_Cx2[:, 1], ~valid_C, place_C)  # valid ones first among equals
+    first_C, second_C, _, order_C = jax.lax.sort(keys, num_keys=4)
+    again_C = (first_C[1:] == first_C[:-1]) & (second_C[1:] == second_C[:-1])
+    copy_C = jnp.zeros_like(valid_C).at[order_C[1:]].set(again_C)
+    return valid_C & ~copy_C
 
 
 def merge(a: Scores, b: Scores, contrastive: str) -> Scores:
@@ -329,8 +331,6 @@ def _tiles(walk: _Walk, candidates: Candidates) -> tuple[jax.Array, ...]:
 
 def _in_parts(walk: _Walk, tile) -> tuple[jax.Array, ...]:
     """A tile of `_tiles` as [G, W, C, ...]."""
-    # Without the barrier XLA would turn all stored vectors into float32 ahead of the loop.
-    tile = jax.lax.optimization_barrier(tile)
     return tuple(x.reshape(x.shape[0], walk.parts, -1, *x.shape[2:]) for x in tile)
 
 

@@ -13,14 +13,11 @@ import jax.numpy as jnp
 from cosup_jax import bank as bank_lib
 from cosup_jax import nsp, ntp
 from cosup_jax.config import Config, LossConfig
-from cosup_jax.contrast import EMPTY, Candidates, How, Queries, Scale, first_of_each
+from cosup_jax.contrast import EMPTY, Candidates, Queries, Scale, first_of_each
 from cosup_jax.data.batch import Batch
 from cosup_jax.microbatch import in_parts
-from cosup_jax.nsp import NspSums
 from cosup_jax.sharding import constrain
 from cosup_jax.towers import Towers, gen_hidden, passage_vectors, query_vectors
-
-TEMPERATURE_RANGE = (0.01, 1.0)  # of a learned temperature
 
 
 class Terms(NamedTuple):
@@ -39,6 +36,8 @@ def loss(params: dict, batch: Batch, bank, step, towers: Towers, config: Config)
     weight = nsp_weight(step, config.loss)
     total = config.loss.ntp_weight * found.ntp + weight * found.nsp
     metrics = found.metrics | {"loss/total": total, "loss/nsp_weight": weight}
+    if found.live is not None:
+        metrics["loss/nsp"] = found.nsp  # with a dual bank more than nsp/nats_per_ret, its rows too
     return total, found._replace(metrics=metrics)
 
 
@@ -59,9 +58,9 @@ def terms(params: dict, batch: Batch, bank, step, towers: Towers, config: Config
     if not config.loss.trains_nsp:  # NTP alone: Ctx is not run
         return Terms(ntp_mean, jnp.float32(0), metrics, None, asked)
     live = condense(towers.ctx_params(params), batch, step, towers, config)
-    scale = scale_of(params, config)
+    scale = nsp.scale_of(params["nsp"], config.loss)
     nsp_mean, sums = next_sequence(asked, live, bank, step, scale, config)
-    metrics |= _nsp_metrics(sums, asked, live, batch, scale)
+    metrics |= nsp.metrics(sums, asked, live, jnp.sum(batch.passage_valid_UxP), scale)
     return Terms(ntp_mean, nsp_mean, metrics, live, asked)
 
 
@@ -73,7 +72,7 @@ def next_token(params: dict, hidden_BxTxD, batch: Batch, towers: Towers, config:
         batch.ntp_targets_BxT,
         batch.ntp_weights_BxT,
         towers.gen.vocab_size,
-        tile_bytes(config),
+        config.loss.tile_bytes,
     )
 
 
@@ -85,9 +84,7 @@ def next_sequence(asked: Queries, live: Candidates, bank, step, scale: Scale, co
     """
     rows = [asked, *bank_lib.queries(bank, step, config.bank)]
     columns = [live, *bank_lib.candidates(bank, live, step, config.bank)]
-    margin = config.loss.margin if config.loss.margin_mask else None
-    how = How(config.loss.contrastive, margin, tile_bytes(config), config.loss.learn_temperature)
-    sums, *past = nsp.nsp_sums(rows, columns, scale, how)
+    sums, *past = nsp.nsp_sums(rows, columns, scale, nsp.how(config.loss))
     total = sums.loss + sum(jnp.where(sums.weight > 0, more.loss, 0.0) for more in past)
     return total / jnp.maximum(sums.weight, 1), sums
 
@@ -124,46 +121,8 @@ def condense(ctx_params: dict, batch: Batch, step, towers: Towers, config: Confi
     return Candidates(vector_1xCxD, id_1xCx2, step_1xC, since=jnp.int32(0))
 
 
-def scale_of(params: dict, config: Config) -> Scale:
-    """Temperature and bias of the scores; the temperature is clamped if it is learned."""
-    learned = params["nsp"]
-    bias = jnp.float32(config.loss.sigmoid_bias if config.loss.contrastive == "sigmoid" else 0.0)
-    if not config.loss.learn_temperature:
-        return Scale(jnp.float32(config.loss.temperature), bias)
-    log_range = map(jnp.log, TEMPERATURE_RANGE)
-    temperature = jnp.exp(jnp.clip(learned["log_temperature"], *log_range))
-    return Scale(temperature, learned.get("bias", bias))
-
-
-def tile_bytes(config: Config) -> int:
-    """What one device may spend on the logits or scores of a tile; 0 = all at once."""
-    return int(config.loss.tile_mib * 2**20)
-
-
 def nsp_weight(step, config: LossConfig) -> jax.Array:
     """NSP's factor at a step: linear from nsp_ramp_from to nsp_weight, then constant."""
     done = jnp.minimum(step / max(config.nsp_ramp_steps, 1), 1.0) if config.nsp_ramp_steps else 1.0
     start = config.nsp_ramp_from
     return jnp.float32(start + (config.nsp_weight - start) * done)
-
-
-def _nsp_metrics(
-    sums: NspSums, asked: Queries, live: Candidates, batch: Batch, scale: Scale
-) -> dict[str, jax.Array]:
-    mean = lambda total: total / jnp.maximum(sums.weight, 1)
-    live_C = live.step_KxC[0] != EMPTY
-    copies = jnp.sum(batch.passage_valid_UxP) - jnp.sum(live_C)  # within the batch
-    return {
-        "nsp/nats_per_ret": mean(sums.loss),
-        "nsp/top1": mean(sums.top1),
-        "nsp/chance": mean(sums.chance),
-        "nsp/margin": mean(sums.margin),
-        "nsp/candidates": mean(sums.candidates),
-        "nsp/masked_copies": mean(sums.copies) + copies,
-        "nsp/masked_siblings": mean(sums.siblings),
-        "nsp/masked_margin": mean(sums.too_close),
-        "nsp/queries": sums.weight,
-        "nsp/temperature": scale.temperature,
-        "nsp/anisotropy_queries": nsp.anisotropy(asked.vector_QxD, asked.valid_Q),
-        "nsp/anisotropy_passages": nsp.anisotropy(live.vector_KxCxD[0], live_C),
-    }

@@ -57,9 +57,8 @@ def _shown(
     sources = []
     for row, number in numbers.items():
         passage = held_out.passages[row]
-        spans = [passage.text.find(text) for text, where in parts if where == row and text]
-        span = next((at for at in spans if at >= 0), None)
-        size = next((len(text) for text, where in parts if where == row and text), 0)
+        cited = [text for text, where in parts if where == row and text in passage.text and text]
+        span = (passage.text.find(cited[0]), len(cited[0])) if cited else None
         sources.append(
             {
                 "number": number,
@@ -67,7 +66,7 @@ def _shown(
                 "title": passage.title,
                 "text": passage.text,
                 "score": scores[row],
-                "span": None if span is None else [span, span + size],
+                "span": span and [span[0], sum(span)],
                 "gold": passage.id in example.evidence,
             }
         )

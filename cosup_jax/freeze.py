@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from cosup_jax.config import Config, get_dotted, replace_dotted, sources
+from cosup_jax.config import TEMPERATURE_RANGE, Config, get_dotted, replace_dotted, sources
 from cosup_jax.errors import UserError
 
 _CHOICES = {
@@ -52,7 +52,11 @@ OFFICIAL = {
     "data.packing": False,
     "data.drop_without_ret": True,
     "ctx.pooling": "last",
+    "bank.ema_decay": 0.0,
     "optim.clip": "global",
+    "gen.freeze": False,
+    "ctx.freeze": False,
+    "micro_batches": 1,
 }
 
 
@@ -127,6 +131,7 @@ def _apply_official(config: Config, explicit: frozenset[str]) -> Config:
 
 
 def _check(config: Config) -> None:
+    _check_objective(config)
     if (config.num_steps > 0) == (config.num_epochs > 0):
         raise UserError(
             f"set exactly one of config.num_steps (now {config.num_steps}) and config.num_epochs "
@@ -140,25 +145,6 @@ def _check(config: Config) -> None:
             )
         if arch.head_dim % 2:
             raise UserError(f"config.{tower}.arch.head_dim={arch.head_dim} must be even (RoPE)")
-    if config.tie_ctx_to_gen and config.ctx.freeze:
-        raise UserError(
-            "config.ctx.freeze means nothing with tie_ctx_to_gen: there is one tower; set "
-            "config.gen.freeze, or untie"
-        )
-    if config.gen.freeze and (config.ctx.freeze or config.tie_ctx_to_gen):
-        raise UserError(
-            "config.gen.freeze and config.ctx.freeze leave nothing to train; unfreeze one tower"
-        )
-    if config.gen.freeze and not config.loss.trains_nsp:
-        raise UserError(
-            "config.gen.freeze with config.loss.nsp_weight=0 leaves nothing to train; drop one"
-        )
-    if config.bank.kind != "off" and not config.loss.trains_nsp:
-        raise UserError("config.bank.kind means nothing with nsp_weight=0; set bank.kind=off")
-    if config.log.probe_bank and config.bank.kind != "dual":
-        raise UserError("config.log.probe_bank compares what a dual bank holds; set bank.kind=dual")
-    if config.bank.ema_decay >= 1:
-        raise UserError(f"config.bank.ema_decay={config.bank.ema_decay} must be below 1")
     if config.gen.init == "gen":
         raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")
     if config.loss.remote_negatives == "detached" and config.compat != "official":
@@ -186,3 +172,41 @@ def _check(config: Config) -> None:
     for dotted in ("data.train", "data.eval"):
         if not sources(get_dotted(config, dotted)):
             raise UserError(f"config.{dotted} names no source")
+
+
+def _check_objective(config: Config) -> None:
+    """What is trained by what."""
+    if config.tie_ctx_to_gen and config.ctx.freeze:
+        raise UserError(
+            "config.ctx.freeze means nothing with tie_ctx_to_gen: there is one tower; set "
+            "config.gen.freeze, or untie"
+        )
+    if config.gen.freeze and (config.ctx.freeze or config.tie_ctx_to_gen):
+        raise UserError(
+            "config.gen.freeze and config.ctx.freeze leave nothing to train; unfreeze one tower"
+        )
+    if config.gen.freeze and not config.loss.trains_nsp:
+        raise UserError(
+            "config.gen.freeze with config.loss.nsp_weight=0 leaves nothing to train; drop one"
+        )
+    if not config.loss.ntp_weight and not config.loss.trains_nsp:
+        raise UserError("config.loss.ntp_weight and nsp_weight are both 0: nothing to train")
+    if config.loss.nsp_ramp_from and not config.loss.nsp_ramp_steps:
+        raise UserError("config.loss.nsp_ramp_from means nothing without nsp_ramp_steps; set both")
+    low, high = TEMPERATURE_RANGE
+    if config.loss.learn_temperature and not low <= config.loss.temperature <= high:
+        raise UserError(
+            f"config.loss.temperature={config.loss.temperature} is outside [{low}, {high}], where "
+            "a learned one stays"
+        )
+    if config.bank.ema_decay and (config.bank.kind == "off" or config.ctx.freeze):
+        raise UserError(
+            "config.bank.ema_decay averages a Ctx that is trained, for a bank; set bank.kind and "
+            "unfreeze ctx, or drop it"
+        )
+    if config.bank.kind != "off" and not config.loss.trains_nsp:
+        raise UserError("config.bank.kind means nothing with nsp_weight=0; set bank.kind=off")
+    if config.log.probe_bank and config.bank.kind != "dual":
+        raise UserError("config.log.probe_bank compares what a dual bank holds; set bank.kind=dual")
+    if config.bank.ema_decay >= 1:
+        raise UserError(f"config.bank.ema_decay={config.bank.ema_decay} must be below 1")

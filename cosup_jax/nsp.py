@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from cosup_jax import contrast
-from cosup_jax.contrast import NEVER, Candidates, How, Queries, Scale, Scores
+from cosup_jax.config import TEMPERATURE_RANGE, LossConfig
+from cosup_jax.contrast import EMPTY, NEVER, Candidates, How, Queries, Scale, Scores
 
 
 class NspSums(NamedTuple):
@@ -21,7 +22,8 @@ class NspSums(NamedTuple):
     weight: jax.Array
     top1: jax.Array  # queries whose passage outscores every negative
     chance: jax.Array  # expected top1 of a random order
-    margin: jax.Array  # positive minus best negative, in units of similarity
+    rivals: jax.Array  # queries that have a negative at all
+    margin: jax.Array  # of those, positive minus best negative, in units of similarity
     candidates: jax.Array  # the positive and the negatives that count
     siblings: jax.Array  # the next three: candidates masked, as in Scores
     too_close: jax.Array
@@ -48,9 +50,47 @@ def nsp_sums(
     return [_sums(*pair, scale, how) for pair in zip(rows, score(ceilings), strict=True)]
 
 
+def how(config: LossConfig) -> How:
+    """What the config says about scoring."""
+    margin = config.margin if config.margin_mask else None
+    return How(config.contrastive, margin, config.tile_bytes, config.learn_temperature)
+
+
+def scale_of(learned: dict, config: LossConfig) -> Scale:
+    """Temperature and bias of the scores, from params["nsp"] where they are learned."""
+    bias = jnp.float32(config.sigmoid_bias if config.contrastive == "sigmoid" else 0.0)
+    if not config.learn_temperature:
+        return Scale(jnp.float32(config.temperature), bias)
+    log_range = map(jnp.log, TEMPERATURE_RANGE)
+    temperature = jnp.exp(jnp.clip(learned["log_temperature"], *log_range))
+    return Scale(temperature, learned.get("bias", bias))
+
+
+def metrics(
+    sums: NspSums, asked: Queries, live: Candidates, passages: jax.Array, scale: Scale
+) -> dict[str, jax.Array]:
+    """Means over the live queries; `passages` of the batch, copies included."""
+    mean = lambda total: total / jnp.maximum(sums.weight, 1)
+    live_C = live.step_KxC[0] != EMPTY
+    return {
+        "nsp/nats_per_ret": mean(sums.loss),
+        "nsp/top1": mean(sums.top1),
+        "nsp/chance": mean(sums.chance),
+        "nsp/margin": sums.margin / jnp.maximum(sums.rivals, 1),
+        "nsp/candidates": mean(sums.candidates),
+        "nsp/masked_copies": mean(sums.copies) + passages - jnp.sum(live_C),
+        "nsp/masked_siblings": mean(sums.siblings),
+        "nsp/masked_margin": mean(sums.too_close),
+        "nsp/queries": sums.weight,
+        "nsp/temperature": scale.temperature,
+        "nsp/anisotropy_queries": anisotropy(asked.vector_QxD, asked.valid_Q),
+        "nsp/anisotropy_passages": anisotropy(live.vector_KxCxD[0], live_C),
+    }
+
+
 def anisotropy(vectors_NxD: jax.Array, valid_N: jax.Array) -> jax.Array:
     """Mean cosine of all pairs of different valid vectors: 0 isotropic, 1 all alike."""
-    vectors_NxD = jax.lax.stop_gradient(vectors_NxD.astype(jnp.float32))
+    vectors_NxD = vectors_NxD.astype(jnp.float32)
     length_Nx1 = jnp.sqrt(jnp.sum(vectors_NxD**2, axis=1, keepdims=True) + 1e-12)
     unit_NxD = jnp.where(valid_N[:, None], vectors_NxD / length_Nx1, 0.0)
     n = jnp.sum(valid_N, dtype=jnp.float32)
@@ -66,13 +106,15 @@ def _sums(queries: Queries, scores: Scores, scale: Scale, how: How) -> NspSums:
     else:
         nats_Q = negatives_Q + jax.nn.softplus(-positive_Q)
     ahead_Q = positive_Q - jnp.where(live_Q, scores.best_negative, 0.0)
+    rival_Q = live_Q & (scores.count > 0)
     total = lambda x_Q, where_Q=live_Q: jnp.sum(jnp.where(where_Q, x_Q, 0), dtype=jnp.float32)
     return NspSums(
         loss=total(nats_Q),
         weight=total(1),
         top1=total(ahead_Q > 0),
         chance=total(1 / (1 + scores.count)),
-        margin=total(ahead_Q * scale.temperature, live_Q & (scores.count > 0)),
+        rivals=total(1, rival_Q),
+        margin=total(ahead_Q * scale.temperature, rival_Q),
         candidates=total(1 + scores.count),
         siblings=total(scores.siblings),
         too_close=total(scores.too_close),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from cosup_jax.sharding import constrain, parts_here
 
+_LEAST_TILES = 8  # so that at most an eighth of the logits is of tokens without a target
 _LANES = 128  # rows that a matrix unit takes at once; a tile is a multiple
 _NEVER = -1e30  # logit of a vocabulary entry that no token owns; finite, so that gradients are
 
@@ -57,8 +58,10 @@ def linear_ntp_sums(
     )
     tokens = B // parts * T
     row_bytes = 4 * _columns_here(kernel_DxV)
-    fits = max(tile_bytes // row_bytes, 1) if tile_bytes else tokens
-    tile = min(tokens, fits // _LANES * _LANES or fits)
+    tile = tokens
+    if tile_bytes:
+        fits = max(min(tile_bytes // row_bytes, -(-tokens // _LEAST_TILES)), 1)
+        tile = min(tokens, fits // _LANES * _LANES or fits)
     nats = _nats(
         split(hidden_BxTxD), kernel_DxV, split(targets_BxT), split(weights_BxT), vocab_size, tile
     )

@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from cosup_jax import bank as bank_lib
-from cosup_jax import cosup, sharding
+from cosup_jax import cosup, nsp, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import Config
-from cosup_jax.data.batch import Batch, batch_shape
+from cosup_jax.contrast import EMPTY
+from cosup_jax.data.batch import Batch
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
 
@@ -35,6 +37,7 @@ class Probe:
         self._mesh, self._config, self._batch_at = mesh, config, batch_at
         on_mesh = lambda f: jax.jit(f, out_shardings=sharding.replicated(mesh))
         self._losses = on_mesh(lambda *at: losses(*at, towers, config, pad_id))
+        self._steps = on_mesh(lambda state: bank_lib.steps(state.bank, state.step, config.bank))
         self._drift = on_mesh(lambda *at: drift(*at, towers, config))
         self._directions = on_mesh(lambda *at: directions(*at, towers, config))
         self._refresh = jax.jit(lambda *at: refresh(*at, towers, config), donate_argnums=0)
@@ -44,14 +47,16 @@ class Probe:
         config, batch = self._config, self._batch_at(step)
         with jax.set_mesh(self._mesh):
             metrics = self._losses(state, batch)
-            past = range(bank_lib.oldest(config.bank, batch_shape(config), step), step)
-            if state.bank is None or not past:
+            if state.bank is None:
                 return metrics
-            metrics |= self._drift(state, self._batch_at(past[0]), past[0])
-            if config.log.probe_bank:
-                fresh = jax.tree.map(lambda x: jnp.copy(x), state.bank)
-                for before in past:
-                    fresh = self._refresh(fresh, state.params, self._batch_at(before), before)
+            held = [set(np.asarray(steps_K).tolist()) - {EMPTY} for steps_K in self._steps(state)]
+            if held[0]:
+                oldest = min(held[0])
+                metrics |= self._drift(state, self._batch_at(oldest), oldest)
+            if config.log.probe_bank and held[0] and step >= config.bank.start_step:
+                fresh = jax.tree.map(jnp.copy, state.bank)
+                for past in sorted(set.union(*held)):
+                    fresh = self._refresh(fresh, state.params, self._batch_at(past), past)
                 metrics |= self._directions(state, fresh, batch)
         return metrics
 
@@ -74,8 +79,9 @@ def losses(state: TrainState, batch: Batch, towers: Towers, config: Config, pad_
     if config.loss.ntp_weight and "gen" in trained:
         metrics["grad/norm_ntp_gen"] = ntp_gen = optax.tree.norm(of_ntp["gen"])
     if config.loss.trains_nsp:
-        for tower in trained.keys() & {"gen", "ctx"}:
-            metrics[f"grad/norm_nsp_{tower}"] = optax.tree.norm(of_nsp[tower])
+        for tower in ("gen", "ctx"):
+            if tower in trained:
+                metrics[f"grad/norm_nsp_{tower}"] = optax.tree.norm(of_nsp[tower])
     if metrics.keys() >= {"grad/norm_ntp_gen", "grad/norm_nsp_gen"}:
         weight = cosup.nsp_weight(state.step, config.loss) / config.loss.ntp_weight
         metrics["grad/nsp_over_ntp_gen"] = weight * _ratio(metrics["grad/norm_nsp_gen"], ntp_gen)
@@ -113,7 +119,7 @@ def directions(state: TrainState, fresh, batch: Batch, towers: Towers, config: C
     *_, asked = cosup.generate(state.params, batch, towers, config)
     params = towers.ctx_params(state.params)
     live = cosup.condense(params, batch, state.step, towers, config)
-    scale = cosup.scale_of(state.params, config)
+    scale = nsp.scale_of(state.params["nsp"], config.loss)
 
     def gradient(bank):
         def loss(queries_QxD, passages_KxCxD):

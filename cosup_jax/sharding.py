@@ -66,6 +66,13 @@ def leaf_sharding(mesh: Mesh, shape: Sequence[int], logical: Sequence[str | None
     return NamedSharding(mesh, spec(mesh, shape, logical))
 
 
+def tree_shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
+    """NamedShardings of a tree of arrays, by a tree of the same shape of logical-axis tuples."""
+    is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+    place = lambda names, leaf: leaf_sharding(mesh, leaf.shape, names)
+    return jax.tree.map(place, axes, tree, is_leaf=is_axes)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """Rows of a batch split over data and fsdp."""
     return NamedSharding(mesh, P(RULES["batch"]))

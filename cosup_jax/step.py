@@ -53,10 +53,7 @@ def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
 
 
 def trainable(params: dict, config: Config) -> dict:
-    """The part of `params` that is trained: neither frozen towers nor those that no loss reaches.
-
-    Works on any tree that is nested as the parameters are.
-    """
+    """The part of `params` that is trained: neither a frozen tower nor one that no loss reaches."""
     unreached = not config.loss.trains_nsp
     frozen = {"gen": config.gen.freeze, "ctx": config.ctx.freeze or unreached, "nsp": unreached}
     return {name: tree for name, tree in params.items() if not frozen[name]}
@@ -130,7 +127,9 @@ def train_step(
         average = lambda old, new: decay * old + (1 - decay) * new
         ema_ctx = keep(jax.tree.map(average, ema_ctx, towers.ctx_params(params)), ema_ctx)
     metrics = found.metrics | {
-        f"grad/norm_{name}": optax.tree.norm(tree) for name, tree in grads.items() if tree
+        f"grad/norm_{name}": optax.tree.norm(grads[name])
+        for name in ("gen", "ctx")
+        if name in grads
     }
     metrics |= {"skipped/total": skipped.total, "skipped/in_a_row": skipped.in_a_row}
     return (
@@ -151,9 +150,7 @@ def state_shardings(abstract: TrainState, mesh: Mesh, towers: Towers, config: Co
 
     Raises UserError if an axis of the mesh leaves more than 5 % of the parameter bytes whole.
     """
-    is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
-    place = lambda axes, leaf: sharding.leaf_sharding(mesh, leaf.shape, axes)
-    params = jax.tree.map(place, param_axes(towers, config), abstract.params, is_leaf=is_axes)
+    params = sharding.tree_shardings(mesh, param_axes(towers, config), abstract.params)
     for axis, share in sharding.replicated_share(params, abstract.params).items():
         if share > 0.05:
             raise UserError(
@@ -173,7 +170,7 @@ def state_shardings(abstract: TrainState, mesh: Mesh, towers: Towers, config: Co
         step=sharding.replicated(mesh),
         params=params,
         opt_state=jax.tree_util.tree_map_with_path(like_param, abstract.opt_state),
-        bank=bank and jax.tree.map(place, bank, abstract.bank, is_leaf=is_axes),
+        bank=bank and sharding.tree_shardings(mesh, bank, abstract.bank),
         ema_ctx=abstract.ema_ctx and params.get("ctx", params["gen"]),
         skipped=Skipped(sharding.replicated(mesh), sharding.replicated(mesh)),
         key=sharding.replicated(mesh),

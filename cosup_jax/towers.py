@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from cosup_jax.config import Config
 from cosup_jax.data.batch import Batch
+from cosup_jax.sharding import constrain
 from cosup_jax.transformer import Transformer
 
 
@@ -51,4 +52,5 @@ def similarity_space(vectors: jax.Array, config: Config) -> jax.Array:
 
 
 def _take(hidden_BxTxD: jax.Array, positions_BxR: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(hidden_BxTxD, positions_BxR[..., None], axis=1)
+    at_BxRxD = jnp.take_along_axis(hidden_BxTxD, positions_BxR[..., None], axis=1)
+    return constrain(at_BxRxD, "batch", None, None)

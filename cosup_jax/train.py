@@ -145,7 +145,7 @@ def _run(job: Job, given: dict[str, Any]) -> int:
 
 
 def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkpointer):
-    """The training loop; the host never waits for a running step except where it saves."""
+    """The training loop; the host waits where STEPS_AHEAD more steps are queued, and to save."""
     config, num_steps = job.config, job.num_steps
     progress, clock, told = Progress(num_steps, start), Throughput(), _Signals()
     rows = sharding.rows(job.mesh)
@@ -309,7 +309,7 @@ class _Signals:
 
 def _say_bank(state: TrainState, shape: BatchShape, config: Config) -> None:
     """What the bank holds, and its FLOPs beside the layers' (6 for each weight and token)."""
-    stored = bank.flops(state.bank, shape, config.loss.learn_temperature)
+    stored = bank.flops(state.bank, shape, config.loss.learn_temperature, config.loss.margin_mask)
     weights = lambda tower: sum(x.size for x in jax.tree.leaves(tower["blocks"]))
     ctx = state.params["gen" if config.tie_ctx_to_gen else "ctx"]
     layers = weights(state.params["gen"]) * shape.B * shape.T + weights(ctx) * shape.U * shape.L

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosup_jax import cosup
+from cosup_jax import nsp as nsp_lib
+from cosup_jax.contrast import Queries, Scale
 from cosup_jax.towers import gen_hidden, passage_vectors, query_vectors
 
 
@@ -151,7 +153,7 @@ def objective(params, batch, bank, step: int, towers, config):
         logits = (hidden_BxTxD @ towers.gen.unembedding(params["gen"])).astype(jnp.float32)
         ctx = towers.ctx_params(params)
         vectors = passage_vectors(ctx, batch, towers, config)
-        scale = cosup.scale_of(params, config)
+        scale = nsp_lib.scale_of(params["nsp"], config.loss)
         return logits, query_vectors(hidden_BxTxD, batch, config), vectors, scale
 
     (logits, query_BxRxD, vector_UxPxD, scale), pull = jax.vjp(jax.jit(outputs), params)
@@ -162,7 +164,7 @@ def objective(params, batch, bank, step: int, towers, config):
     grad_logits = np.zeros(flat(logits).shape)
     grad_logits[:, :owned] = config.loss.ntp_weight * grad / max(count, 1)
     positives = batch.ret_positives_BxRxSx2
-    asked = cosup.Queries(
+    asked = Queries(
         flat(query_BxRxD),
         positives.reshape(-1, *positives.shape[2:]),
         np.ravel(batch.ret_valid_BxR),
@@ -186,7 +188,7 @@ def objective(params, batch, bank, step: int, towers, config):
             shaped(grad_logits, logits),
             shaped(outer[0], query_BxRxD),
             shaped(outer[1], vector_UxPxD),
-            cosup.Scale(jnp.float32(outer[2]), jnp.float32(outer[3])),
+            Scale(jnp.float32(outer[2]), jnp.float32(outer[3])),
         )
     )
     return config.loss.ntp_weight * nats / max(count, 1) + weight * value, pulled

@@ -89,7 +89,12 @@ def test_what_counts():
     assert _counted(bank, half, 3, c) == list(range(9, 21))
     unsure, _ = _step_data(2, ids=np.arange(C) + 21, valid=np.zeros(C, bool))
     assert _counted(bank, unsure, 3, c) == list(range(9, 25))
-    assert [bank_lib.oldest(c.bank, SHAPE, step) for step in (0, 1, 9)] == [0, 0, 7]
+    for step, rows in ((2, []), (3, [1, 2]), (4, [2])):
+        (asked,) = bank_lib.queries(bank, jnp.int32(step), c.bank)
+        kept = np.asarray(asked.valid_Q).reshape(SLOTS, Q)
+        assert [k for k in range(SLOTS) if kept[k].any()] == rows
+    held = [x.tolist() for x in bank_lib.steps(bank, jnp.int32(3), c.bank)]
+    assert held == [[EMPTY, 1, 2]] * 2
 
 
 @pytest.mark.parametrize("kind", ["passage", "dual"])
@@ -172,9 +177,7 @@ def _compiled_step(kind: str, size: int, mesh=None, **keys):
     )
     if mesh is None:
         return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-    is_names = lambda x: isinstance(x, tuple) and not hasattr(x, "_fields")
-    place = lambda names, leaf: sharding.leaf_sharding(mesh, leaf.shape, names)
-    places = jax.tree.map(place, bank_lib.logical_axes(bank), bank, is_leaf=is_names)
+    places = sharding.tree_shardings(mesh, bank_lib.logical_axes(bank), bank)
     rows = sharding.rows(mesh)
     jitted = jax.jit(
         step,
@@ -204,18 +207,27 @@ def test_no_temporary_and_no_collective_grows_with_the_bank(kind, mesh_shape):
     assert moved[1] == moved[0] and bool(moved[0]) == (mesh is not None)
 
 
-@pytest.mark.parametrize("kind,learned", [("passage", False), ("dual", False), ("dual", True)])
-def test_the_cost_that_is_printed(kind, learned):
-    """Bug: a cost that leaves out the backward pass, or the bank's own queries."""
+@pytest.mark.parametrize(
+    "kind,learned,margin",
+    [
+        ("passage", False, False),
+        ("passage", False, True),
+        ("dual", False, False),
+        ("dual", True, True),
+    ],
+)
+def test_the_cost_that_is_printed(kind, learned, margin):
+    """Bug: a cost that leaves out the backward pass, the margin's, or the bank's own queries."""
     shape, width = BatchShape(B=64, T=9, R=4, S=2, U=64, L=9, P=4), 1024
     rows, total, told = 256 if kind == "passage" else 256 + 1024, [], []
     for slots in (4, 8):  # of 256 passages; XLA counts the body of the loop over tiles once
         tile = slots * 256 * 4 * (rows + width) / 2**20
         keys = {"loss__tile_mib": tile, "loss__learn_temperature": learned}
+        keys["loss__margin_mask"] = margin
         total.append(_compiled_step(kind, 1 << 12, **keys).cost_analysis()["flops"])
         c = _config(kind, bank__size=slots * 256, bank__queries=1024)
         bank = jax.eval_shape(lambda c=c: bank_lib.init(c.bank, shape, width))
-        told.append(bank_lib.flops(bank, shape, learned))
+        told.append(bank_lib.flops(bank, shape, learned, margin))
     counted = (total[1] - total[0]) / (told[1] - told[0])
     assert 1 <= counted < 1.1, counted  # what is not a matrix product comes on top
 
@@ -226,12 +238,10 @@ def test_restores_onto_another_mesh(tmp_path):
     bank = bank_lib.init(c.bank, SHAPE, D)
     for step in range(5):
         bank = _fill(bank, step)
-    is_names = lambda x: isinstance(x, tuple) and not hasattr(x, "_fields")
 
     def on(mesh_shape):
         mesh = sharding.make_mesh(MeshConfig(*mesh_shape))
-        place = lambda names, leaf: sharding.leaf_sharding(mesh, leaf.shape, names)
-        return jax.tree.map(place, bank_lib.logical_axes(bank), bank, is_leaf=is_names)
+        return sharding.tree_shardings(mesh, bank_lib.logical_axes(bank), bank)
 
     checkpointer = Checkpointer(tmp_path, keep=1)
     checkpointer.save(5, jax.device_put(bank, on((4, 2, 1))), {"fingerprint": {}})

@@ -56,11 +56,12 @@ def _vectors(seed: int, c):
     return queries, draw(C, D), ids, valid, bank
 
 
+TILE = 3 * 4 * (Q + D)  # bytes: three live columns, so that the last tile is short
 CASES = [
     *((kind, "softmax", False, 0) for kind in ("off", "passage", "dual")),
-    *((kind, "sigmoid", False, 100) for kind in ("off", "dual")),
+    *((kind, "sigmoid", False, TILE) for kind in ("off", "dual")),
     ("off", "softmax", True, 0),
-    ("dual", "softmax", True, 100),
+    ("dual", "softmax", True, TILE),
     ("passage", "sigmoid", True, 0),
 ]
 
@@ -153,7 +154,8 @@ def test_what_is_masked_is_counted(kind):
 def test_a_nan_on_padding_stays_there():
     """Bug: the vector of an empty slot reaches a gradient as 0 * NaN."""
     c = _config("off")
-    queries, live, ids, valid, _ = _vectors(0, c)
+    queries, live, ids, valid, _ = _vectors(2, c)
+    queries.valid_Q[:2] = valid[:2] = False
     query = np.where(queries.valid_Q[:, None], queries.vector_QxD, np.nan)
     passage = np.where(valid[:, None], live, np.nan)
 
@@ -162,6 +164,53 @@ def test_a_nan_on_padding_stays_there():
 
     grads = jax.grad(loss, argnums=(0, 1))(query, passage)
     assert_close(grads, jax.grad(loss, argnums=(0, 1))(queries.vector_QxD, live), 0)
+
+
+def test_scores_are_never_whole():
+    """Bug: a tile size that nobody reads. 4,096 queries and 16,384 passages."""
+    rows, columns, width = 4096, 16384, 64
+    array = jax.ShapeDtypeStruct
+    shapes = (array((rows, width), jnp.float32), array((columns, width), jnp.float32))
+
+    def temporary(tile_bytes):
+        def loss(query, passage):
+            asked = Queries(query, jnp.zeros((rows, 1, 2), jnp.uint32), jnp.ones(rows, bool))
+            live = Candidates(
+                passage[None],
+                jnp.arange(2 * columns, dtype=jnp.uint32).reshape(1, columns, 2),
+                jnp.zeros((1, columns), jnp.int32),
+                since=jnp.int32(0),
+            )
+            scale = Scale(jnp.float32(1), jnp.float32(0))
+            return nsp.nsp_sums([asked], [live], scale, contrast.How(tile_bytes=tile_bytes))[0].loss
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, part = temporary(0), temporary(16 << 20)
+    print(f"temporary MiB: untiled {whole >> 20:,}, 16 MiB tiles {part >> 20:,}")
+    assert part * 4 <= whole
+
+
+def test_the_scale_that_is_learned():
+    """Bug: a clamp that is not applied, a learned bias that is not read."""
+    c = config(loss__contrastive="sigmoid", loss__learn_temperature=True).loss
+    for wanted, used in ((1e-5, 0.01), (0.3, 0.3), (1e5, 100.0)):
+        learned = {"log_temperature": jnp.log(jnp.float32(wanted)), "bias": jnp.float32(-3)}
+        found = nsp.scale_of(learned, c)
+        np.testing.assert_allclose((found.temperature, found.bias), (used, -3), rtol=1e-5)
+
+
+def test_first_of_each():
+    """Bug: a copy counted twice, an empty slot that hides a passage, the order of slots lost."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        ids, valid = rng.integers(0, 3, (12, 2)).astype(np.uint32), rng.random(12) < 0.7
+        seen, expected = set(), []
+        for pair, there in zip(map(tuple, ids), valid, strict=True):
+            expected.append(bool(there) and pair not in seen)
+            seen |= {pair} if there else set()
+        assert contrast.first_of_each(jnp.asarray(ids), jnp.asarray(valid)).tolist() == expected
 
 
 def test_anisotropy_is_the_mean_over_pairs():

@@ -62,6 +62,17 @@ def test_tiles_equal_the_loops(tile, outer):
     assert_close(grads, tuple(outer * grad for grad in expected))
 
 
+def test_the_last_tile_may_be_short():
+    """Bug: the rows that fill the last tile up counted as tokens. 33 tokens, tiles of 4."""
+    hidden, kernel, targets, _ = _inputs()
+    weights = np.ones_like(targets, np.float32)
+    sums = lambda h, k: ntp.linear_ntp_sums(h, k, targets, weights, OWNED, 4 * 4 * V)[0]
+    value, grads = jax.jit(jax.value_and_grad(sums, argnums=(0, 1)))(hidden, kernel)
+    nats, _, *expected = _by_loops(hidden, kernel, targets, weights)
+    np.testing.assert_allclose(value, nats, rtol=1e-5)
+    assert_close(grads, tuple(expected))
+
+
 @pytest.mark.parametrize("tile", [0, 4])
 def test_padding_is_never_read(tile):
     """Bug: NaN at an unsupervised token in the loss, or in the kernel's gradient as 0 * NaN; a

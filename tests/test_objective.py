@@ -64,7 +64,7 @@ def _transformers():
 def _filled(make, bank_kind: str):
     """A bank that four steps have filled; half of what they wrote is live again in `_batch`."""
     (t, params, _), c = make(), _config(bank_kind)
-    width = jax.tree.leaves(params["ctx"])[0].shape[-1] if make is _vectors else t.ctx.arch.width
+    width = t.ctx.arch.width if make is _transformers else WIDTH
     bank = bank_lib.init(c.bank, batch_shape(c), width)
     read = jax.jit(lambda batch, step: cosup.terms(params, batch, None, step, t, c))
     for past in range(STEP) if bank else ():
@@ -98,11 +98,9 @@ def _check(make, mesh_shape, bank_kind, slices, tile, contents, keys: tuple = ()
     t, params, axes = make()
     c, bank = _config(bank_kind, slices, tile, **dict(keys)), _filled(make, bank_kind)
     mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: math.prod(mesh_shape)])
-    place = lambda names, leaf: sharding.leaf_sharding(mesh, leaf.shape, names)
-    is_names = lambda x: isinstance(x, tuple) and not hasattr(x, "_fields")
     axes = axes or jax.tree.map(lambda x: (None,) * x.ndim, params)
-    places = jax.tree.map(place, axes, params, is_leaf=is_names)
-    bank_places = jax.tree.map(place, bank_lib.logical_axes(bank), bank, is_leaf=is_names)
+    places = sharding.tree_shardings(mesh, axes, params)
+    bank_places = bank and sharding.tree_shardings(mesh, bank_lib.logical_axes(bank), bank)
     gradient = jax.jit(
         jax.value_and_grad(lambda p, b, k, s: cosup.loss(p, b, k, s, t, c)[0]),
         in_shardings=(places, sharding.rows(mesh), bank_places, sharding.replicated(mesh)),
@@ -123,6 +121,18 @@ def test_vectors_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     the number of devices; a copy of the positive, a sibling, or a live, old or doubly stored bank
     entry as negative; a device without any [Ret] that stops the others."""
     _check(_vectors, mesh_shape, bank_kind, slices, tile, CONTENTS)
+
+
+def _tied():
+    """One table for both roles."""
+    t, params, _ = _vectors()
+    return Towers(t.gen, t.ctx, tied=True), {k: params[k] for k in ("gen", "nsp")}, None
+
+
+@pytest.mark.parametrize("bank_kind", ["off", "dual"])
+def test_tied_towers_equal_the_loops(bank_kind):
+    """Bug: the gradient of one of the two roles lost."""
+    _check(_tied, (4, 2, 1), bank_kind, 4, TILES[1], CONTENTS[:1])
 
 
 OTHERS = {
@@ -173,12 +183,13 @@ def test_the_cover_meets_every_pair():
         assert met == set(itertools.product(values[a], values[b])), (a, b)
 
 
-def test_nothing_to_retrieve_is_finite():
+@pytest.mark.parametrize("bank_kind", ["off", "dual"])
+def test_nothing_to_retrieve_is_finite(bank_kind):
     """Bug: a batch without any [Ret], or of copies of one passage, gives NaN instead of zero."""
     t, params, _ = _vectors()
-    c = _config(tile=0.002)
+    c, bank = _config(bank_kind, tile=0.002), _filled(_vectors, bank_kind)
     batch = _batch(c, t, True, True)
-    loss = jax.jit(jax.value_and_grad(lambda p, b: cosup.loss(p, b, None, 0, t, c)[0]))
+    loss = jax.jit(jax.value_and_grad(lambda p, b: cosup.loss(p, b, bank, STEP, t, c)[0]))
     without = batch._replace(ret_valid_BxR=np.zeros_like(batch.ret_valid_BxR))
     value, grads = loss(params, without)
     assert np.isfinite(value)
@@ -186,18 +197,18 @@ def test_nothing_to_retrieve_is_finite():
     copies = batch._replace(passage_ids_UxPx2=np.ones_like(batch.passage_ids_UxPx2))
     copies = copies._replace(ret_positives_BxRxSx2=np.ones_like(batch.ret_positives_BxRxSx2))
     copies.ret_positives_BxRxSx2[:, :, 1:] = 0
-    value, grads = loss(params, copies)  # one candidate, probability one
-    assert np.isfinite(value)
-    assert not np.any(grads["ctx"]["table"]) and np.isfinite(grads["gen"]["table"]).all()
+    value, grads = loss(params, copies)  # without a bank one candidate, probability one
+    assert np.isfinite(value) and np.isfinite(grads["gen"]["table"]).all()
+    assert bank is not None or not np.any(grads["ctx"]["table"])
 
 
 def test_permuting_the_batch_changes_nothing():
     """Bug: positives found by position."""
     t, params, _ = _vectors()
-    c = _config()
+    c, bank = _config("dual"), _filled(_vectors, "dual")
     batch = _batch(c, t, True, True)
     rng = np.random.default_rng(0)
     gen, ctx = rng.permutation(c.batch_size), rng.permutation(c.data.ctx_rows)
     permuted = type(batch)(**{k: v[gen if "_B" in k else ctx] for k, v in batch._asdict().items()})
-    grad = jax.jit(jax.value_and_grad(lambda p, b: cosup.loss(p, b, None, 0, t, c)[0]))
+    grad = jax.jit(jax.value_and_grad(lambda p, b: cosup.loss(p, b, bank, STEP, t, c)[0]))
     assert_close(grad(params, permuted), grad(params, batch))

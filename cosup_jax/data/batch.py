@@ -5,7 +5,7 @@ T  tokens of a Gen row                 L  tokens of a Ctx row
 R  [Ret] slots of a Gen row            P  passage slots of a Ctx row
 S  positives of a [Ret] slot           D  features of a vector
 Q = B * R  queries                     C = U * P  candidates
-V  vocabulary                          K  entries of the memory bank
+V  vocabulary                          K  slots of the memory bank
 """
 
 import dataclasses
