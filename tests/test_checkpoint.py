@@ -1,5 +1,6 @@
 """Save, resume, reshard, and step back from damage."""
 
+import gc
 import logging
 import os
 import resource
@@ -23,7 +24,7 @@ from cosup_jax.checkpoint import Checkpointer, check_readable, restore_params
 from cosup_jax.errors import UserError
 
 # What Orbax leaves behind after an error: threads of TensorStore that call an event loop it has
-# closed, and coroutines that it never started. Both may be heard tests later.
+# closed, and coroutines that it never started; the tests that provoke them collect them.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s).*(Event loop is closed|never awaited):pytest.PytestUnraisableExceptionWarning",
     "ignore:coroutine .* was never awaited:RuntimeWarning",
@@ -219,6 +220,7 @@ def test_steps_back_from_a_lost_file(tmp_path, devices, lost):
     (tmp_path / "2" / lost).write_bytes(b"")
     found = checkpointer.restore(abstract(make_state(mesh), mesh), FINGERPRINT)
     checkpointer.close()
+    gc.collect()
     assert found.step == 1
 
 
@@ -271,6 +273,7 @@ def test_full_disk_surfaces(tmp_path, devices, capfd):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         capfd.readouterr()
+    gc.collect()
     assert check_readable(tmp_path) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot open"):
