@@ -15,7 +15,8 @@ from cosup_jax.config import MeshConfig
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.probe import Probe
 
-KEYS = {"bank__kind": "dual", "bank__size": 96, "bank__queries": 144, "log__probe_bank": True}
+KEYS = {"bank__kind": "dual", "bank__size": 96, "bank__queries": 240, "log__probe_bank": True}
+KEYS |= {"loss__nsp_weight": 0.5, "loss__ntp_weight": 2.0}
 
 
 @functools.cache
@@ -24,7 +25,7 @@ def _trained(steps: int, **keys):
     c, t = config(**(KEYS | keys)), towers()
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     rows = sharding.rows(mesh)
-    batch_at = lambda step: jax.device_put(random_batch(step, batch_shape(c)), rows)
+    batch_at = lambda step: jax.device_put(random_batch(step % 4, batch_shape(c)), rows)
     tx = optax.sgd(0.05)
 
     def fresh():
@@ -49,9 +50,9 @@ def _cosine(a, b) -> float:
 def test_gradients_of_each_loss():
     """Bugs: one loss's gradient taken for the other's, a ratio without the weights, a state that
     the probe consumes."""
-    c, t, states, _, probe = _trained(4, loss__nsp_weight=0.5, loss__ntp_weight=2.0)
+    c, t, states, _, probe = _trained(4)
     params, bank = jax.device_get((states[4].params, states[4].bank))
-    batch = random_batch(4, batch_shape(c))
+    batch = random_batch(0, batch_shape(c))  # step 4's, and step 0's
     found = probe(states[4], 4)
     alone = lambda name: jax.jit(
         jax.grad(lambda p: getattr(cosup.terms(p, batch, bank, 4, t, c), name))
@@ -71,7 +72,7 @@ def test_gradients_of_each_loss():
 
 def test_drift_is_what_training_changed():
     """Bug: a stored vector compared with another passage's, or with what was stored."""
-    c, t, states, batch_at, probe = _trained(4, loss__nsp_weight=0.5)
+    c, t, states, batch_at, probe = _trained(4)
     found = probe(states[4], 4)
     assert found["bank/drift_age"] == 3  # three slots: steps 1, 2 and 3 are there
     before, after = (
@@ -94,12 +95,13 @@ def test_drift_is_what_training_changed():
 
 
 def test_a_fresh_dual_bank_points_where_a_large_batch_does():
-    """Bug: directions compared with the stale bank, or kinds mixed up."""
-    *_, states, batch_at, probe = _trained(4, loss__nsp_weight=0.5)
+    """Bug: directions compared with the stale bank, or with queries that were not encoded anew;
+    kinds mixed up."""
+    *_, states, batch_at, probe = _trained(4)
     state = states[4]
     stale = jax.device_get(probe(state, 4))
     bank = state.bank
-    for before in (1, 2, 3):
+    for before in range(4):  # of step 0 the queries alone are left, asking for live passages
         bank = probe._refresh(bank, state.params, batch_at(before), before)
     fresh = jax.device_get(probe(state.replace(bank=bank), 4))
     for side in ("queries", "passages"):
@@ -111,3 +113,20 @@ def test_a_fresh_dual_bank_points_where_a_large_batch_does():
     assert fresh["bank/direction_queries_passage"] == pytest.approx(1, abs=1e-5)
     assert fresh["bank/direction_passages_passage"] < 0.99
     assert fresh["bank/drift_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_before_its_start_a_bank_has_no_direction():
+    """Bug: directions of 1 from a bank that nothing is scored against."""
+    *_, states, _, probe = _trained(2, bank__start_step=3)
+    found = probe(states[2], 2)
+    assert not [name for name in found if name.startswith("bank/direction")]
+    assert found["bank/passages"] == 0 and 0 < found["bank/drift_cosine"] < 1
+
+
+def test_a_skipped_step_is_not_probed():
+    """Bug: drift of a step that stored nothing, which is no number."""
+    *_, states, _, probe = _trained(4)
+    ring = states[4].bank.passages
+    ring = ring._replace(step_KxC=jnp.where(ring.step_KxC == 1, -1, ring.step_KxC))
+    found = probe(states[4].replace(bank=states[4].bank._replace(passages=ring)), 4)
+    assert found["bank/drift_age"] == 2 and np.isfinite(found["bank/drift_cosine"])

@@ -223,6 +223,45 @@ def test_a_bad_step_changes_nothing():
     assert _raw(state)[".bank.passages.step_KxC"].max() == 3
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_either_alone_makes_a_step_bad(what, monkeypatch):
+    """Bug: only the loss watched, or only the gradient: one may be finite without the other."""
+    loss = cosup.loss
+
+    def spoilt(params, *rest):
+        total, found = loss(params, *rest)
+        x = params["gen"]["final_norm"]["scale"][0]
+        extra = jnp.sqrt(x - x) if what == "gradient" else jax.lax.stop_gradient(x / 0)
+        return total + extra, found  # the root's slope at zero is infinite, its value is not
+
+    monkeypatch.setattr(cosup, "loss", spoilt)
+    c = config()
+    step, state, mesh = _compiled(c, (1, 1, 1))
+    before = _raw(state.params)
+    state, metrics = step(state, *_batches(c, mesh, 1))
+    assert metrics["skipped/total"] == 1
+    for path, leaf in _raw(state.params).items():
+        np.testing.assert_array_equal(leaf, before[path])
+
+
+def test_what_decays_and_how_fast():
+    """Bug: temperature, bias or norms that decay; a tower that learns at the other's rate."""
+    keys = {"optim__gen_learning_rate": 0.1, "optim__ctx_learning_rate": 0.2}
+    tx = optim.make(config(optim__weight_decay=0.5, **keys), 10, 10)
+    params = {
+        "gen": {"kernel": jnp.ones(2), "scale": jnp.ones(2)},
+        "ctx": {"kernel": jnp.ones(2)},
+        "nsp": {"log_temperature": jnp.ones(()), "bias": jnp.ones(())},
+    }
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    expected = {
+        "gen": {"kernel": jnp.full(2, -0.05), "scale": jnp.zeros(2)},
+        "ctx": {"kernel": jnp.full(2, -0.1)},
+        "nsp": {"log_temperature": jnp.zeros(()), "bias": jnp.zeros(())},
+    }
+    assert_close(updates, expected)
+
+
 @pytest.mark.parametrize("tower", ["gen", "ctx"])
 def test_a_frozen_tower_stays(tower):
     """Bug: a frozen tower that decays or drifts, that has optimizer state, or whose gradient is in
@@ -244,7 +283,8 @@ def test_a_frozen_tower_stays(tower):
 def test_one_loss_alone(loss, missing):
     """Bug: a loss without weight that still costs its forward pass, decays a tower that it does
     not train, or is reported without being measured."""
-    c = config(optim__weight_decay=0.1, **{f"loss__{missing}_weight": 0.0})
+    keys = {f"loss__{missing}_weight": 0.0, "loss__learn_temperature": True}
+    c = config(optim__weight_decay=0.1, **keys)
     step, state, mesh = _compiled(c, (1, 1, 1))
     before = jax.tree.map(np.array, state.params)
     batch = _batches(c, mesh, 1)[0]
@@ -256,6 +296,8 @@ def test_one_loss_alone(loss, missing):
     )
     if loss == "ntp":
         assert_close(state.params["ctx"], before["ctx"], 0)
+        mu = next(s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s))
+        assert mu.keys() == {"gen"}
     else:  # Gen's output head predicts tokens and nothing else
         head, start = (params["gen"]["head"]["kernel"] for params in (state.params, before))
         assert_close(head, start * (1 - 0.1 * c.optim.gen_learning_rate), 1e-6)
