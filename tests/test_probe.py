@@ -100,7 +100,7 @@ def test_a_fresh_dual_bank_points_where_a_large_batch_does():
     *_, states, batch_at, probe = _trained(4)
     state = states[4]
     stale = jax.device_get(probe(state, 4))
-    bank = state.bank
+    bank = jax.tree.map(jnp.copy, state.bank)  # what is refreshed is consumed
     for before in range(4):  # of step 0 the queries alone are left, asking for live passages
         bank = probe._refresh(bank, state.params, batch_at(before), before)
     fresh = jax.device_get(probe(state.replace(bank=bank), 4))
