@@ -112,10 +112,17 @@ def _check(make, mesh_shape, bank_kind, slices, tile, contents, keys: tuple = ()
         assert_close(found, _expected(make, bank_kind, packing, hard, keys))
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("slices", SLICES)
-@pytest.mark.parametrize("bank_kind", BANKS)
-@pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
+_GRID = list(itertools.product(MESHES, BANKS, SLICES, TILES))
+
+
+def _by_default(*covers: bool):
+    """Parameters of the grid; slow where `covers` says no."""
+    slow = lambda case: pytest.param(*case, marks=pytest.mark.slow)
+    cases = [case if kept else slow(case) for case, kept in zip(_GRID, covers, strict=True)]
+    return pytest.mark.parametrize("mesh_shape,bank_kind,slices,tile", cases, ids=str)
+
+
+@_by_default(*((slices > 1) == (tile > 0) for _, _, slices, tile in _GRID))
 def test_vectors_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: negatives of one shard, slice or tile only; gradients cut at the gather or scaled by
     the number of devices; a copy of the positive, a sibling, or a live, old or doubly stored bank
@@ -157,14 +164,7 @@ def _covers(mesh_shape, bank_kind, slices, tile) -> bool:
     return (SLICES.index(slices), TILES.index(tile)) == wanted and mesh > 0
 
 
-_GRID = list(itertools.product(MESHES, BANKS, SLICES, TILES))
-
-
-@pytest.mark.parametrize(
-    "mesh_shape,bank_kind,slices,tile",
-    [case if _covers(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in _GRID],
-    ids=str,
-)
+@_by_default(*(_covers(*case) for case in _GRID))
 def test_towers_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: as on vectors, and sharded parameters gathered or reduced wrongly."""
     chosen = zlib.crc32(repr((mesh_shape, bank_kind, slices, tile)).encode()) % 4
