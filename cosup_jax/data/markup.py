@@ -58,6 +58,11 @@ def passage_text(passage: Passage) -> str:
     return f"{passage.title} :: {passage.text}" if passage.title else passage.text
 
 
+def inserted_ids(output: str) -> list[str]:
+    """Passage ids of the [Ret:ID] in an example's output, in order."""
+    return _INSERTION.findall(output)
+
+
 def prompt_text(example: Example) -> str:
     """Everything up to the output."""
     instruction = INSTRUCTIONS.get(example.task, INSTRUCTION)

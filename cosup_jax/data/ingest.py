@@ -1,0 +1,206 @@
+"""A source, read once: checked row by row and kept on disk, so that memory does not grow with it.
+
+Rows lie as JSON in one flat file each for examples and passages; a passage is found by the hash of
+its id. All of it is memory-mapped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosup_jax.data.checks import check_references, passage_warnings, warnings
+from cosup_jax.data.problems import BadRow, Problems
+from cosup_jax.data.schema import Dataset, Example, Passage, Passages
+from cosup_jax.data.storage import ArrayWriter, build_once, map_array, span
+
+VERSION = 1  # raise it whenever the files below change
+Records = Iterator[tuple[str, Passage | Example]]  # each with its FILE:LINE
+
+_TABLES = {Passage: "passages", Example: "examples"}
+_VALUES = {
+    cls: operator.attrgetter(*(field.name for field in dataclasses.fields(cls))) for cls in _TABLES
+}
+_ARRAYS = {
+    f"{table}_{part}": dtype
+    for table in _TABLES.values()
+    for part, dtype in (("rows", "|u1"), ("offsets", "<i8"), ("hashes", "<u8"))
+}
+
+
+def ingest(
+    name: str, version: str, read: Callable[[Problems], Records], directory: Path
+) -> tuple[Dataset, Problems]:
+    """The good rows of a source, and what is wrong with the others.
+
+    Args:
+      version: of the content; what is in `directory` under the same name and version is used.
+      read: yields every row that is well-formed in itself, and notes the others.
+      directory: where data sets are kept.
+    """
+    key = hashlib.sha256(repr((VERSION, name, version)).encode()).hexdigest()[:16]
+    target = directory / f"{name}-{key}"
+    build_once(target, lambda temporary: _build(temporary, read))
+    about = json.loads((target / "about.json").read_text())
+    split_of = map_array(target / "examples_split", "<i4")
+    splits = {split: np.flatnonzero(split_of == i) for i, split in enumerate(about["splits"])}
+    dataset = Dataset(name, version, _Examples(target), _Corpus(target), splits)
+    return dataset, Problems.from_dict(about["problems"])
+
+
+def where(dataset: Dataset, row: int) -> str:
+    """FILE:LINE of an example; "" where the data set was not ingested."""
+    examples = dataset.examples
+    return examples.where(row) if isinstance(examples, _Examples) else ""
+
+
+def _build(directory: Path, read: Callable[[Problems], Records]) -> None:
+    problems = Problems()
+    with ArrayWriter(directory, _ARRAYS) as writer:
+        ends = dict.fromkeys(_TABLES.values(), 0)
+        for table in ends:
+            writer.add(f"{table}_offsets", [0])
+        for place, record in read(problems):
+            table = _TABLES[type(record)]
+            row = json.dumps([place, *_VALUES[type(record)](record)], ensure_ascii=False).encode()
+            writer.add(f"{table}_rows", row)
+            ends[table] += len(row)
+            writer.add(f"{table}_offsets", [ends[table]])
+            writer.add(f"{table}_hashes", [_hash(record.id)])
+    _note_copies(directory, problems)
+    corpus = _Corpus(directory)
+    for place, passage in corpus.rows():
+        for kind, reason in passage_warnings(passage):
+            problems.add(kind, place, passage.id, reason)
+    splits = _check_examples(directory, corpus, problems)
+    about = {"splits": splits, "problems": problems.to_dict()}
+    (directory / "about.json").write_text(json.dumps(about))
+
+
+def _note_copies(directory: Path, problems: Problems) -> None:
+    """Of rows with one id the first counts. Writes which rows count, and passages by hash."""
+    for table in _TABLES.values():
+        rows = _Table(directory, table)
+        hashes = map_array(directory / f"{table}_hashes", "<u8")
+        order = np.argsort(hashes, kind="stable")
+        first, copies = 0, []  # `first` of the rows that share a hash
+        for at in range(1, len(order)):
+            if hashes[order[at]] != hashes[order[first]]:
+                first = at
+            elif rows[order[at]][1] in {rows[other][1] for other in order[first:at]}:
+                copies.append(order[at])
+        for row in sorted(copies):
+            place, id, *_ = rows[row]
+            problems.add("duplicate_id", place, id, "this id is taken by an earlier line")
+        kept = np.setdiff1d(np.arange(len(rows)), copies)
+        kept.astype("<i8").tofile(directory / f"{table}_kept")
+        if table == "passages":
+            order = np.argsort(hashes[kept], kind="stable")
+            order.astype("<i8").tofile(directory / "passages_by_hash")
+            hashes[kept][order].tofile(directory / "passages_sorted_hashes")
+
+
+def _check_examples(directory: Path, corpus: "_Corpus", problems: Problems) -> list[str]:
+    """Writes which examples count, and the split of each; returns the splits' names."""
+    table, good, splits, split_of = _Table(directory, "examples"), [], {}, []
+    for row in map_array(directory / "examples_kept", "<i8").tolist():
+        place, *fields = table[row]
+        example = _example(fields)
+        try:
+            check_references(example, corpus)
+        except BadRow as error:
+            problems.add(error.kind, place, example.id, error.reason)
+            continue
+        for kind, reason in warnings(example, corpus):
+            problems.add(kind, place, example.id, reason)
+        good.append(row)
+        split_of.append(splits.setdefault(example.split, len(splits)))
+    np.array(good, "<i8").tofile(directory / "examples_kept")
+    np.array(split_of, "<i4").tofile(directory / "examples_split")
+    return list(splits)
+
+
+class _Table(Sequence):
+    """Rows as the lists that were written: place, then the fields."""
+
+    def __init__(self, directory: Path, name: str):
+        self._bytes = map_array(directory / f"{name}_rows", "|u1")
+        self._offsets = map_array(directory / f"{name}_offsets", "<i8")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: int) -> list[Any]:
+        return json.loads(self._bytes[span(self._offsets, row)].tobytes())
+
+
+class _Examples(Sequence[Example]):
+    """The examples that count."""
+
+    def __init__(self, directory: Path):
+        self._table = _Table(directory, "examples")
+        self._kept = map_array(directory / "examples_kept", "<i8")
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, row: int) -> Example:
+        return _example(self._table[self._kept[row]][1:])
+
+    def where(self, row: int) -> str:
+        """FILE:LINE."""
+        return self._table[self._kept[row]][0]
+
+
+class _Corpus(Passages):
+    """The passages that count; ids are looked up by their hash."""
+
+    def __init__(self, directory: Path):
+        self._table = _Table(directory, "passages")
+        self._kept = map_array(directory / "passages_kept", "<i8")
+        self._by_hash = map_array(directory / "passages_by_hash", "<i8")
+        self._hashes = map_array(directory / "passages_sorted_hashes", "<u8")
+
+    def row(self, id: str) -> int:
+        wanted = np.uint64(_hash(id))
+        place = int(np.searchsorted(self._hashes, wanted))
+        while place < len(self) and self._hashes[place] == wanted:
+            row = int(self._by_hash[place])
+            if self.at(row).id == id:
+                return row
+            place += 1
+        raise KeyError(id)
+
+    def at(self, row: int) -> Passage:
+        return Passage(*self._table[self._kept[row]][1:])
+
+    def rows(self) -> Iterable[tuple[str, Passage]]:
+        """Every passage with its FILE:LINE."""
+        for row in self._kept:
+            place, *fields = self._table[row]
+            yield place, Passage(*fields)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._table[row][1] for row in self._kept)
+
+
+def _example(fields: list[Any]) -> Example:
+    id, task, question, answers, evidence, split, long_answer, support, *rest = fields
+    kind, hard_negatives, candidates, output = rest
+    spans = tuple(pair and tuple(pair) for pair in support)
+    return Example(
+        *(id, task, question, tuple(answers), tuple(evidence), split, long_answer, spans),
+        *(kind, tuple(hard_negatives), tuple(candidates), output),
+    )
+
+
+def _hash(id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")

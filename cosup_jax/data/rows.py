@@ -1,0 +1,165 @@
+"""Reading rows: JSON lines, plain or gzipped, and fields with the type they should have."""
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cosup_jax.data.problems import BadRow, Problems
+from cosup_jax.errors import UserError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BROKEN = (EOFError, OSError, zlib.error)  # what a damaged gzip file raises half way
+
+
+class Row:
+    """One JSON object with the place it came from; getters raise BadRow."""
+
+    def __init__(self, where: str, fields: Any):
+        self.where = where
+        if not isinstance(fields, dict):
+            raise BadRow("not_json", "the line is not a JSON object")
+        self.fields = fields
+
+    @property
+    def id(self) -> str:
+        """Its id, or "" where that is no text: for messages."""
+        return self.fields["id"] if isinstance(self.fields.get("id"), str) else ""
+
+    def text(self, name: str, default: str | None = None, empty: bool = False) -> str:
+        """Text; null and absence give the default, without which they are refused."""
+        value = self._value(name, default)
+        check_text(name, value)
+        if not empty and not value.strip():
+            raise BadRow("empty_text", f"'{name}' is empty")
+        return value
+
+    def texts(self, name: str, default: tuple | None = None) -> tuple[str, ...]:
+        """A list of texts, none of them empty."""
+        values = self._value(name, default)
+        if not isinstance(values, (list, tuple)):
+            raise BadRow("wrong_type", f"'{name}' must be a list of strings")
+        for value in values:
+            check_text(name, value)
+            if not value.strip():
+                raise BadRow("empty_text", f"'{name}' holds an empty string")
+        return tuple(values)
+
+    def spans(self, name: str) -> tuple[tuple[int, int] | None, ...]:
+        """A list of [start, end] or null; absent: none."""
+        values = self._value(name, ())
+        wanted = f"'{name}' must be a list of [start, end] or null"
+        if not isinstance(values, (list, tuple)):
+            raise BadRow("wrong_type", wanted)
+        for span in values:
+            pair = isinstance(span, list) and [type(offset) for offset in span] == [int, int]
+            if span is not None and not pair:
+                raise BadRow("wrong_type", wanted)
+        return tuple(None if span is None else tuple(span) for span in values)
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.fields.get(name)
+        if value is None:
+            if default is None:
+                raise BadRow("missing_field", f"'{name}' is missing")
+            return default
+        return value
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raises BadRow unless `value` is text that can be encoded."""
+    if not isinstance(value, str):
+        raise BadRow("wrong_type", f"'{name}' must be text, not {value!r:.60}")
+    # JSON's \ud800 passes json.loads and breaks the tokenizer much later.
+    if _SURROGATE.search(value):
+        raise BadRow("not_utf8", f"'{name}' holds half a surrogate pair")
+
+
+def read_lines(path: Path, problems: Problems) -> Iterator[Row]:
+    """The objects of a JSONL file, plain or .gz; blank lines are skipped, bad ones noted.
+
+    Raises UserError if the file cannot be opened or holds no line.
+    """
+    found, number = False, 0
+    with open_file(path) as lines:
+        while True:
+            number += 1
+            try:
+                line = lines.readline()
+            except _BROKEN as error:
+                problems.add("not_readable", f"{path}:{number}", "", f"breaks off: {error}")
+                return
+            if not line:
+                break
+            if not line.strip():
+                continue
+            found = True
+            try:
+                row = Row(f"{path}:{number}", parse(line.removeprefix(b"\xef\xbb\xbf")))
+            except BadRow as error:
+                problems.add(error.kind, f"{path}:{number}", "", error.reason)
+                continue
+            yield row
+    if not found:
+        raise UserError(f"{path}: the file is empty; it needs one JSON object a line")
+
+
+def read_json(path: Path) -> Any:
+    """A whole JSON file, plain or .gz. Raises UserError if it is none."""
+    try:
+        with open_file(path) as file:
+            return parse(file.read())
+    except BadRow as error:
+        raise UserError(f"{path}: {error.reason}") from None
+    except _BROKEN as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opened for reading bytes, unpacked where the name ends in .gz. Raises UserError."""
+    try:
+        return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; check the path") from None
+
+
+def parse(text: bytes) -> Any:
+    """JSON, strictly: raises BadRow for NaN, for a key that stands twice, and for broken text."""
+    try:
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant
+        )
+    except UnicodeDecodeError as error:
+        raise BadRow("not_utf8", f"byte {error.start + 1} is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "a number too long or nesting too deep")
+        raise BadRow("not_json", f"not JSON ({reason})") from None
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """SHA-256 of files, names aside. Raises UserError if one cannot be read."""
+    found = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}; check the path") from None
+    return found.hexdigest()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow("not_json", f"the key {twice!r:.60} stands twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise BadRow("not_json", f"not JSON ({name} is no number)")

@@ -1,0 +1,123 @@
+"""Files that are whole or absent: directories built once, memory-mapped arrays, ragged arrays."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+# Some network file systems lock nothing; then two processes may build the same, and one wins.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> None:
+    """Makes the directory `target` by `build(temporary)`, unless it is there.
+
+    It appears whole or not at all: a kill leaves a temporary name behind, which the next builder
+    removes. Other processes wait for the one that builds.
+    """
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f".{target.name}.lock")) as alone:
+        if target.is_dir():
+            return
+        if alone:
+            for left in target.parent.glob(f".{target.name}.*.part"):
+                shutil.rmtree(left, ignore_errors=True)
+        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        temporary = Path(name)
+        try:
+            temporary.chmod(0o755)
+            build(temporary)
+            _sync(temporary)
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():  # otherwise a process that saw no lock was first
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _sync(target.parent, files=False)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock file; the system frees it when its holder dies.
+
+    Yields whether we are alone: False where the file system has no locks, or, without `wait`, where
+    another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            alone = True
+        except OSError as error:
+            if error.errno not in _NO_LOCKS and not isinstance(error, BlockingIOError):
+                raise
+            alone = False
+        yield alone
+
+
+def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
+    """A flat array file, mapped read-only."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+class ArrayWriter:
+    """Appends to flat array files of one directory, so that memory stays small."""
+
+    def __init__(self, directory: Path, dtypes: dict[str, str]):
+        self._dtypes, self._stack = dtypes, contextlib.ExitStack()
+        self._files: dict[str, BinaryIO] = {
+            name: self._stack.enter_context(open(directory / name, "wb")) for name in dtypes
+        }
+
+    def __enter__(self) -> "ArrayWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def add(self, name: str, values: Any) -> None:
+        """Appends numbers, or the bytes of an array as they are."""
+        if not isinstance(values, bytes):
+            values = np.asarray(values, self._dtypes[name]).tobytes()
+        self._files[name].write(values)
+
+
+class Ragged(Sequence):
+    """Items of a flat array, cut out when asked for: flat[offsets[i] : offsets[i + 1]]."""
+
+    def __init__(self, flat: np.ndarray, offsets: np.ndarray):
+        self._flat, self._offsets = flat, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, item: int) -> np.ndarray:
+        return self._flat[span(self._offsets, item)]
+
+
+def span(offsets: np.ndarray, item: int) -> slice:
+    """Where an item of a ragged array lies in its flat array."""
+    return slice(int(offsets[item]), int(offsets[item + 1]))
+
+
+def _sync(directory: Path, files: bool = True) -> None:
+    """Forces a directory's entries, and on request its files, to disk."""
+    for path in (*(directory.iterdir() if files else ()), directory):
+        if path.is_file() or path == directory:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
