@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ from cosup_jax.config import Config, sources
 from cosup_jax.contract import EmbeddingContract
 from cosup_jax.data import markup, tokenizer
 from cosup_jax.data.batch import batch_shape
+from cosup_jax.data.problems import Problems
 from cosup_jax.data.schema import Dataset
-from cosup_jax.data.sources import load
+from cosup_jax.data.sources import carve, expand, load
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.step import TrainState
@@ -36,6 +37,7 @@ class Sources(NamedTuple):
 
     train: list[tuple[Dataset, float]]  # with how often an epoch draws them
     held_out: list[Dataset]
+    problems: dict[str, Problems]  # of each source
 
 
 class Tokenizers(NamedTuple):
@@ -72,13 +74,48 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def read_sources(config: Config) -> Sources:
-    """Loads every source once; files first, as they fail fastest."""
-    wanted = sources(config.data.train) + sources(config.data.eval)
-    names = sorted({name for name, _ in wanted}, key=lambda name: name.startswith("tfds:"))
-    loaded = {name: load(name, config.data) for name in names}
-    train = [(loaded[name], weight) for name, weight in sources(config.data.train)]
-    return Sources(train, [loaded[name] for name, _ in sources(config.data.eval)])
+def read_sources(config: Config, directory: Path) -> Sources:
+    """Loads every source once; files first, as they fail fastest.
+
+    Args:
+      directory: where data sets are kept.
+
+    Raises:
+      UserError: a source that cannot be used, or one with bad rows under data.bad_rows=refuse.
+    """
+    data, wanted = config.data, {}
+    for key in ("train", "eval"):
+        wanted[key] = [
+            (name, weight)
+            for source, weight in sources(getattr(data, key))
+            for name in expand(source)
+        ]
+    names = dict.fromkeys(name for key in wanted for name, _ in wanted[key])
+    found = {}
+    for name in sorted(names, key=lambda name: name.startswith("tfds:")):
+        dataset, problems = load(name, data, directory)
+        if name in dict(wanted["eval"]) and data.dev_fraction:
+            dataset = carve(dataset, data.dev_fraction)
+        found[name] = (dataset, problems)
+    read = Sources(
+        [(found[name][0], weight) for name, weight in wanted["train"]],
+        [found[name][0] for name, _ in wanted["eval"]],
+        {name: problems for name, (_, problems) in found.items()},
+    )
+    return read
+
+
+def refuse_bad_rows(data: Sources, config: Config) -> list[str]:
+    """Lines on what was dropped. Raises UserError for bad rows under data.bad_rows=refuse."""
+    bad = {name: found for name, found in data.problems.items() if found.errors}
+    if bad and config.data.bad_rows == "refuse":
+        first = next(iter(bad.values()))
+        count = sum(found.errors for found in bad.values())
+        raise UserError(
+            f"{first.first_error} (first of {count} bad rows in {len(bad)} source(s)); see all by "
+            "--mode=validate, or train without them by --config.data.bad_rows=drop"
+        )
+    return [f"{name}: {found.errors} bad rows dropped" for name, found in bad.items()]
 
 
 def read_tokenizers(config: Config, workdir: Path, data: Sources) -> Tokenizers:
@@ -185,10 +222,13 @@ def _tokenizer(init: str, config: Config, workdir: Path, data: Sources) -> Token
     key = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
     directory = workdir / "tokenizer" / key  # other settings or data never meet an old one
     if jax.process_index() == 0 and not directory.is_dir():
-        texts = []
-        for dataset, _ in data.train:
-            texts += map(markup.passage_text, dataset.passages.values())
-            texts += (markup.prompt_text(e) for e in dataset.examples if e.split == "train")
-        tokenizer.train(texts, config.data.vocab_size).save(directory)
+        tokenizer.train(_texts(data), config.data.vocab_size).save(directory)
     wait_for_all("tokenizer")
     return tokenizer.load(directory)
+
+
+def _texts(data: Sources) -> Iterator[str]:
+    """What training reads, as text."""
+    for dataset, _ in data.train:
+        yield from map(markup.passage_text, dataset.passages.values())
+        yield from map(markup.prompt_text, dataset.rows("train"))

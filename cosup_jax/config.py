@@ -126,6 +126,8 @@ class DataConfig:
     world_entities: int = 1500  # passages in the embedded data set: countries, then cities
     tfds_dir: str = ""  # where TFDS builds; empty = TFDS's own default
     vocab_size: int = 4096  # scratch tokenizer: entries of the trained BPE, control tokens aside
+    bad_rows: str = "refuse"  # refuse a source with a bad row | drop it and say how many
+    dev_fraction: float = 0.05  # share of the passages held out of an eval source that has no split
     no_evidence_fraction: float = 0.0  # share of training examples given without evidence
     drop_without_ret: bool = False  # leave out examples without evidence (the official code does)
     packing: bool = True  # several examples a Gen row, several passages a Ctx row

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from cosup_jax import cosup, index, sharding
 from cosup_jax.config import Config
 from cosup_jax.data import tokens
-from cosup_jax.data.batch import Batch, batch_shape
-from cosup_jax.data.blocks import canonical
+from cosup_jax.data.batch import BatchShape, batch_shape
+from cosup_jax.data.blocks import as_keys, canonical
 from cosup_jax.data.markup import EVIDENCE, TARGET, passage_text
-from cosup_jax.data.pipeline import PackedPassages, pack_examples, pack_passages
-from cosup_jax.data.schema import Dataset, Passage
+from cosup_jax.data.pipeline import PackedExamples, PackedPassages, pack_examples, pack_passages
+from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.sources import eval_sets
+from cosup_jax.data.storage import Chosen
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.encode import Encoder, to_mesh
 from cosup_jax.errors import UserError
@@ -33,73 +34,93 @@ class HeldOut(NamedTuple):
     """One evaluation set, packed once."""
 
     name: str
-    dataset: Dataset  # the questions asked, and the passages searched
+    dataset: Dataset  # where the passages searched come from
+    examples: list[Example]  # the questions asked
     store: TokenStore
-    questions: Sequence[Batch]  # Gen rows
-    corpus: Sequence[PackedPassages]  # Ctx rows, every distinct passage once
-    row_of: dict[tuple[int, int], int]  # passage identity -> corpus row
-    passages: list[Passage]  # of each corpus row
+    questions: Sequence[PackedExamples]  # Gen rows
+    corpus: "Corpus"
+    seen: np.ndarray  # bool, of each [Ret]: training reads its passage as evidence too
+
+
+class Corpus(Iterable[PackedPassages]):
+    """Every distinct passage of a store once; iterated in Ctx rows, packed anew each time."""
+
+    def __init__(self, dataset: Dataset, store: TokenStore, shape: BatchShape):
+        self._passages, self._store, self._shape = dataset.passages, store, shape
+        self._rows, self.row_of = np.unique(canonical(store.identities), return_inverse=True)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[PackedPassages]:
+        return pack_passages(Chosen(self._store.ctx.__getitem__, self._rows), self._shape)
+
+    @property
+    def passages(self) -> Sequence[Passage]:
+        """In the order of the corpus."""
+        return Chosen(self._passages.at, self._rows)
 
 
 def held_out_sets(
-    datasets: Sequence[Dataset], tokenizers: Any, config: Config, directory: Path
+    datasets: Sequence[Dataset],
+    tokenizers: Any,
+    config: Config,
+    directory: Path,
+    train: TokenStore,
 ) -> list[HeldOut]:
     """Every held-out split, at most eval.examples questions of each, drawn by the seed.
 
     Args:
       tokenizers: with `gen` and `ctx`.
       directory: of the token stores.
+      train: what training reads.
 
     Raises:
       UserError: a source holds nothing out, or two sets have one name.
     """
     found, shape = [], batch_shape(config)
+    read = as_keys(train.identities[np.unique(train.ret_passages)])
     for dataset in datasets:
         sets = eval_sets(dataset)
         if not sets:
             raise UserError(
-                f"evaluation source {dataset.name}: every row has split 'train'; give held-out "
-                "rows another split, such as 'dev'"
+                f"evaluation source {dataset.name}: nothing is held out; give some rows another "
+                "split than 'train', or set config.data.dev_fraction"
             )
-        for name, examples in sets.items():
+        for name, split in sets.items():
             if name in {held_out.name for held_out in found}:
                 raise UserError(
                     f"two evaluation sets are called {name}; rename one of the files in "
                     "config.data.eval"
                 )
-            order = np.random.default_rng(config.seed).permutation(len(examples))
-            chosen = [examples[i] for i in sorted(order[: config.eval.examples])]
-            store, packed, left_out = _asked(dataset, chosen, tokenizers, config, directory)
+            rows = dataset.splits[split]
+            order = np.random.default_rng(config.seed).permutation(len(rows))
+            chosen = np.sort(rows[order[: config.eval.examples]])
+            store, packed, left_out = _asked(dataset, split, chosen, tokenizers, config, directory)
             if len(left_out):
                 _log.warning("%s: %d questions fit no row and are left out", name, len(left_out))
-                chosen = [example for i, example in enumerate(chosen) if i not in left_out]
-                if not chosen:
+                chosen = np.delete(chosen, left_out)
+                if not len(chosen):
                     continue
-                store, packed, _ = _asked(dataset, chosen, tokenizers, config, directory)
-            asked = dataclasses.replace(dataset, examples=chosen)
-            rows = np.unique(canonical(store.identities))
-            corpus = list(pack_passages([store.ctx[row] for row in rows], shape))
-            row_of = {tuple(pair): i for i, pair in enumerate(store.identities[rows].tolist())}
-            texts = list(dataset.passages.values())
-            found.append(
-                HeldOut(
-                    *(name, asked, store, [item.batch for item in packed], corpus, row_of),
-                    [texts[row] for row in rows],
-                )
-            )
+                store, packed, _ = _asked(dataset, split, chosen, tokenizers, config, directory)
+            examples = [dataset.examples[row] for row in chosen]
+            corpus = Corpus(dataset, store, shape)
+            seen = np.isin(as_keys(store.identities[store.ret_passages]), read)
+            found.append(HeldOut(name, dataset, examples, store, packed, corpus, seen))
     return found
 
 
-def _asked(dataset: Dataset, examples: list, tokenizers: Any, config: Config, directory: Path):
+def _asked(
+    dataset: Dataset, split: str, rows: np.ndarray, tokenizers: Any, config: Config, directory: Path
+):
     """Token store and packed rows of these questions, and which of them fit no row."""
-    dataset = dataclasses.replace(dataset, examples=examples)
-    split = examples[0].split
+    dataset = dataclasses.replace(dataset, splits={split: rows})
     store = tokens.tokenize([(dataset, 1.0)], *tokenizers, config, directory, split=split)
     data = config.data
     packed, left_out = pack_examples(
         store, batch_shape(config), data.packing, config.loss.mask_evidence
     )
-    return store, list(packed), set(left_out.tolist())
+    return store, list(packed), left_out
 
 
 def baselines(sets: Sequence[HeldOut], train: TokenStore, config: Config) -> dict[str, Any]:
@@ -112,14 +133,13 @@ def baselines(sets: Sequence[HeldOut], train: TokenStore, config: Config) -> dic
         previous, following = _supervised_pairs(held_out.store, config.loss.mask_evidence)
         nats = bigram.nats(previous, following) / max(len(following), 1)
         found["bigram"][held_out.name] = {"ntp_nats_per_token": nats}
-        store, examples = held_out.store, held_out.dataset.examples
+        store, examples, corpus = held_out.store, held_out.examples, held_out.corpus
         asked = np.repeat(np.arange(len(examples)), np.diff(store.ret_offsets))
         if len(asked):
-            ids = store.identities[store.ret_passages].tolist()
             ranks = bm25_ranks(
                 [examples[i].question for i in asked],
-                [passage_text(passage) for passage in held_out.passages],
-                np.array([held_out.row_of[tuple(pair)] for pair in ids]),
+                [passage_text(passage) for passage in corpus.passages],
+                corpus.row_of[store.ret_passages],
             )
             found["BM25"][held_out.name] = retrieval.summary(ranks)
     return found
@@ -149,7 +169,7 @@ class Evaluator:
 
     def vectors(self, params: dict, held_out: HeldOut) -> np.ndarray:
         """[N, D] vectors of the set's corpus."""
-        return self._encoder.corpus(params, held_out.corpus, len(held_out.passages))
+        return self._encoder.corpus(params, held_out.corpus, len(held_out.corpus))
 
     def scores(self, params: dict, sets: Sequence[HeldOut]) -> dict[str, float]:
         """`eval/<name>/<metric>` of every set; means over supervised tokens and over [Ret]s.
@@ -167,23 +187,28 @@ class Evaluator:
 
     def _score(self, params: dict, held_out: HeldOut, corpus_NxD: np.ndarray) -> dict[str, float]:
         nats = weight = right = 0.0
-        queries, gold = [], []
-        for batch in held_out.questions:
+        queries, rets = [], []
+        for batch, index_BxR in held_out.questions:
             with jax.set_mesh(self._mesh):
                 part = jax.device_get(self._read(params, to_mesh(batch, self._mesh)))
             nats, weight = nats + float(part[0]), weight + float(part[1])
-            valid_BxR = batch.ret_valid_BxR
-            ids = batch.ret_positives_BxRxSx2[:, :, 0][valid_BxR].tolist()
-            rows = np.array([held_out.row_of[tuple(pair)] for pair in ids], np.int64)
-            query_QxD = part[2][valid_BxR]
+            query_QxD, asked = part[2][batch.ret_valid_BxR], index_BxR[batch.ret_valid_BxR]
             queries.append(query_QxD)
-            gold.append(rows)
+            rets.append(asked)
+            rows = held_out.corpus.row_of[held_out.store.ret_passages[asked]]
             wanted, own = np.unique(rows, return_inverse=True)
             if len(rows):
                 right += np.sum(np.argmax(query_QxD @ corpus_NxD[wanted].T, axis=1) == own)
-        scores = {"ntp_nats_per_token": nats / max(weight, 1.0)}
-        gold = np.concatenate(gold)
-        if len(gold):
-            ranks = index.ranks(np.concatenate(queries), corpus_NxD, gold)
+        scores, rets = {"ntp_nats_per_token": nats / max(weight, 1.0)}, np.concatenate(rets)
+        if len(rets):
+            gold = held_out.corpus.row_of[held_out.store.ret_passages[rets]]
+            ranks, seen = (
+                index.ranks(np.concatenate(queries), corpus_NxD, gold),
+                held_out.seen[rets],
+            )
             scores |= retrieval.summary(ranks) | {"top1_in_batch": float(right / len(gold))}
+            if seen.any() and not seen.all():
+                for name, part in (("seen", ranks[seen]), ("unseen", ranks[~seen])):
+                    summary = retrieval.summary(part).items()
+                    scores |= {f"{metric}_{name}": value for metric, value in summary}
         return scores

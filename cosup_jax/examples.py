@@ -31,14 +31,14 @@ def example_answers(
     writer = generate.Generator(mesh, towers, config, marks)
     shown, each = [], -(-config.generate.examples // len(sets))
     for held_out in sets:
-        questions = held_out.dataset.examples
+        questions = held_out.examples
         rng = np.random.default_rng(config.seed)
         chosen = [questions[i] for i in rng.permutation(len(questions))[:each]]
         answers = writer.answer(
             params,
             [markup.prompt(example, tokenizer) for example in chosen],
             evaluator.vectors(params, held_out),
-            lambda row, passages=held_out.passages: markup.insertion(
+            lambda row, passages=held_out.corpus.passages: markup.insertion(
                 passages[row], tokenizer, config.data.max_ctx_tokens
             ),
         )
@@ -56,7 +56,7 @@ def _shown(
     text = "".join(text for text, _ in parts)
     sources = []
     for row, number in numbers.items():
-        passage = held_out.passages[row]
+        passage = held_out.corpus.passages[row]
         cited = [text for text, where in parts if where == row and text in passage.text and text]
         span = (passage.text.find(cited[0]), len(cited[0])) if cited else None
         sources.append(

@@ -22,6 +22,7 @@ _CHOICES = {
     "loss.remote_negatives": ("full", "detached"),
     "bank.kind": ("off", "passage", "dual"),
     "bank.dtype": ("float32", "bfloat16"),
+    "data.bad_rows": ("refuse", "drop"),
     "optim.clip": ("global", "tower"),
     "optim.schedule": ("constant", "cosine", "epoch"),
 }
@@ -29,7 +30,7 @@ _MAY_BE_ZERO = {
     *("seed", "num_steps", "num_epochs", "data.workers", "data.no_evidence_fraction"),
     *("loss.ntp_weight", "loss.nsp_weight", "loss.nsp_ramp_steps", "loss.nsp_ramp_from"),
     *("loss.sigmoid_bias", "loss.margin", "loss.tile_mib", "bank.start_step", "bank.ema_decay"),
-    *("generate.examples", "log.probe_every_steps"),
+    *("generate.examples", "log.probe_every_steps", "data.dev_fraction"),
     *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
     *("optim.gen_learning_rate", "optim.ctx_learning_rate"),
 }
@@ -162,8 +163,9 @@ def _check(config: Config) -> None:
             f"config.batch_size={config.batch_size} is no multiple of config.micro_batches="
             f"{config.micro_batches}"
         )
-    if config.data.no_evidence_fraction > 1:
-        raise UserError("config.data.no_evidence_fraction is a share: at most 1")
+    for name in ("no_evidence_fraction", "dev_fraction"):
+        if getattr(config.data, name) > 1:
+            raise UserError(f"config.data.{name} is a share: at most 1")
     if config.data.packing and config.data.max_ctx_tokens > config.data.ctx_row_tokens:
         raise UserError(
             f"config.data.max_ctx_tokens={config.data.max_ctx_tokens} does not fit a Ctx row of "

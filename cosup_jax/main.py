@@ -22,6 +22,10 @@ from cosup_jax.freeze import freeze
 
 MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",
+    "validate": "check config and data, every bad row with file, line and reason; compiles nothing",
+}
+OPTIONS = {  # flags of one mode, whole numbers: what they are called in its function
+    "validate": {"--show": "show_rows", "--limit": "limit"},
 }
 USAGE = """\
 usage: python -m cosup_jax.main --config=FILE.py[:VARIANT] --workdir=DIR [--mode=MODE]
@@ -29,6 +33,9 @@ usage: python -m cosup_jax.main --config=FILE.py[:VARIANT] --workdir=DIR [--mode
 
 modes:
 {modes}
+
+--mode=validate also takes --show=N, training rows as the model reads them, and --limit=N, rows
+named of each kind of finding.
 
 Add --help to --config=FILE.py[:VARIANT] for every key and its value there; cosup_jax/config.py
 gives the meanings. Several processes: launch/local_processes.sh, launch/tpu_pod.sh or srun; else
@@ -60,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
             print("deterministic: reproducible GPU kernels, slower scatters and reductions")
         join_processes(os.environ)
         run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
-        run(config, flags["--workdir"])
+        run(config, flags["--workdir"], **_options(flags, mode))
     except UserError as error:
         _print_error(error)
         return 2
@@ -81,8 +88,9 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
         if name in ("-h", "--help"):
             flags["--help"] = ""
             continue
-        if name not in ("--config", "--workdir", "--mode") and not name.startswith(_CONFIG_KEY):
-            known = "--config, --workdir, --mode, --config.KEY, --help"
+        plain = ["--config", "--workdir", "--mode", *(o for mode in OPTIONS.values() for o in mode)]
+        if name not in plain and not name.startswith(_CONFIG_KEY):
+            known = ", ".join([*plain, "--config.KEY", "--help"])
             raise UserError(f"unknown argument {argument!r}; flags: {known}")
         if not equals:
             value = next(arguments, "--")
@@ -182,6 +190,18 @@ def _whole(environ: Mapping[str, str], name: str, default: str = "") -> int:
     if not text.isdecimal():
         raise UserError(f"{name}={text} in the environment must be a whole number")
     return int(text)
+
+
+def _options(flags: Mapping[str, str], mode: str) -> dict[str, int]:
+    """The mode's own flags. Raises UserError for another mode's, and for what is no number."""
+    found, own = {}, OPTIONS.get(mode, {})
+    for name in {name for options in OPTIONS.values() for name in options} & flags.keys():
+        if name not in own:
+            raise UserError(f"{name} means nothing with --mode={mode}; drop it")
+        if not flags[name].isdecimal():
+            raise UserError(f"{name}={flags[name]} must be a whole number")
+        found[own[name]] = int(flags[name])
+    return found
 
 
 def _overrides(flags: Mapping[str, str]) -> dict[str, str]:

@@ -72,17 +72,22 @@ def train(config: Config, workdir: str) -> None:
 
 def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     _say("reading data")
-    data = assemble.read_sources(config)
+    directory = workdir.path / "data"
+    data = assemble.read_sources(config, directory)
+    for line in assemble.refuse_bad_rows(data, config):
+        _say(line)
     config = assemble.resolve(config)
     tokenizers = assemble.read_tokenizers(config, workdir.path, data)
-    directory = workdir.path / "data"
     store = tokens.tokenize(data.train, *tokenizers, config, directory)
     plan = Plan(store, config)
-    held_out = evaluate.held_out_sets(data.held_out, tokenizers, config, directory)
+    held_out = evaluate.held_out_sets(data.held_out, tokenizers, config, directory, store)
     filled = ", ".join(f"{name} {share:.0%}" for name, share in plan.utilization().items())
     _say(f"{store.num_examples:,} examples, {store.num_passages:,} passages; filled: {filled}")
     if len(plan.left_out) or store.dropped:
         _say(f"left out: {len(plan.left_out)} that fit no row, {store.dropped} without [Ret]")
+    for part in held_out:
+        seen = f"training reads the passages of {part.seen.mean():.0%}" if len(part.seen) else ""
+        _say(f"{part.name}: {len(part.examples)} questions, {seen or 'no [Ret]'}")
     num_steps = config.num_steps or plan.total_steps(config.num_epochs)
     return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
 

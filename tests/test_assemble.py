@@ -63,7 +63,7 @@ def test_added_tokens_never_start_in_the_padding_of_a_table(tmp_path, rows, ctx_
     file, init = pretrained(tmp_path, rows), str(tmp_path)
     keys = {"gen__init": init, "ctx__init": init if ctx_init == "the same" else "gen"}
     found = assemble.resolve(config(**keys))
-    tokenizers = assemble.read_tokenizers(found, tmp_path, assemble.Sources([], []))
+    tokenizers = assemble.read_tokenizers(found, tmp_path, assemble.Sources([], [], {}))
     assert tokenizers.gen.emb == 9 and tokenizers.gen.vocab_size == 11
     towers, tx = assemble.make_towers(found, tokenizers), optim.make(found, 10, 10)
     abstract = assemble.abstract_state(found, towers, tx, assemble.mesh_for(found))

@@ -119,11 +119,11 @@ def test_pooled_token_survives_the_cut(bpe):
         ("token", [*whole[:7], bpe.emb]),
         ("last", whole[:8]),
     ):
-        (cut,) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 8)
-        assert cut.tolist() == expected
+        ((cut, lost),) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 8)
+        assert cut.tolist() == expected and lost == len(whole) - (8 if pooling == "last" else 7)
     for pooling, token in (("eos", bpe.eos), ("token", bpe.emb)):
-        (uncut,) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 500)
-        assert uncut.tolist() == [*whole, token]
+        ((uncut, none),) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 500)
+        assert uncut.tolist() == [*whole, token] and none == 0
         with pytest.raises(UserError, match="max_ctx_tokens=1"):
             markup.ctx_tokens(PASSAGES.values(), bpe, pooling, 1)
 
@@ -131,6 +131,6 @@ def test_pooled_token_survives_the_cut(bpe):
 def test_emb_in_a_passage_is_text(bpe):
     """A passage that spells out "[Emb]" would look like one that ends there."""
     spelled_out = Passage("s", "", "one [Emb] two[Emb]")
-    (tokens,) = markup.ctx_tokens([spelled_out], bpe, "token", 500)
+    ((tokens, _),) = markup.ctx_tokens([spelled_out], bpe, "token", 500)
     assert np.flatnonzero(tokens == bpe.emb).tolist() == [len(tokens) - 1]
     assert bpe.decode(tokens[:-1]) == "one [Emb] two[Emb]"

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cosup_jax.config import Config, DataConfig, LossConfig, MeshConfig
-from cosup_jax.data import blocks, pipeline, plan, tokenizer, tokens
+from cosup_jax.data import blocks, pipeline, plan, storage, tokenizer, tokens
 from cosup_jax.data.batch import Batch, BatchShape
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
@@ -32,7 +32,7 @@ def dataset(count=60):
         examples.append(
             Example(str(i), "open_qa", question, ("no",), evidence, hard_negatives=negatives)
         )
-    return Dataset("cities", "1", examples, passages)
+    return Dataset.of("cities", "1", examples, passages.values())
 
 
 def config(**changes):
@@ -71,7 +71,7 @@ def assert_equal(left, right):
 
 def hand_made(tmp_path):
     """A store of three passages and two examples, written number by number."""
-    with tokens._Writer(tmp_path) as writer:
+    with storage.ArrayWriter(tmp_path, tokens._CTX | tokens._GEN | tokens._PER_SOURCE) as writer:
         for ids, identity in (([7, 8], [1, 1]), ([9], [2, 2]), ([5, 6, 4], [3, 3])):
             writer.add_item("ctx", tokens=ids)
             writer.add("identities", identity)
@@ -85,8 +85,7 @@ def hand_made(tmp_path):
         writer.add_item("ret", positions=[], passages=[])
         writer.add_item("negative", passages=[])
         writer.add("weights", [1.0, 1.0])
-        writer.example_ids = ["0", "1"]
-        writer.finish("by hand")
+    (tmp_path / "about.json").write_text('{"fingerprint": "by hand", "dropped": 0}')
     return tokens.TokenStore(tmp_path)
 
 

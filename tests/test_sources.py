@@ -1,37 +1,95 @@
-"""Names of sources and of the evaluation sets they hold."""
+"""Names of sources, and the evaluation sets they hold."""
 
 import json
 
+import numpy as np
 import pytest
 
 from cosup_jax.config import DataConfig
 from cosup_jax.data import sources
-from cosup_jax.data.schema import Dataset, Example
+from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
+
+ROW = {"id": "e", "task": "t", "question": "Q?", "answers": ["A"], "evidence": ["p"]}
+
+
+def write(directory, *names):
+    for name in names:
+        passage = {"id": "p", "title": "", "text": "A text."}
+        (directory / f"{name}.passages.jsonl").write_text(json.dumps(passage))
+        (directory / f"{name}.jsonl").write_text(json.dumps(ROW))
 
 
 def test_a_path_reads_jsonl(tmp_path):
     """Catches a path that is looked up as something else."""
-    passage = {"id": "p", "title": "", "text": "A text."}
-    row = {"id": "e", "task": "t", "question": "Q?", "answers": ["A"], "evidence": ["p"]}
-    (tmp_path / "mine.passages.jsonl").write_text(json.dumps(passage))
-    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
-    dataset = sources.load(f"{tmp_path}/mine.jsonl", DataConfig())
+    write(tmp_path, "mine")
+    dataset, _ = sources.load(f"{tmp_path}/mine.jsonl", DataConfig(), tmp_path / "data")
     assert (dataset.name, len(dataset.examples)) == ("mine", 1)
 
 
-def test_tfds_world_takes_size_and_place_from_the_config(monkeypatch):
+def test_wildcards_name_files_of_examples(tmp_path):
+    """Catches a corpus read as examples, and an order that differs between hosts."""
+    write(tmp_path, "b", "a", "c")
+    found = sources.expand(f"{tmp_path}/[ab]*.jsonl")
+    assert found == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    assert sources.expand("tfds:world") == ["tfds:world"]
+    with pytest.raises(UserError, match="matches no file"):
+        sources.expand(f"{tmp_path}/x*.jsonl")
+
+
+def test_tfds_world_takes_size_and_place_from_the_config(tmp_path, monkeypatch):
     """Catches a world of another size than configured, or one built in another place."""
-    monkeypatch.setattr(sources, "load_world", lambda entities, place: (entities, place))
+    asked = []
+
+    def records(entities, place):
+        asked.append((entities, place))
+        yield "here", Passage("p", "", "A text.")
+
+    monkeypatch.setattr(sources.world, "records", records)
     data = DataConfig(world_entities=123, tfds_dir="here")
-    assert sources.load("tfds:world", data) == (123, "here")
+    for _ in range(2):  # the second time it is kept
+        sources.load("tfds:world", data, tmp_path)
+    assert asked == [(123, "here")]
 
 
 @pytest.mark.parametrize("source", ["tfds:wolrd", "x.json", "x.passages.jsonl", "world", ""])
-def test_an_unknown_source_is_refused_with_the_list(source):
+def test_an_unknown_source_is_refused_with_the_list(tmp_path, source):
     """Catches a typo that reads nothing, or reads passages as if they were examples."""
-    with pytest.raises(UserError, match=r"tfds:world and DIR/x\.jsonl"):
-        sources.load(source, DataConfig())
+    with pytest.raises(UserError, match=r"known are DIR/x\.jsonl.*tfds:world"):
+        sources.load(source, DataConfig(), tmp_path)
+
+
+def held_out_by_hand():
+    passages = [Passage(f"{i}", "", f"text {i // 2}") for i in range(200)]  # each text twice
+    examples = [
+        Example(f"{i}", "t", "Q?", ("A",), (f"{i % 200}", f"{i * 7 % 200}")[: i % 3])
+        for i in range(600)
+    ]
+    return Dataset.of("made", "1", examples, passages)
+
+
+def test_a_carved_split_shares_no_passage_with_training():
+    """Catches held-out questions whose passage training has read, also under another id."""
+    whole = held_out_by_hand()
+    dataset = sources.carve(whole, 0.2)
+    assert set(dataset.splits) == {"train", "dev"} and dataset.version != whole.version
+    together = np.sort(np.concatenate(list(dataset.splits.values())))
+    assert together.tolist() == list(range(600))
+    texts = lambda split: [
+        {dataset.passages[id].text for id in example.evidence} for example in dataset.rows(split)
+    ]
+    trained = set().union(*texts("train"))
+    for read in filter(None, texts("dev")):
+        assert not read <= trained
+    assert 60 < len(dataset.splits["dev"]) < 300
+    assert any(not read for read in texts("dev")) and any(not read for read in texts("train"))
+
+
+def test_a_set_with_a_split_is_left_as_it_is():
+    """Catches a source's own test questions moved into training."""
+    rows = [Example(f"{i}", "t", "Q?", ("A",), (), split=s) for i, s in enumerate("aab")]
+    dataset = Dataset.of("squad", "1", rows, [])
+    assert sources.carve(dataset, 0.5) is dataset
 
 
 def test_eval_sets_are_named_by_split_and_leave_train_out():
@@ -40,5 +98,6 @@ def test_eval_sets_are_named_by_split_and_leave_train_out():
         Example(f"{number}", "t", "Q?", ("A",), (), split=split)
         for number, split in enumerate(["train", "test", "dev", "test"])
     ]
-    sets = sources.eval_sets(Dataset("squad", "1", rows, {}))
-    assert sets == {"squad.test": [rows[1], rows[3]], "squad.dev": [rows[2]]}
+    dataset = Dataset.of("squad", "1", rows, [])
+    assert sources.eval_sets(dataset) == {"squad.test": "test", "squad.dev": "dev"}
+    assert list(dataset.rows("test")) == [rows[1], rows[3]]

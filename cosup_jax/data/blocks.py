@@ -164,9 +164,13 @@ def utilization(block: Block, lengths: Lengths, shape: BatchShape) -> dict[str, 
 
 def canonical(identities: np.ndarray) -> np.ndarray:
     """int64 [M]: for each passage row the first row of the same identity."""
-    keys = identities[:, 0].astype(np.uint64) << np.uint64(32) | identities[:, 1]
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(as_keys(identities), return_index=True, return_inverse=True)
     return first[inverse]
+
+
+def as_keys(identities: np.ndarray) -> np.ndarray:
+    """uint64 [M] from uint32 [M, 2]."""
+    return identities[:, 0].astype(np.uint64) << np.uint64(32) | identities[:, 1]
 
 
 def _draw(weights: np.ndarray, fits: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from cosup_jax.data import markup
 from cosup_jax.data.problems import BadRow
 from cosup_jax.data.schema import Example, Passage, Passages
+from cosup_jax.data.tokenizer import RET
 from cosup_jax.errors import UserError
 
 # What a user may take for a control token, ours or a common one.
@@ -73,6 +74,8 @@ def _check_output(example: Example, passages: Passages) -> None:
     for id in evidence:
         if id not in inserted:
             raise BadRow("evidence_without_marker", f"output has no [Ret:{id}] for this evidence")
+    if RET in example.output:
+        raise BadRow("bad_marker", "output has a [Ret] without a passage; write [Ret:ID]")
     if inserted != evidence:
         raise BadRow("order_mismatch", f"output inserts {inserted}, evidence is {evidence}")
     try:

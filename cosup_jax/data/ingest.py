@@ -8,11 +8,12 @@ import dataclasses
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from cosup_jax.data.checks import check_references, passage_warnings, warnings
 from cosup_jax.data.problems import BadRow, Problems
@@ -45,7 +46,7 @@ def ingest(
     """
     key = hashlib.sha256(repr((VERSION, name, version)).encode()).hexdigest()[:16]
     target = directory / f"{name}-{key}"
-    build_once(target, lambda temporary: _build(temporary, read))
+    build_once(target, lambda temporary: _build(temporary, name, read))
     about = json.loads((target / "about.json").read_text())
     split_of = map_array(target / "examples_split", "<i4")
     splits = {split: np.flatnonzero(split_of == i) for i, split in enumerate(about["splits"])}
@@ -53,30 +54,20 @@ def ingest(
     return dataset, Problems.from_dict(about["problems"])
 
 
-def where(dataset: Dataset, row: int) -> str:
-    """FILE:LINE of an example; "" where the data set was not ingested."""
-    examples = dataset.examples
-    return examples.where(row) if isinstance(examples, _Examples) else ""
-
-
-def _build(directory: Path, read: Callable[[Problems], Records]) -> None:
+def _build(directory: Path, name: str, read: Callable[[Problems], Records]) -> None:
     problems = Problems()
+    shown = {"desc": f"reading {name}", "unit": " rows", "delay": 2, "leave": False}
     with ArrayWriter(directory, _ARRAYS) as writer:
-        ends = dict.fromkeys(_TABLES.values(), 0)
-        for table in ends:
-            writer.add(f"{table}_offsets", [0])
-        for place, record in read(problems):
+        for place, record in tqdm(read(problems), disable=None, **shown):
             table = _TABLES[type(record)]
             row = json.dumps([place, *_VALUES[type(record)](record)], ensure_ascii=False).encode()
-            writer.add(f"{table}_rows", row)
-            ends[table] += len(row)
-            writer.add(f"{table}_offsets", [ends[table]])
+            writer.add_item(table, rows=row)
             writer.add(f"{table}_hashes", [_hash(record.id)])
     _note_copies(directory, problems)
     corpus = _Corpus(directory)
-    for place, passage in corpus.rows():
+    for row, passage in enumerate(corpus.values()):
         for kind, reason in passage_warnings(passage):
-            problems.add(kind, place, passage.id, reason)
+            problems.add(kind, corpus.where(row), passage.id, reason)
     splits = _check_examples(directory, corpus, problems)
     about = {"splits": splits, "problems": problems.to_dict()}
     (directory / "about.json").write_text(json.dumps(about))
@@ -179,11 +170,9 @@ class _Corpus(Passages):
     def at(self, row: int) -> Passage:
         return Passage(*self._table[self._kept[row]][1:])
 
-    def rows(self) -> Iterable[tuple[str, Passage]]:
-        """Every passage with its FILE:LINE."""
-        for row in self._kept:
-            place, *fields = self._table[row]
-            yield place, Passage(*fields)
+    def where(self, row: int) -> str:
+        """FILE:LINE."""
+        return self._table[self._kept[row]][0]
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -81,8 +81,8 @@ def insertion(passage: Passage, tokenizer: Tokenizer, max_passage_tokens: int) -
 
 def ctx_tokens(
     passages: Iterable[Passage], tokenizer: Tokenizer, pooling: str, max_ctx_tokens: int
-) -> list[np.ndarray]:
-    """What Ctx reads of each passage, int32, at most `max_ctx_tokens` long.
+) -> list[tuple[np.ndarray, int]]:
+    """What Ctx reads of each passage, int32, at most `max_ctx_tokens` long, and how many are cut.
 
     The vector is read at the last token: under pooling "eos" an eos and under "token" [Emb], which
     the cut never removes; under "last" whatever the passage ends in.
@@ -96,7 +96,9 @@ def ctx_tokens(
             f"{len(head) + len(tail)} control tokens; raise it"
         )
     encoded = tokenizer.encode_batch([passage_text(passage) for passage in passages])
-    return [np.array(head + ids[:room] + tail, np.int32) for ids in encoded]
+    return [
+        (np.array(head + ids[:room] + tail, np.int32), max(0, len(ids) - room)) for ids in encoded
+    ]
 
 
 def encode(

@@ -61,7 +61,7 @@ class Passages(Mapping[str, Passage]):
         return map(self.at, range(len(self)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A named set of examples together with its corpus."""
 

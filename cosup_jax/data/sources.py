@@ -1,30 +1,106 @@
 """From the name of a source to its examples and passages."""
 
+import dataclasses
+import glob
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
 from cosup_jax.config import DataConfig
-from cosup_jax.data.schema import Dataset, Example, read_jsonl
-from cosup_jax.data.world import load_world
+from cosup_jax.data import world
+from cosup_jax.data.formats import jsonl
+from cosup_jax.data.ingest import ingest
+from cosup_jax.data.markup import passage_text
+from cosup_jax.data.problems import Problems
+from cosup_jax.data.rows import digest
+from cosup_jax.data.schema import Dataset
 from cosup_jax.errors import UserError
 
+FILES = {"jsonl": jsonl}
+KNOWN = "DIR/x.jsonl[.gz] with its passages in DIR/x.passages.jsonl, tfds:world"
 
-def load(source: str, data: DataConfig) -> Dataset:
-    """Reads one source, without its `@weight`; `tfds:world` is built on first use.
 
-    Raises UserError if there is no such source or something is wrong with its content.
+def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Problems]:
+    """Reads one source, without its `@weight`, or what an earlier call has kept of it.
+
+    Args:
+      directory: where data sets are kept.
+
+    Raises:
+      UserError: no such source, or a file that as a whole cannot be used. Bad rows are left out
+        and noted in the problems.
     """
+    kind, where = _kind(source)
     if source == "tfds:world":
-        return load_world(data.world_entities, data.tfds_dir)
-    if source.endswith(".jsonl") and not source.endswith(".passages.jsonl"):
-        return read_jsonl(source)
-    raise UserError(
-        f"unknown data source {source!r}; known are tfds:world and DIR/x.jsonl "
-        "(its passages in DIR/x.passages.jsonl)"
-    )
+        version = world.version(data.world_entities)
+        read = lambda problems: world.records(data.world_entities, data.tfds_dir)
+        return ingest("world", version, read, directory)
+    if kind in FILES:
+        format = FILES[kind]
+        version = digest(format.files(where))
+        return ingest(_name(where), f"{kind}-{version}", lambda p: format.read(where, p), directory)
+    raise UserError(f"unknown data source {source!r}; known are {KNOWN}")
 
 
-def eval_sets(dataset: Dataset) -> dict[str, list[Example]]:
-    """Everything held out, by `<data set>.<split>`, in the order of first appearance."""
-    sets: dict[str, list[Example]] = {}
-    for example in dataset.examples:
-        if example.split != "train":
-            sets.setdefault(f"{dataset.name}.{example.split}", []).append(example)
-    return sets
+def expand(source: str) -> list[str]:
+    """The sources that a name with wildcards stands for, sorted; any other is itself.
+
+    Raises UserError if it matches no file.
+    """
+    kind, where = _kind(source)
+    if kind == "tfds" or not glob.has_magic(where):
+        return [source]
+    prefix, (pattern, *rest) = source.removesuffix(where), where.split("::")
+    found = [path for path in sorted(glob.glob(pattern)) if ".passages.jsonl" not in path]
+    if not found:
+        raise UserError(f"data source {source!r} matches no file; check the path")
+    return ["::".join([prefix + path, *rest]) for path in found]
+
+
+def carve(dataset: Dataset, fraction: float) -> Dataset:
+    """Holds out a `dev` split, where a data set has nothing but training rows, by passage.
+
+    A share of the passages is drawn by a hash of their text. Examples that read any of them are
+    `dev`, so that training sees none of these passages as evidence; examples without evidence are
+    drawn by a hash of their id.
+    """
+    if set(dataset.splits) != {"train"}:
+        return dataset
+    drawn: dict[str, bool] = {}
+    held_out = np.zeros(len(dataset.splits["train"]), bool)
+    for i, example in enumerate(dataset.rows("train")):
+        for id in example.evidence:
+            if id not in drawn:
+                drawn[id] = _share(passage_text(dataset.passages[id])) < fraction
+        read = [drawn[id] for id in example.evidence] or [_share(example.id) < fraction]
+        held_out[i] = any(read)
+    rows = dataset.splits["train"]
+    splits = {"train": rows[~held_out], "dev": rows[held_out]}
+    return dataclasses.replace(dataset, splits=splits, version=f"{dataset.version}+dev{fraction}")
+
+
+def eval_sets(dataset: Dataset) -> dict[str, str]:
+    """Everything held out: `<data set>.<split>` -> split."""
+    return {f"{dataset.name}.{split}": split for split in dataset.splits if split != "train"}
+
+
+def _kind(source: str) -> tuple[str, str]:
+    """`kilt:a::b` -> ("kilt", "a::b"); a path has no prefix."""
+    prefix, colon, where = source.partition(":")
+    if colon and (prefix in FILES or prefix == "tfds"):
+        return prefix, where
+    name = source.removesuffix(".gz")
+    if name.endswith(".jsonl") and not name.endswith(".passages.jsonl"):
+        return "jsonl", source
+    return "", source
+
+
+def _name(where: str) -> str:
+    """x of DIR/x.jsonl.gz."""
+    return Path(where.split("::")[0]).name.partition(".")[0]
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,19 +16,20 @@ import numpy as np
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> None:
+def build_once(target: Path, build: Callable[[Path], None], wait: bool = True) -> bool:
     """Makes the directory `target` by `build(temporary)`, unless it is there.
 
     It appears whole or not at all: a kill leaves a temporary name behind, which the next builder
-    removes. Other processes wait for the one that builds.
+    removes. Where another process is building it we wait, or, without `wait`, do not. Returns
+    whether the directory is there.
     """
     if target.is_dir():
-        return
+        return True
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(f".{target.name}.lock")) as alone:
-        if target.is_dir():
-            return
-        if alone:
+    with locked(target.with_name(f".{target.name}.lock"), wait) as lock:
+        if lock == "taken" or target.is_dir():
+            return lock != "taken"
+        if lock == "held":
             for left in target.parent.glob(f".{target.name}.*.part"):
                 shutil.rmtree(left, ignore_errors=True)
         name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
@@ -44,25 +45,28 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     _sync(target.parent, files=False)
+    return True
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, wait: bool = True) -> Iterator[str]:
     """Holds a lock file; the system frees it when its holder dies.
 
-    Yields whether we are alone: False where the file system has no locks, or, without `wait`, where
-    another process holds it.
+    Yields "held"; "taken" where, without `wait`, another process has it; "none" where the file
+    system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            alone = True
+            found = "held"
+        except BlockingIOError:
+            found = "taken"
         except OSError as error:
-            if error.errno not in _NO_LOCKS and not isinstance(error, BlockingIOError):
+            if error.errno not in _NO_LOCKS:
                 raise
-            alone = False
-        yield alone
+            found = "none"
+        yield found
 
 
 def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
@@ -73,13 +77,20 @@ def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
 
 
 class ArrayWriter:
-    """Appends to flat array files of one directory, so that memory stays small."""
+    """Appends to flat array files of one directory, so that memory stays small.
 
-    def __init__(self, directory: Path, dtypes: dict[str, str]):
+    A ragged array GROUP_PART has its offsets, one more than items, in GROUP_offsets.
+    """
+
+    def __init__(self, directory: Path, dtypes: Mapping[str, str]):
         self._dtypes, self._stack = dtypes, contextlib.ExitStack()
-        self._files: dict[str, BinaryIO] = {
-            name: self._stack.enter_context(open(directory / name, "wb")) for name in dtypes
+        opened = lambda name: self._stack.enter_context((directory / name).open("wb"))
+        self._files: dict[str, BinaryIO] = {name: opened(name) for name in dtypes}
+        self._ends = {
+            name.removesuffix("_offsets"): 0 for name in dtypes if name.endswith("_offsets")
         }
+        for group in self._ends:
+            self.add(f"{group}_offsets", [0])
 
     def __enter__(self) -> "ArrayWriter":
         return self
@@ -93,6 +104,23 @@ class ArrayWriter:
             values = np.asarray(values, self._dtypes[name]).tobytes()
         self._files[name].write(values)
 
+    def add_item(self, group: str, **parts: Any) -> None:
+        """Appends one item to each ragged array GROUP_PART; the parts are equally long."""
+        for part, values in parts.items():
+            self.add(f"{group}_{part}", values)
+        self._ends[group] += len(values)
+        self.add(f"{group}_offsets", [self._ends[group]])
+
+    def append(self, other: Path, names: Iterable[str], moved: Mapping[str, int] = {}) -> None:
+        """Appends another directory's arrays, with `moved[name]` added to each of its values."""
+        for name in names:
+            values = map_array(other / name, self._dtypes[name])
+            if name.endswith("_offsets"):
+                group = name.removesuffix("_offsets")
+                values = values[1:] + self._ends[group]
+                self._ends[group] = int(values[-1]) if len(values) else self._ends[group]
+            self.add(name, values + moved[name] if name in moved else values)
+
 
 class Ragged(Sequence):
     """Items of a flat array, cut out when asked for: flat[offsets[i] : offsets[i + 1]]."""
@@ -105,6 +133,19 @@ class Ragged(Sequence):
 
     def __getitem__(self, item: int) -> np.ndarray:
         return self._flat[span(self._offsets, item)]
+
+
+class Chosen(Sequence):
+    """Some rows of something longer, cut out when asked for."""
+
+    def __init__(self, get: Callable[[int], Any], chosen: np.ndarray):
+        self._get, self._chosen = get, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, item: int) -> Any:
+        return self._get(int(self._chosen[item]))
 
 
 def span(offsets: np.ndarray, item: int) -> slice:

@@ -1,51 +1,57 @@
 """Tokenised examples and passages as flat, memory-mapped files with offsets.
 
-Item i of a ragged array `x` is `x[x_offsets[i] : x_offsets[i + 1]]`. A directory is written under
-a temporary name and renamed when complete; its name carries the fingerprint of everything that
-went into it, so one that exists is right and is used again.
+Item i of a ragged array `x` is `x[x_offsets[i] : x_offsets[i + 1]]`. A store's name carries the
+fingerprint of everything that went into it, so one that exists is right and is used again. It is
+put together from shards, each made once, by whichever process is free: any number of processes,
+on all hosts that share the directory, tokenise one corpus together.
 """
 
-import contextlib
 import functools
 import hashlib
-import itertools
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from cosup_jax.config import Config, DataConfig
 from cosup_jax.data import markup
-from cosup_jax.data.schema import Dataset, Example
+from cosup_jax.data.schema import Dataset
+from cosup_jax.data.storage import ArrayWriter, Ragged, build_once, map_array, span
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 
-FORMAT = 1  # raise it whenever the files below change
+FORMAT = 2  # raise it whenever the files below change
 CHUNK = 2048  # examples or passages tokenised at a time
+SHARD = 32_768  # examples or passages of a shard
 
-_ARRAYS = {
+_CTX = {
+    "ctx_tokens": "<i4",
+    "ctx_offsets": "<i8",
+    "ctx_cut": "<i4",  # [passages], tokens that data.max_ctx_tokens cut off
+    "identities": "<u4",  # [passages, 2], see `identity`
+}
+_GEN = {
     "gen_tokens": "<i4",
     "gen_roles": "|u1",  # markup.PROMPT, TARGET, EVIDENCE
     "gen_offsets": "<i8",
+    "gen_rows": "<i8",  # [examples], row in the data set
     "ret_positions": "<i4",  # of each [Ret], counted from its example's first token
     "ret_passages": "<i4",  # passage row of each [Ret]
     "ret_offsets": "<i8",
     "negative_passages": "<i4",  # passage rows of the hard negatives
     "negative_offsets": "<i8",
-    "weights": "<f4",  # how often an epoch draws the example
-    "ctx_tokens": "<i4",
-    "ctx_offsets": "<i8",
-    "identities": "<u4",  # [passages, 2], see `identity`
 }
+_PER_SOURCE = {"weights": "<f4", "sources": "<i4"}  # [examples]: draws an epoch; which source
 
 
 class TokenStore:
-    """Read-only arrays of one tokenised split, memory-mapped; the names are those of `_ARRAYS`.
+    """Read-only arrays of one tokenised split, memory-mapped; the names are those of `_CTX`, `_GEN`
+    and `_PER_SOURCE`.
 
     Pickles as its path, so that worker processes map the same files.
     """
@@ -55,8 +61,8 @@ class TokenStore:
         about = json.loads((self.directory / "about.json").read_text())
         self.fingerprint: str = about["fingerprint"]
         self.dropped: int = about["dropped"]  # examples left out by data.drop_without_ret
-        for name, dtype in _ARRAYS.items():
-            setattr(self, name, _map(self.directory / name, np.dtype(dtype)))
+        for name, dtype in (_CTX | _GEN | _PER_SOURCE).items():
+            setattr(self, name, map_array(self.directory / name, dtype))
         self.identities = self.identities.reshape(-1, 2)
         self.ctx = Ragged(self.ctx_tokens, self.ctx_offsets)  # int32 [n], by passage row
         self.num_examples = len(self.gen_offsets) - 1
@@ -65,38 +71,15 @@ class TokenStore:
     def __reduce__(self):
         return TokenStore, (self.directory,)
 
-    @functools.cached_property
-    def example_ids(self) -> list[str]:
-        """The id of each example row."""
-        return json.loads((self.directory / "example_ids.json").read_text())
-
-    @functools.cached_property
-    def passage_ids(self) -> list[str]:
-        """The id of each passage row; of passages with equal tokens every one has its row."""
-        return json.loads((self.directory / "passage_ids.json").read_text())
-
     def gen(self, example: int) -> tuple[np.ndarray, np.ndarray]:
         """Gen's tokens int32 [n] and their roles uint8 [n]."""
-        span = _span(self.gen_offsets, example)
-        return self.gen_tokens[span], self.gen_roles[span]
+        here = span(self.gen_offsets, example)
+        return self.gen_tokens[here], self.gen_roles[here]
 
     def rets(self, example: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions int32 [rets] of the example's [Ret] and the passage row of each."""
-        span = _span(self.ret_offsets, example)
-        return self.ret_positions[span], self.ret_passages[span]
-
-
-class Ragged(Sequence):
-    """Items of a flat array, cut out when asked for."""
-
-    def __init__(self, flat: np.ndarray, offsets: np.ndarray):
-        self._flat, self._offsets = flat, offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, item: int) -> np.ndarray:
-        return self._flat[_span(self._offsets, item)]
+        here = span(self.ret_offsets, example)
+        return self.ret_positions[here], self.ret_passages[here]
 
 
 def identity(ctx_tokens: np.ndarray) -> np.ndarray:
@@ -122,176 +105,153 @@ def tokenize(
         without any.
 
     Raises:
-      UserError: no example, or one that cannot be written as training text.
+      UserError: no example.
     """
-    train = split == "train"
-    parts = [
-        _Part(dataset, weight, [example for example in dataset.examples if example.split == split])
-        for dataset, weight in sources
-    ]
-    if not any(part.examples for part in parts):
+    if not any(len(dataset.splits.get(split, ())) for dataset, _ in sources):
         names = ", ".join(dataset.name for dataset, _ in sources)
         raise UserError(f"data source {names}: no example has split {split!r}")
-    fingerprint = _fingerprint(parts, gen_tokenizer, ctx_tokenizer, config, split)
-    target = Path(directory) / f"{split}-{fingerprint[:16]}"
+    data, directory = config.data, Path(directory)
+    ctx_settings = (FORMAT, SHARD, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
+    ctx_settings += (ctx_tokenizer.fingerprint,)
+    train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
+    settings = (*ctx_settings, gen_tokenizer.fingerprint, split, train_only)
+    parts = [
+        (dataset.name, dataset.version, _digest(dataset.splits.get(split, ())), weight)
+        for dataset, weight in sources
+    ]
+    fingerprint = _fingerprint(settings, parts)
+    target = directory / f"{split}-{fingerprint[:16]}"
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            with _Writer(temporary) as writer:
-                for part in parts:
-                    first_row = len(writer.passage_ids)
-                    _write_passages(writer, part, ctx_tokenizer, config)
-                    _write_examples(writer, part, first_row, gen_tokenizer, config.data, train)
-                writer.finish(fingerprint)
-            _rename(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        gen_shards, ctx_shards = directory / f".{target.name}.shards", []
+        jobs = []
+        for number, (dataset, _) in enumerate(sources):
+            key = _fingerprint(ctx_settings, dataset.version)
+            ctx_shards.append(directory / f"passages-{dataset.name}-{key[:16]}")
+            job = functools.partial(_passages, dataset, ctx_tokenizer, config)
+            jobs += _jobs(ctx_shards[-1], job, len(dataset.passages))
+            job = functools.partial(_examples, dataset, split, gen_tokenizer, data)
+            jobs += _jobs(gen_shards / f"{number}", job, len(dataset.splits.get(split, ())))
+        _share(jobs)
+        shards = [(ctx, gen_shards / f"{i}") for i, ctx in enumerate(ctx_shards)]
+        weights = [weight for _, weight in sources]
+        build_once(target, lambda temporary: _join(temporary, shards, weights, fingerprint))
+        shutil.rmtree(gen_shards, ignore_errors=True)
     return TokenStore(target)
 
 
-class _Part(NamedTuple):
-    """The examples that one source contributes."""
-
-    dataset: Dataset
-    weight: float
-    examples: list[Example]
+Job = tuple[Path, Callable[[Path], None]]  # a directory, and what fills it
 
 
-def _write_passages(writer: "_Writer", part: _Part, tokenizer: Tokenizer, config: Config) -> None:
-    for chunk in _chunks(part.dataset.passages.values()):
-        cut = config.data.max_ctx_tokens
-        for passage, tokens in zip(
-            chunk, markup.ctx_tokens(chunk, tokenizer, config.ctx.pooling, cut), strict=True
-        ):
-            writer.add_item("ctx", tokens=tokens)
-            writer.add("identities", identity(tokens))
-            writer.passage_ids.append(passage.id)
+def _jobs(directory: Path, write: Callable[[range, Path], None], count: int) -> Iterator[Job]:
+    for number, first in enumerate(range(0, count, SHARD)):
+        rows = range(first, min(first + SHARD, count))
+        yield directory / f"{number:05}", functools.partial(write, rows)
 
 
-def _write_examples(
-    writer: "_Writer",
-    part: _Part,
-    first_row: int,
+def _share(jobs: Sequence[Job]) -> None:
+    """Has every directory made, by us or by another process that does the same."""
+    shown = {"desc": "tokenising", "unit": " shards", "delay": 2, "leave": False}
+    with tqdm(total=len(jobs), disable=None, **shown) as bar:
+        while jobs:
+            waiting = []
+            for job in jobs:
+                if build_once(*job, wait=False):
+                    bar.update()
+                else:
+                    waiting.append(job)
+            if jobs := waiting:
+                time.sleep(0.1)
+
+
+def _passages(
+    dataset: Dataset, tokenizer: Tokenizer, config: Config, rows: range, directory: Path
+) -> None:
+    """One shard of a corpus."""
+    with ArrayWriter(directory, _CTX) as writer:
+        for chunk in _chunks(rows):
+            passages = [dataset.passages.at(row) for row in chunk]
+            for tokens, cut in markup.ctx_tokens(
+                passages, tokenizer, config.ctx.pooling, config.data.max_ctx_tokens
+            ):
+                writer.add_item("ctx", tokens=tokens)
+                writer.add("ctx_cut", [cut])
+                writer.add("identities", identity(tokens))
+
+
+def _examples(
+    dataset: Dataset,
+    split: str,
     tokenizer: Tokenizer,
     data: DataConfig,
-    train: bool,
+    rows: range,
+    directory: Path,
 ) -> None:
-    passages = part.dataset.passages
-    rows = {id: first_row + i for i, id in enumerate(passages)}
-    no_evidence = data.no_evidence_fraction if train else 0.0
-    for chunk in _chunks(part.examples):
-        with_evidence = [_share(example.id) >= no_evidence for example in chunk]
-        pieces = [
-            markup.pieces(example, passages, with_)
-            for example, with_ in zip(chunk, with_evidence, strict=True)
-        ]
-        encoded = markup.encode(pieces, tokenizer, data.max_ctx_tokens)
-        for example, with_, marked in zip(chunk, with_evidence, encoded, strict=True):
-            if train and data.drop_without_ret and not marked.evidence:
-                writer.dropped += 1
-                continue
-            evidence = [rows[id] for id in marked.evidence]
-            negatives = [rows[id] for id in example.hard_negatives] if with_ else []
-            writer.add_item("gen", tokens=marked.tokens, roles=marked.roles)
-            writer.add_item("ret", positions=marked.ret_positions, passages=evidence)
-            writer.add_item("negative", passages=negatives)
-            writer.add("weights", [part.weight])
-            writer.example_ids.append(example.id)
+    """One shard of a split; passages by their row in the data set's own corpus."""
+    train, passages = split == "train", dataset.passages
+    no_evidence, dropped = data.no_evidence_fraction if train else 0.0, 0
+    with ArrayWriter(directory, _GEN) as writer:
+        for chunk in _chunks(dataset.splits[split][rows.start : rows.stop].tolist()):
+            examples = [dataset.examples[row] for row in chunk]
+            given = [_share_of(example.id) >= no_evidence for example in examples]
+            pieces = [
+                markup.pieces(example, passages, with_evidence)
+                for example, with_evidence in zip(examples, given, strict=True)
+            ]
+            encoded = markup.encode(pieces, tokenizer, data.max_ctx_tokens)
+            for row, example, kept, marked in zip(chunk, examples, given, encoded, strict=True):
+                if train and data.drop_without_ret and not marked.evidence:
+                    dropped += 1
+                    continue
+                evidence = [passages.row(id) for id in marked.evidence]
+                negatives = [passages.row(id) for id in example.hard_negatives] if kept else []
+                writer.add_item("gen", tokens=marked.tokens, roles=marked.roles)
+                writer.add_item("ret", positions=marked.ret_positions, passages=evidence)
+                writer.add_item("negative", passages=negatives)
+                writer.add("gen_rows", [row])
+    (directory / "dropped").write_text(str(dropped))
 
 
-def _share(id: str) -> float:
+def _join(
+    directory: Path,
+    shards: Sequence[tuple[Path, Path]],
+    weights: Sequence[float],
+    fingerprint: str,
+) -> None:
+    """Lays the shards of every source end to end: (passages, examples) and weight of each."""
+    dropped = first_passage = 0
+    with ArrayWriter(directory, _CTX | _GEN | _PER_SOURCE) as writer:
+        for source, (ctx, gen) in enumerate(shards):
+            passages = 0
+            for shard in sorted(ctx.iterdir()) if ctx.is_dir() else ():
+                if shard.name.isdecimal():
+                    writer.append(shard, _CTX)
+                    passages += (shard / "ctx_cut").stat().st_size // 4
+            for shard in sorted(gen.iterdir()) if gen.is_dir() else ():
+                if shard.name.isdecimal():
+                    moved = {"ret_passages": first_passage, "negative_passages": first_passage}
+                    writer.append(shard, _GEN, moved)
+                    examples = (shard / "gen_rows").stat().st_size // 8
+                    writer.add("weights", [weights[source]] * examples)
+                    writer.add("sources", [source] * examples)
+                    dropped += int((shard / "dropped").read_text())
+            first_passage += passages
+    about = {"fingerprint": fingerprint, "dropped": dropped}
+    (directory / "about.json").write_text(json.dumps(about))
+
+
+def _share_of(id: str) -> float:
     """A number in [0, 1) that depends on the id alone, hence the same for every seed."""
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8]) / 2**64
 
 
-def _fingerprint(
-    parts: Sequence[_Part],
-    gen_tokenizer: Tokenizer,
-    ctx_tokenizer: Tokenizer,
-    config: Config,
-    split: str,
-) -> str:
-    """SHA-256 of all that decides the files: content, tokenizers, template and settings."""
-    data = config.data
-    train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
-    settings = (FORMAT, markup.VERSION, split, data.max_ctx_tokens, config.ctx.pooling, train_only)
-    digest = hashlib.sha256(repr(settings).encode())
-    digest.update(repr((gen_tokenizer.fingerprint, ctx_tokenizer.fingerprint)).encode())
-    for dataset, weight, examples in parts:
-        digest.update(repr((dataset.name, dataset.version, weight)).encode())
-        digest.update(repr([example.id for example in examples]).encode())
-    return digest.hexdigest()
+def _fingerprint(*settings: Any) -> str:
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
-class _Writer:
-    """Appends to the flat files of a store as the tokens come, so that memory stays small."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.dropped = 0
-        self.example_ids: list[str] = []
-        self.passage_ids: list[str] = []
-        self._stack = contextlib.ExitStack()
-        self._ends = {"gen": 0, "ret": 0, "negative": 0, "ctx": 0}
-
-    def __enter__(self) -> "_Writer":
-        self._files = {name: self._open(name) for name in _ARRAYS}
-        for group in self._ends:
-            self.add(f"{group}_offsets", [0])
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._stack.close()
-
-    def _open(self, name: str) -> BinaryIO:
-        return self._stack.enter_context(open(self.directory / name, "wb"))
-
-    def add(self, name: str, values: Any) -> None:
-        self._files[name].write(np.asarray(values, _ARRAYS[name]).tobytes())
-
-    def add_item(self, group: str, **parts: Any) -> None:
-        """Appends one item to each ragged array GROUP_PART; the parts are equally long."""
-        for part, values in parts.items():
-            self.add(f"{group}_{part}", values)
-        self._ends[group] += len(values)
-        self.add(f"{group}_offsets", [self._ends[group]])
-
-    def finish(self, fingerprint: str) -> None:
-        """Writes the small files and forces everything to disk, before the rename."""
-        about = {"fingerprint": fingerprint, "dropped": self.dropped}
-        for name, value in (
-            ("example_ids", self.example_ids),
-            ("passage_ids", self.passage_ids),
-            ("about", about),
-        ):
-            self._files[name] = self._open(f"{name}.json")
-            self._files[name].write(json.dumps(value).encode())
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+def _digest(rows: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(rows, "<i8").tobytes()).hexdigest()
 
 
-def _rename(temporary: Path, target: Path) -> None:
-    temporary.chmod(0o755)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        if not target.is_dir():  # otherwise another process wrote the same store first
-            raise
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)  # an empty file cannot be mapped
-    return np.memmap(path, dtype, mode="r").view(np.ndarray)
-
-
-def _span(offsets: np.ndarray, item: int) -> slice:
-    return slice(int(offsets[item]), int(offsets[item + 1]))
-
-
-def _chunks(items: Iterable) -> Iterator[list]:
-    items = iter(items)
-    while chunk := list(itertools.islice(items, CHUNK)):
-        yield chunk
+def _chunks(items: Sequence[int]) -> Iterator[Sequence[int]]:
+    for first in range(0, len(items), CHUNK):
+        yield items[first : first + CHUNK]

