@@ -21,6 +21,7 @@ def lengths_from(examples, passages, identities=None):
         negative_passages=np.array([p for *_, negs in examples for p in negs], np.int32),
         passages=np.array(passages),
         identities=np.array([(0, i) for i in identities], np.uint32).reshape(-1, 2),
+        sources=np.arange(len(examples)) % 3,
     )
 
 

@@ -13,6 +13,7 @@ from lengths import FIVE_BLOCKS, assert_equal, lengths_from, random_lengths
 from cosup_jax.data import blocks as planning
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.blocks import Builder, PlanSettings, count_blocks, utilization
+from cosup_jax.data.buckets import row_lengths
 from cosup_jax.data.packing import CtxRows
 
 SHAPE = BatchShape(B=4, T=64, R=4, S=2, U=3, L=40, P=3)
@@ -88,6 +89,57 @@ def test_any_lengths_are_planned_within_bounds(lengths, window, misses, packing)
         ids = {lengths.identities[p, 1] for p in evidence}
         fits_row = lengths.examples[example] <= 64 and len(evidence) <= 4 and len(ids) <= 2
         assert not fits_row or len({*evidence, *negatives}) > 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(any_lengths(), st.booleans(), st.booleans(), st.integers(1, 4), st.integers(0, 2))
+def test_groups_lose_nothing(lengths, packing, pure, buckets, epoch):
+    """Examples lost, doubled or misplaced where groups are packed apart and their steps mixed; a
+    row that is shorter than what lies in it."""
+    chosen = PlanSettings(packing=packing, pure=pure, buckets=buckets)
+    plan = build_epoch(lengths, SHAPE, chosen, 0, epoch)
+    check(plan, lengths, SHAPE, packing)
+    everything_once(plan, lengths)
+    lines = zip(
+        plan.row_tokens.tolist(),
+        itertools.pairwise(plan.example_offsets),
+        itertools.pairwise(plan.passage_offsets),
+        strict=True,
+    )
+    for (gen, ctx), examples, passages in lines:
+        examples, passages = plan.examples[slice(*examples)], plan.passages[slice(*passages)]
+        assert not pure or len(set(lengths.sources[examples])) == 1
+        if packing:
+            assert (gen, ctx) == (64, 40)
+        else:
+            assert lengths.examples[examples].max() <= gen
+            assert lengths.passages[passages].max(initial=0) <= ctx
+    if not packing:
+        assert len(set(plan.row_tokens[:, 0])) <= buckets
+
+
+def test_steps_of_groups_are_mixed():
+    """All long rows first, or one source after the other: an epoch that forgets its beginning."""
+    lengths = random_lengths(0)
+    plan = build_epoch(lengths, SHAPE, PlanSettings(pure=True), 0, 0)
+    source = lengths.sources[plan.examples[plan.example_offsets[:-1]]]
+    assert np.mean(source[1:] != source[:-1]) > 0.4
+    again = build_epoch(lengths, SHAPE, PlanSettings(pure=True), 0, 0)
+    other = build_epoch(lengths, SHAPE, PlanSettings(pure=True), 0, 1)
+    assert np.array_equal(plan.examples, again.examples)
+    assert not np.array_equal(plan.examples, other.examples)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 90), max_size=20), st.integers(1, 4))
+def test_row_lengths_waste_least(lengths, count):
+    """A cut that leaves more padding than another would, or drops the longest row."""
+    found = row_lengths(np.array(lengths, int), 90, count)
+    edges = [*range(16, 90, 16), 90]
+    cost = lambda rows: sum(min(row for row in rows if row >= n) for n in lengths)
+    every = [(*some, 90) for n in range(count) for some in itertools.combinations(edges[:-1], n)]
+    assert found[-1] == 90 and len(found) <= count
+    assert cost(found.tolist()) == min(map(cost, every))
 
 
 def test_order_depends_on_seed_and_epoch_alone():

@@ -85,6 +85,7 @@ def hand_made(tmp_path):
         writer.add_item("ret", positions=[], passages=[])
         writer.add_item("negative", passages=[])
         writer.add("weights", [1.0, 1.0])
+        writer.add("sources", [0, 0])
     (tmp_path / "about.json").write_text('{"fingerprint": "by hand", "dropped": 0}')
     return tokens.TokenStore(tmp_path)
 
@@ -93,7 +94,7 @@ def test_every_field_of_a_small_batch(tmp_path):
     """Targets shifted across segments, weights on the wrong token, slots of another example."""
     store = hand_made(tmp_path)
     shape = BatchShape(B=2, T=18, R=3, S=2, U=2, L=5, P=2)
-    columns = [[0, 2], [0, 1], [0, 0], [0, 3], [0, 2, 1], [0, 0, 1]]
+    columns = [[0, 2], [0, 1], [0, 0], [0, 3], [0, 2, 1], [0, 0, 1], [[18, 5]]]
     block = blocks.Block(*(np.array(column, np.int32) for column in columns))
     whole = slice(0, 2), slice(0, 2)
     batch = pipeline._build(store, block, shape, 0, *whole, False)

@@ -201,8 +201,8 @@ def test_fingerprint_names_the_cut_where_there_is_one(new_plan, monkeypatch):
     monkeypatch.setattr(lookup, "settings_of", lambda _: PlanSettings())
     whole = new_plan()
     before = (
-        "(1, 'by hand', 0, BatchShape(B=4, T=64, R=4, S=2, U=3, L=40, P=3), "
-        "PlanSettings(packing=True, aligned=False, window=512, misses=64))"
+        "(2, 'by hand', 0, BatchShape(B=4, T=64, R=4, S=2, U=3, L=40, P=3), PlanSettings("
+        "packing=True, aligned=False, pure=False, buckets=1, window=512, misses=64))"
     )
     assert whole.fingerprint == hashlib.sha256(before.encode()).hexdigest()
     assert cut.shape == whole.shape and cut.fingerprint != whole.fingerprint

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cosup_jax.data.batch import BatchShape
+from cosup_jax.data.buckets import row_lengths
 from cosup_jax.data.packing import CtxRows, Queue
 
 
@@ -28,6 +29,7 @@ class Lengths(NamedTuple):
     negative_passages: np.ndarray  # int, passage rows of the hard negatives
     passages: np.ndarray  # int [M], Ctx tokens of each passage
     identities: np.ndarray  # uint32 [M, 2]
+    sources: np.ndarray  # int [N], which source an example comes from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class PlanSettings:
 
     packing: bool = True  # False: one example a Gen row
     aligned: bool = False  # compat=official: slot (b, r) has its passage in Ctx row b * R + r
+    pure: bool = False  # a step's examples all come from one source
+    buckets: int = 1  # packing off: row lengths, of Gen and of Ctx, that a step may have
     window: int = 512  # pending examples among which the best fit is searched
     misses: int = 64  # examples that find no room in the Ctx rows before the step is closed
     # What a block holds at least. Not in the repr that fingerprints read: the cut itself is.
@@ -52,6 +56,7 @@ class Block(NamedTuple):
     passage_offsets: np.ndarray  # [steps + 1], into the next two
     passages: np.ndarray  # passage row in the store
     ctx_rows: np.ndarray  # 0 .. U - 1
+    row_tokens: np.ndarray  # [steps, 2]: tokens of a Gen row and of a Ctx row, T and L at most
 
     @property
     def steps(self) -> int:
@@ -67,6 +72,7 @@ class Builder:
 
     def __init__(self, lengths: Lengths, shape: BatchShape, settings: PlanSettings, seed: int):
         self.lengths, self.shape, self.settings = lengths, shape, settings
+        self._seed = seed
         self.blocks = count_blocks(lengths, shape, settings)
         self._order = functools.lru_cache(1)(
             lambda epoch: _draw(lengths.weights, self._fits, seed, epoch)
@@ -79,7 +85,20 @@ class Builder:
         examples = order[first:end]
         if self.settings.aligned:
             return _align(examples, self.lengths, self.shape)
-        return _pack(examples, self._needs(examples), self.lengths, self.shape, self.settings)
+        groups = self._groups(examples)
+        pack = lambda group: _pack(
+            group,
+            self._needs(group),
+            self.lengths,
+            self.shape,
+            self.settings,
+            self._gen_lengths,
+            self._ctx_lengths,
+        )
+        if len(groups) == 1:
+            return pack(*groups)
+        # Each group by itself, so that their steps are alike inside; then all steps in turn.
+        return _shuffled(list(map(pack, groups)), self._seed, epoch * self.blocks + block)
 
     @functools.cached_property
     def left_out(self) -> np.ndarray:
@@ -91,6 +110,27 @@ class Builder:
                 needs = self._needs(unsure)
                 too_big[unsure] = [not CtxRows(self.shape, needs.tokens).add(n) for n in needs.of]
         return np.flatnonzero(too_big).astype(np.int32)
+
+    def _groups(self, examples: np.ndarray) -> list[np.ndarray]:
+        """Examples that may share a step, in their order."""
+        key = np.searchsorted(self._gen_lengths, self.lengths.examples[examples])
+        if self.settings.pure:
+            key += self.lengths.sources[examples] * len(self._gen_lengths)
+        return [examples[key == group] for group in np.unique(key)] or [examples]
+
+    @functools.cached_property
+    def _gen_lengths(self) -> np.ndarray:
+        lengths = self.lengths.examples[self._fits]
+        return row_lengths(lengths, self.shape.T, self._buckets)
+
+    @functools.cached_property
+    def _ctx_lengths(self) -> np.ndarray:
+        lengths = self.lengths.passages[self.lengths.passages <= self.shape.L]
+        return row_lengths(lengths, self.shape.L, self._buckets)
+
+    @property
+    def _buckets(self) -> int:
+        return 1 if self.settings.packing or self.settings.aligned else self.settings.buckets
 
     @functools.cached_property
     def _fits(self) -> np.ndarray:
@@ -145,19 +185,21 @@ def build_in_order(
     """
     too_big = _exceeds_row(lengths, shape)
     examples = np.flatnonzero(~too_big)
+    whole = np.array([shape.T]), np.array([shape.L])
     none = _Needs([[]] * len(examples), np.zeros(0, np.int64), [])
-    block = _pack(examples, none, lengths, shape, settings)
+    block = _pack(examples, none, lengths, shape, settings, *whole)
     return block, np.flatnonzero(too_big).astype(np.int32)
 
 
 def utilization(block: Block, lengths: Lengths, shape: BatchShape) -> dict[str, float]:
     """Mean share of Gen tokens, [Ret] slots, Ctx tokens and passage slots that carry data."""
+    gen, ctx = np.maximum(block.row_tokens.sum(axis=0), 1)
     steps = max(block.steps, 1)
     rets = np.diff(lengths.ret_offsets)[block.examples]
     return {
-        "gen_tokens": float(lengths.examples[block.examples].sum() / (steps * shape.B * shape.T)),
+        "gen_tokens": float(lengths.examples[block.examples].sum() / (gen * shape.B)),
         "ret_slots": float(rets.sum() / (steps * shape.B * shape.R)),
-        "ctx_tokens": float(lengths.passages[block.passages].sum() / (steps * shape.U * shape.L)),
+        "ctx_tokens": float(lengths.passages[block.passages].sum() / (ctx * shape.U)),
         "passage_slots": len(block.passages) / (steps * shape.U * shape.P),
     }
 
@@ -222,6 +264,8 @@ def _pack(
     lengths: Lengths,
     shape: BatchShape,
     settings: PlanSettings,
+    gen_lengths: np.ndarray,
+    ctx_lengths: np.ndarray,
 ) -> Block:
     rets = (lengths.ret_offsets[order + 1] - lengths.ret_offsets[order]).tolist()
     queue = Queue(lengths.examples[order].tolist(), rets, settings.window)
@@ -248,8 +292,44 @@ def _pack(
         ctx_rows += [row for _, row in by_row]
         passage_offsets.append(len(passages))
     examples, rows = order[np.array(placed, np.int64)], needs.rows[np.array(passages, np.int64)]
-    columns = (example_offsets, examples, gen_rows, passage_offsets, rows, ctx_rows)
+    row_tokens = np.stack(
+        [
+            _shortest(gen_lengths, lengths.examples[examples], example_offsets),
+            _shortest(ctx_lengths, lengths.passages[rows], passage_offsets),
+        ],
+        axis=1,
+    )
+    columns = (example_offsets, examples, gen_rows, passage_offsets, rows, ctx_rows, row_tokens)
     return Block(*(np.array(column, np.int32) for column in columns))
+
+
+def _shortest(row_lengths: np.ndarray, tokens: np.ndarray, offsets: list[int]) -> np.ndarray:
+    """The row length of each step that holds its longest item."""
+    longest = [max(tokens[a:b], default=0) for a, b in itertools.pairwise(offsets)]
+    # A packed row holds several items, and then there is one length.
+    return row_lengths[np.minimum(np.searchsorted(row_lengths, longest), len(row_lengths) - 1)]
+
+
+def _shuffled(blocks: list[Block], seed: int, number: int) -> Block:
+    """The steps of all blocks, in an order that seed and number decide."""
+    steps = [(block, step) for block in blocks for step in range(block.steps)]
+    bits = np.random.Philox(key=np.array([seed, number], np.uint64), counter=1)
+    order = [steps[i] for i in np.argsort(bits.random_raw(len(steps)), kind="stable")]
+    columns: dict[str, list] = {name: [] for name in Block._fields}
+    for block, step in order:
+        for offsets, items in (
+            ("example_offsets", ("examples", "gen_rows")),
+            ("passage_offsets", ("passages", "ctx_rows")),
+        ):
+            here = slice(*getattr(block, offsets)[step : step + 2])
+            columns[offsets].append(here.stop - here.start)
+            for name in items:
+                columns[name].append(getattr(block, name)[here])
+        columns["row_tokens"].append(block.row_tokens[step])
+    for offsets in ("example_offsets", "passage_offsets"):
+        columns[offsets] = [np.cumsum([0, *columns[offsets]])]
+    columns["row_tokens"] = [np.stack(columns["row_tokens"])]
+    return Block(*(np.concatenate(columns[name]).astype(np.int32) for name in Block._fields))
 
 
 def _align(order: np.ndarray, lengths: Lengths, shape: BatchShape) -> Block:
@@ -264,5 +344,6 @@ def _align(order: np.ndarray, lengths: Lengths, shape: BatchShape) -> Block:
         np.searchsorted(item, example_offsets),
         lengths.ret_passages[index],
         rows[item] * shape.R + slot,
+        np.tile([shape.T, shape.L], (steps, 1)),
     )
     return Block(*(np.asarray(column, np.int32) for column in columns))

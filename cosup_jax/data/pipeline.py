@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -214,6 +215,8 @@ def _build(
     ctx_rows: slice,
     mask_evidence: bool,
 ) -> Batch:
+    T, L = block.row_tokens[index].tolist()
+    shape = dataclasses.replace(shape, T=T, L=L)
     batch = empty_batch(shape, gen_rows.stop - gen_rows.start, ctx_rows.stop - ctx_rows.start)
     first, last = block.example_offsets[index : index + 2]
     _fill_gen(

@@ -19,7 +19,7 @@ from cosup_jax.data.blocks import Block, Builder, Lengths, PlanSettings, count_b
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
 
-VERSION = 1  # raise it whenever the same lengths give another plan
+VERSION = 2  # raise it whenever the same lengths give another plan
 KEPT = 4  # blocks in memory: readers straddle two, one is built ahead, the loop may lag in one
 
 
@@ -31,12 +31,19 @@ def lengths_of(store: TokenStore) -> Lengths:
         *(store.negative_offsets, store.negative_passages),
         np.diff(store.ctx_offsets).astype(np.int32),
         store.identities,
+        store.sources,
     )
 
 
 def settings_of(config: Config) -> PlanSettings:
     """What the config says about packing."""
-    return PlanSettings(packing=config.data.packing, aligned=config.compat == "official")
+    data = config.data
+    return PlanSettings(
+        packing=data.packing,
+        aligned=config.compat == "official",
+        pure=data.pure_steps,
+        buckets=data.row_lengths,
+    )
 
 
 class Plan:
