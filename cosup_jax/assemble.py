@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,11 +15,11 @@ from cosup_jax import hf, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import Config, sources
 from cosup_jax.contract import EmbeddingContract
-from cosup_jax.data import markup, tokenizer
+from cosup_jax.data import markup, prepared, tokenizer
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.problems import Problems
 from cosup_jax.data.schema import Dataset
-from cosup_jax.data.sources import carve, expand, load
+from cosup_jax.data.sources import carve, expand, load, prepared_directory
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.step import TrainState
@@ -119,10 +119,29 @@ def refuse_bad_rows(data: Sources, config: Config) -> list[str]:
 
 
 def read_tokenizers(config: Config, workdir: Path, data: Sources) -> Tokenizers:
-    """Pretrained ones as they come; for scratch one BPE, trained once and kept in the workdir."""
-    gen = _tokenizer(config.gen.init, config, workdir, data)
+    """Pretrained ones as they come; for scratch one BPE, trained once and kept in the workdir, or
+    that of prepared data.
+
+    Raises UserError if prepared data was tokenised otherwise.
+    """
+    gen = _tokenizer("gen", config, workdir, data)
     shared = config.ctx.init in ("gen", config.gen.init) or config.tie_ctx_to_gen
-    return Tokenizers(gen, gen if shared else _tokenizer(config.ctx.init, config, workdir, data))
+    tokenizers = Tokenizers(gen, gen if shared else _tokenizer("ctx", config, workdir, data))
+    for directory in dict.fromkeys(filter(None, map(prepared_directory, data.problems))):
+        prepared.check_settings(directory, token_settings(config, tokenizers))
+    return tokenizers
+
+
+def token_settings(config: Config, tokenizers: Tokenizers) -> dict[str, Any]:
+    """All that decides the tokens of a row, for the manifest of prepared data."""
+    return {
+        "gen tokenizer": tokenizers.gen.fingerprint,
+        "ctx tokenizer": tokenizers.ctx.fingerprint,
+        "template": markup.VERSION,
+        "ctx.pooling": config.ctx.pooling,
+        "data.max_ctx_tokens": config.data.max_ctx_tokens,
+        "data.no_evidence_fraction": config.data.no_evidence_fraction,
+    }
 
 
 def make_towers(config: Config, tokenizers: Tokenizers) -> Towers:
@@ -215,9 +234,13 @@ def _with_shape(config: Config, tower: str, shape: dict) -> Config:
     return dataclasses.replace(config, **{tower: part})
 
 
-def _tokenizer(init: str, config: Config, workdir: Path, data: Sources) -> Tokenizer:
+def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Tokenizer:
+    init = getattr(config, tower).init
     if init != "scratch":
         return tokenizer.load(init)
+    for source in data.problems:
+        if directory := prepared_directory(source):
+            return tokenizer.load(Path(directory) / "tokenizer" / tower)
     given = [config.data.vocab_size, markup.VERSION, *(d.version for d, _ in data.train)]
     key = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
     directory = workdir / "tokenizer" / key  # other settings or data never meet an old one

@@ -23,6 +23,7 @@ from cosup_jax.freeze import freeze
 MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",
     "validate": "check config and data, every bad row with file, line and reason; compiles nothing",
+    "prepare": "check and tokenise all sources into WORKDIR/prepared, for any run to read",
 }
 OPTIONS = {  # flags of one mode, whole numbers: what they are called in its function
     "validate": {"--show": "show_rows", "--limit": "limit"},

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cosup_jax.data.checks import check_references, passage_warnings, warnings
 from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
-from cosup_jax.data.storage import ArrayWriter, build_once, map_array, span
+from cosup_jax.data.storage import ArrayWriter, IdIndex, build_once, hash_of, map_array, span
 
 VERSION = 1  # raise it whenever the files below change
 Records = Iterator[tuple[str, Passage | Example]]  # each with its FILE:LINE
@@ -62,7 +62,7 @@ def _build(directory: Path, name: str, read: Callable[[Problems], Records]) -> N
             table = _TABLES[type(record)]
             row = json.dumps([place, *_VALUES[type(record)](record)], ensure_ascii=False).encode()
             writer.add_item(table, rows=row)
-            writer.add(f"{table}_hashes", [_hash(record.id)])
+            writer.add(f"{table}_hashes", [hash_of(record.id)])
     _note_copies(directory, problems)
     corpus = _Corpus(directory)
     for row, passage in enumerate(corpus.values()):
@@ -91,9 +91,7 @@ def _note_copies(directory: Path, problems: Problems) -> None:
         kept = np.setdiff1d(np.arange(len(rows)), copies)
         kept.astype("<i8").tofile(directory / f"{table}_kept")
         if table == "passages":
-            order = np.argsort(hashes[kept], kind="stable")
-            order.astype("<i8").tofile(directory / "passages_by_hash")
-            hashes[kept][order].tofile(directory / "passages_sorted_hashes")
+            IdIndex.write(directory, "corpus", hashes[kept])
 
 
 def _check_examples(directory: Path, corpus: "_Corpus", problems: Problems) -> list[str]:
@@ -101,7 +99,7 @@ def _check_examples(directory: Path, corpus: "_Corpus", problems: Problems) -> l
     table, good, splits, split_of = _Table(directory, "examples"), [], {}, []
     for row in map_array(directory / "examples_kept", "<i8").tolist():
         place, *fields = table[row]
-        example = _example(fields)
+        example = Example.of(fields)
         try:
             check_references(example, corpus)
         except BadRow as error:
@@ -141,7 +139,7 @@ class _Examples(Sequence[Example]):
         return len(self._kept)
 
     def __getitem__(self, row: int) -> Example:
-        return _example(self._table[self._kept[row]][1:])
+        return Example.of(self._table[self._kept[row]][1:])
 
     def where(self, row: int) -> str:
         """FILE:LINE."""
@@ -154,17 +152,12 @@ class _Corpus(Passages):
     def __init__(self, directory: Path):
         self._table = _Table(directory, "passages")
         self._kept = map_array(directory / "passages_kept", "<i8")
-        self._by_hash = map_array(directory / "passages_by_hash", "<i8")
-        self._hashes = map_array(directory / "passages_sorted_hashes", "<u8")
+        self._index = IdIndex(directory, "corpus")
 
     def row(self, id: str) -> int:
-        wanted = np.uint64(_hash(id))
-        place = int(np.searchsorted(self._hashes, wanted))
-        while place < len(self) and self._hashes[place] == wanted:
-            row = int(self._by_hash[place])
+        for row in self._index.candidates(id):
             if self.at(row).id == id:
                 return row
-            place += 1
         raise KeyError(id)
 
     def at(self, row: int) -> Passage:
@@ -179,17 +172,3 @@ class _Corpus(Passages):
 
     def __iter__(self) -> Iterator[str]:
         return (self._table[row][1] for row in self._kept)
-
-
-def _example(fields: list[Any]) -> Example:
-    id, task, question, answers, evidence, split, long_answer, support, *rest = fields
-    kind, hard_negatives, candidates, output = rest
-    spans = tuple(pair and tuple(pair) for pair in support)
-    return Example(
-        *(id, task, question, tuple(answers), tuple(evidence), split, long_answer, spans),
-        *(kind, tuple(hard_negatives), tuple(candidates), output),
-    )
-
-
-def _hash(id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")

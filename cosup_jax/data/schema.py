@@ -32,6 +32,12 @@ class Example:
     candidates: tuple[str, ...] = ()  # passage ids this question is ranked over
     output: str = ""  # what to generate, with [Ret:ID] where passage ID is inserted
 
+    @classmethod
+    def of(cls, fields: Sequence) -> "Example":
+        """From its fields in order, lists where JSON has made lists of tuples."""
+        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value
+        return cls(*map(tuples, fields))
+
 
 class Passages(Mapping[str, Passage]):
     """A corpus in its own order: by id, or by row."""

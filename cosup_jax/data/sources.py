@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cosup_jax.config import DataConfig
-from cosup_jax.data import world
+from cosup_jax.data import prepared, world
 from cosup_jax.data.formats import jsonl
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
@@ -18,7 +18,7 @@ from cosup_jax.data.schema import Dataset
 from cosup_jax.errors import UserError
 
 FILES = {"jsonl": jsonl}
-KNOWN = "DIR/x.jsonl[.gz] with its passages in DIR/x.passages.jsonl, tfds:world"
+KNOWN = "DIR/x.jsonl[.gz] with its passages in DIR/x.passages.jsonl, tfds:world, prepared:DIR"
 
 
 def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Problems]:
@@ -40,16 +40,20 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
         format = FILES[kind]
         version = digest(format.files(where))
         return ingest(_name(where), f"{kind}-{version}", lambda p: format.read(where, p), directory)
+    if kind == "prepared":
+        return prepared.load(*where.rsplit("::", 1)), Problems()
     raise UserError(f"unknown data source {source!r}; known are {KNOWN}")
 
 
 def expand(source: str) -> list[str]:
-    """The sources that a name with wildcards stands for, sorted; any other is itself.
+    """The sources that a prepared directory, or a name with wildcards, stands for, sorted.
 
-    Raises UserError if it matches no file.
+    Raises UserError if there is none.
     """
     kind, where = _kind(source)
-    if kind == "tfds" or not glob.has_magic(where):
+    if kind == "prepared" and "::" not in where:
+        return [f"{source}::{name}" for name in prepared.manifest(where)["sources"]]
+    if kind in ("tfds", "prepared") or not glob.has_magic(where):
         return [source]
     prefix, (pattern, *rest) = source.removesuffix(where), where.split("::")
     found = [path for path in sorted(glob.glob(pattern)) if ".passages.jsonl" not in path]
@@ -80,6 +84,12 @@ def carve(dataset: Dataset, fraction: float) -> Dataset:
     return dataclasses.replace(dataset, splits=splits, version=f"{dataset.version}+dev{fraction}")
 
 
+def prepared_directory(source: str) -> str:
+    """DIR of `prepared:DIR::NAME`; "" for any other source."""
+    kind, where = _kind(source)
+    return where.rpartition("::")[0] if kind == "prepared" else ""
+
+
 def eval_sets(dataset: Dataset) -> dict[str, str]:
     """Everything held out: `<data set>.<split>` -> split."""
     return {f"{dataset.name}.{split}": split for split in dataset.splits if split != "train"}
@@ -88,7 +98,7 @@ def eval_sets(dataset: Dataset) -> dict[str, str]:
 def _kind(source: str) -> tuple[str, str]:
     """`kilt:a::b` -> ("kilt", "a::b"); a path has no prefix."""
     prefix, colon, where = source.partition(":")
-    if colon and (prefix in FILES or prefix == "tfds"):
+    if colon and prefix in (*FILES, "tfds", "prepared"):
         return prefix, where
     name = source.removesuffix(".gz")
     if name.endswith(".jsonl") and not name.endswith(".passages.jsonl"):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -146,6 +147,33 @@ class Chosen(Sequence):
 
     def __getitem__(self, item: int) -> Any:
         return self._get(int(self._chosen[item]))
+
+
+class IdIndex:
+    """Rows by the hash of their id, two memory-mapped arrays: STEM_hashes and STEM_by_hash."""
+
+    def __init__(self, directory: Path, stem: str):
+        self._hashes = map_array(directory / f"{stem}_hashes", "<u8")
+        self._rows = map_array(directory / f"{stem}_by_hash", "<i8")
+
+    @staticmethod
+    def write(directory: Path, stem: str, hashes: np.ndarray) -> None:
+        """`hashes` (uint64) of the ids, in the order of rows."""
+        order = np.argsort(hashes, kind="stable")
+        hashes[order].astype("<u8").tofile(directory / f"{stem}_hashes")
+        order.astype("<i8").tofile(directory / f"{stem}_by_hash")
+
+    def candidates(self, id: str) -> list[int]:
+        """The rows whose id may be this one: few, nearly always one or none."""
+        wanted = np.uint64(hash_of(id))
+        first = np.searchsorted(self._hashes, wanted, "left")
+        last = np.searchsorted(self._hashes, wanted, "right")
+        return self._rows[first:last].tolist()
+
+
+def hash_of(id: str) -> int:
+    """64 bits that depend on the id alone."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
 
 
 def span(offsets: np.ndarray, item: int) -> slice:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from cosup_jax.config import Config, DataConfig
 from cosup_jax.data import markup
+from cosup_jax.data.prepared import Encoded, is_prepared
 from cosup_jax.data.schema import Dataset
 from cosup_jax.data.storage import ArrayWriter, Ragged, build_once, map_array, span
 from cosup_jax.data.tokenizer import Tokenizer
@@ -80,6 +81,10 @@ class TokenStore:
         """Positions int32 [rets] of the example's [Ret] and the passage row of each."""
         here = span(self.ret_offsets, example)
         return self.ret_positions[here], self.ret_passages[here]
+
+    def negatives(self, example: int) -> np.ndarray:
+        """Passage rows of the example's hard negatives."""
+        return self.negative_passages[span(self.negative_offsets, example)]
 
 
 def identity(ctx_tokens: np.ndarray) -> np.ndarray:
@@ -167,12 +172,15 @@ def _passages(
     dataset: Dataset, tokenizer: Tokenizer, config: Config, rows: range, directory: Path
 ) -> None:
     """One shard of a corpus."""
+    pooling, most = config.ctx.pooling, config.data.max_ctx_tokens
     with ArrayWriter(directory, _CTX) as writer:
         for chunk in _chunks(rows):
-            passages = [dataset.passages.at(row) for row in chunk]
-            for tokens, cut in markup.ctx_tokens(
-                passages, tokenizer, config.ctx.pooling, config.data.max_ctx_tokens
-            ):
+            if is_prepared(dataset):
+                found = dataset.passages.encoded(chunk)
+            else:
+                passages = map(dataset.passages.at, chunk)
+                found = markup.ctx_tokens(passages, tokenizer, pooling, most)
+            for tokens, cut in found:
                 writer.add_item("ctx", tokens=tokens)
                 writer.add("ctx_cut", [cut])
                 writer.add("identities", identity(tokens))
@@ -187,28 +195,39 @@ def _examples(
     directory: Path,
 ) -> None:
     """One shard of a split; passages by their row in the data set's own corpus."""
-    train, passages = split == "train", dataset.passages
-    no_evidence, dropped = data.no_evidence_fraction if train else 0.0, 0
+    train, dropped = split == "train", 0
     with ArrayWriter(directory, _GEN) as writer:
         for chunk in _chunks(dataset.splits[split][rows.start : rows.stop].tolist()):
-            examples = [dataset.examples[row] for row in chunk]
-            given = [_share_of(example.id) >= no_evidence for example in examples]
-            pieces = [
-                markup.pieces(example, passages, with_evidence)
-                for example, with_evidence in zip(examples, given, strict=True)
-            ]
-            encoded = markup.encode(pieces, tokenizer, data.max_ctx_tokens)
-            for row, example, kept, marked in zip(chunk, examples, given, encoded, strict=True):
-                if train and data.drop_without_ret and not marked.evidence:
+            if is_prepared(dataset):
+                found = dataset.examples.encoded(chunk)
+            else:
+                found = _encode(dataset, chunk, tokenizer, data, train)
+            for row, one in zip(chunk, found, strict=True):
+                if train and data.drop_without_ret and not len(one.evidence):
                     dropped += 1
                     continue
-                evidence = [passages.row(id) for id in marked.evidence]
-                negatives = [passages.row(id) for id in example.hard_negatives] if kept else []
-                writer.add_item("gen", tokens=marked.tokens, roles=marked.roles)
-                writer.add_item("ret", positions=marked.ret_positions, passages=evidence)
-                writer.add_item("negative", passages=negatives)
+                writer.add_item("gen", tokens=one.tokens, roles=one.roles)
+                writer.add_item("ret", positions=one.ret_positions, passages=one.evidence)
+                writer.add_item("negative", passages=one.negatives)
                 writer.add("gen_rows", [row])
     (directory / "dropped").write_text(str(dropped))
+
+
+def _encode(
+    dataset: Dataset, rows: Sequence[int], tokenizer: Tokenizer, data: DataConfig, train: bool
+) -> Iterator[Encoded]:
+    passages, examples = dataset.passages, [dataset.examples[row] for row in rows]
+    no_evidence = data.no_evidence_fraction if train else 0.0
+    given = [_share_of(example.id) >= no_evidence for example in examples]
+    pieces = [
+        markup.pieces(example, passages, with_evidence)
+        for example, with_evidence in zip(examples, given, strict=True)
+    ]
+    encoded = markup.encode(pieces, tokenizer, data.max_ctx_tokens)
+    for example, with_evidence, marked in zip(examples, given, encoded, strict=True):
+        evidence = [passages.row(id) for id in marked.evidence]
+        negatives = [passages.row(id) for id in example.hard_negatives] if with_evidence else []
+        yield Encoded(marked.tokens, marked.roles, marked.ret_positions, evidence, negatives)
 
 
 def _join(
