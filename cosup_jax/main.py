@@ -24,9 +24,11 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",
     "validate": "check config and data, every bad row with file, line and reason; compiles nothing",
     "prepare": "check and tokenise all sources into WORKDIR/prepared, for any run to read",
+    "benchmark": "the speed of tokenising and of the input pipeline on this machine",
 }
 OPTIONS = {  # flags of one mode, whole numbers: what they are called in its function
     "validate": {"--show": "show_rows", "--limit": "limit"},
+    "benchmark": {"--steps": "steps"},
 }
 USAGE = """\
 usage: python -m cosup_jax.main --config=FILE.py[:VARIANT] --workdir=DIR [--mode=MODE]
@@ -36,7 +38,7 @@ modes:
 {modes}
 
 --mode=validate also takes --show=N, training rows as the model reads them, and --limit=N, rows
-named of each kind of finding.
+named of each kind of finding; --mode=benchmark takes --steps=N, batches that are read.
 
 Add --help to --config=FILE.py[:VARIANT] for every key and its value there; cosup_jax/config.py
 gives the meanings. Several processes: launch/local_processes.sh, launch/tpu_pod.sh or srun; else

@@ -8,9 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ import tqdm
 from cosup_jax.errors import UserError
 from cosup_jax.workdir import write_atomic
 
+T = TypeVar("T")
 Record = dict[str, float | None]
 
 
@@ -153,6 +154,7 @@ class Throughput:
     def restart(self) -> None:
         """Forgets what was counted: after compilation, an evaluation or a pause."""
         self._steps = self._tokens = self._examples = 0
+        self._waited_s = 0.0
         self._start_s = time.perf_counter()
 
     def count(self, tokens: int, examples: int) -> None:
@@ -161,10 +163,22 @@ class Throughput:
         self._tokens += tokens
         self._examples += examples
 
+    def waits_for(self, stream: Iterable[T]) -> Iterator[T]:
+        """The stream's items; the time until each comes counts as waiting for data."""
+        items = iter(stream)
+        while True:
+            start_s = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self._waited_s += time.perf_counter() - start_s
+            yield item
+
     def lap(self) -> dict[str, float]:
         """`perf/` metrics since the last lap, empty if no step was counted; starts the next."""
         steps, tokens, examples = self._steps, self._tokens, self._examples
-        seconds = time.perf_counter() - self._start_s
+        seconds, waited_s = time.perf_counter() - self._start_s, self._waited_s
         self.restart()
         if not steps:
             return {}
@@ -172,6 +186,7 @@ class Throughput:
             "perf/tokens_per_s": tokens / seconds,
             "perf/examples_per_s": examples / seconds,
             "perf/step_s": seconds / steps,
+            "perf/data_wait_share": waited_s / seconds,
         }
 
 

@@ -156,7 +156,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
     rows = sharding.rows(job.mesh)
     stream = pipeline.batches(job.store, job.plan, config, rows, rows, start, num_steps)
     step, ahead = start, collections.deque()
-    for batch in stream:
+    for batch in clock.waits_for(stream):
         state, metrics = step_fn(state, batch)
         ahead.append(metrics)
         if len(ahead) > STEPS_AHEAD:

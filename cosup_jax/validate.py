@@ -120,13 +120,13 @@ def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: 
 
 
 def _spans(example: Example, dataset: Dataset) -> Iterator[tuple[str, str]]:
-    """(passage, span) of each [Ret] in the training text, whole passages aside."""
-    passage = ""
+    """(passage, span) of each [Ret] in the training text, but where the span is all of it."""
+    passage, whole = "", ""
     for piece in markup.pieces(example, dataset.passages):
         if piece.passage:
-            passage = piece.text
+            passage, whole = piece.text, dataset.passages[piece.passage].text
         elif passage and not piece.control:
-            if not passage.endswith(piece.text):
+            if piece.text != whole:
                 yield passage, piece.text
             passage = ""
 

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from batches import config, towers
 
-from cosup_jax import generate, index, sharding
+from cosup_jax import assemble, evaluate, generate, index, sharding
+from cosup_jax import step as step_lib
 from cosup_jax.config import MeshConfig
+from cosup_jax.data import tokenizer, tokens
+from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
 from cosup_jax.evaluation.metrics import answer_present, normalize_answer
@@ -85,3 +88,30 @@ def test_writing_with_retrieval(monkeypatch):
 
 def _insert(row: int) -> list[int]:
     return [40 + row, 41 + row, 91]
+
+
+def test_scores_are_given_for_seen_and_unseen_passages(tmp_path):
+    """Bug: a score on passages that training has read passed off as one on new ones."""
+    passages = [Passage(f"p{i}", "", f"town {i} lies by river {i}") for i in range(6)]
+    ask = lambda i, split: Example(
+        f"{split}{i}", "open_qa", f"town {i}?", (f"river {i}",), (f"p{i}",), split=split
+    )
+    examples = [ask(i, "train") for i in range(3)] + [ask(i, "test") for i in range(6)]
+    dataset = Dataset.of("towns", "1", examples, passages)
+    small = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_width": 64}
+    keys = {f"gen__arch__{name}": value for name, value in small.items()}
+    c = assemble.resolve(config(data__max_gen_tokens=64, data__max_ctx_tokens=20, **keys))
+    bpe = tokenizer.train([passage.text for passage in passages], 280)
+    both = assemble.Tokenizers(bpe, bpe)
+    t = assemble.make_towers(c, both)
+    store = tokens.tokenize([(dataset, 1.0)], *both, c, tmp_path)
+    (held_out,) = evaluate.held_out_sets([dataset], both, c, tmp_path, store)
+    assert held_out.seen.tolist() == [True] * 3 + [False] * 3
+    assert [held_out.corpus.passages[row].id for row in held_out.corpus.row_of] == [
+        f"p{i}" for i in range(6)
+    ]
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    params = jax.jit(lambda: step_lib.init_params(jax.random.key(0), t, c))()
+    scores = evaluate.Evaluator(mesh, t, c).scores(params, [held_out])
+    part = lambda name: scores[f"eval/towns.test/recall_at_1{name}"]
+    assert part("") == pytest.approx((part("_seen") + part("_unseen")) / 2)

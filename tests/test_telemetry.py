@@ -128,5 +128,25 @@ def test_throughput_is_per_lap(monkeypatch):
     clock.count(10, 2)
     now[0] = 104.0
     expected = {"perf/tokens_per_s": 10.0, "perf/examples_per_s": 1.0, "perf/step_s": 2.0}
-    assert clock.lap() == expected
+    assert clock.lap() == expected | {"perf/data_wait_share": 0.0}
     assert clock.lap() == {}
+
+
+def test_waiting_for_data_is_told_from_working(monkeypatch):
+    """Bug: the step's own time counted as waiting, or the wait of an earlier lap."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Throughput()
+
+    def slow():
+        for item in range(2):
+            now[0] += 1.0  # until the item is there
+            yield item
+
+    for _ in clock.waits_for(slow()):
+        now[0] += 3.0  # the step
+        clock.count(1, 1)
+    assert clock.lap()["perf/data_wait_share"] == 0.25
+    clock.count(1, 1)
+    now[0] += 1.0
+    assert clock.lap()["perf/data_wait_share"] == 0.0

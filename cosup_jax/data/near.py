@@ -9,7 +9,6 @@ import numpy as np
 
 BANDS, ROWS = 16, 4  # finds 0.8-alike texts with probability 1 - (1 - 0.8^4)^16 = 0.9998
 _WORD = re.compile(r"\w+")
-_PRIME = np.uint64((1 << 61) - 1)
 
 
 class NearDuplicates:
@@ -18,8 +17,7 @@ class NearDuplicates:
     def __init__(self, texts: Iterable[str], words: int = 3, alike: float = 0.8):
         """`words` to an n-gram; `alike` is the least Jaccard similarity of the n-grams."""
         self._words, self._alike = words, alike
-        rng = np.random.default_rng(0)
-        self._factors = rng.integers(1, 2**31, (BANDS * ROWS, 2), dtype=np.uint64)
+        self._seeds = np.arange(1, BANDS * ROWS + 1, dtype=np.uint64)[:, None]
         self._buckets: list[dict[bytes, list[int]]] = [
             collections.defaultdict(list) for _ in range(BANDS)
         ]
@@ -47,8 +45,7 @@ class NearDuplicates:
         found = np.fromiter(map(_hash, shingles(text, self._words)), np.uint64)
         if not len(found):
             return
-        hashed = (found[None] * self._factors[:, :1] + self._factors[:, 1:]) % _PRIME
-        signature = hashed.min(axis=1).reshape(BANDS, ROWS)
+        signature = _mixed(found + self._seeds).min(axis=1).reshape(BANDS, ROWS)
         yield from map(np.ndarray.tobytes, signature)
 
 
@@ -65,5 +62,12 @@ def similarity(a: set[str], b: set[str]) -> float:
     return len(a & b) / len(a | b) if a or b else 0.0
 
 
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """A permutation of the 64-bit numbers that looks random (the finaliser of splitmix64)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
 def _hash(shingle: str) -> int:
-    return int.from_bytes(hashlib.blake2b(shingle.encode(), digest_size=4).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(shingle.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,127 @@
+"""Prepared data: the tokens that a run would have made itself, refused where they are not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_validate import rows, write
+
+from cosup_jax import assemble, prepare
+from cosup_jax.config import replace_dotted
+from cosup_jax.data import prepared, sources, tokens
+from cosup_jax.errors import UserError
+
+
+def read(config, workdir):
+    """(sources, training store, tokenizers) as a run reads them."""
+    data = assemble.read_sources(config, workdir / "data")
+    tokenizers = assemble.read_tokenizers(config, workdir, data)
+    return data, tokens.tokenize(data.train, *tokenizers, config, workdir / "data"), tokenizers
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The config over the JSONL, over what was prepared from it, and where that is."""
+    path = tmp_path_factory.mktemp("prepared")
+    passages, examples = rows()
+    examples[0] |= {"hard_negatives": ["Quito"], "candidates": ["Lima"], "kind": "span"}
+    examples[1] |= {"evidence": ["Lima", "Quito"], "support": [[0, 4], None]}
+    examples[2]["evidence"] = []
+    plain = write(path, passages, examples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "FILE_ROWS", 5)  # several files
+        prepare.prepare(plain, str(path / "work"))
+        where = path / "work" / "prepared"
+        config = replace_dotted(plain, "data.train", f"prepared:{where}")
+        yield plain, replace_dotted(config, "data.eval", f"prepared:{where}::x"), where
+
+
+def test_the_tokens_are_those_of_the_source(made, tmp_path):
+    """Bug: a run on prepared data trains on something else than a run on the source."""
+    plain, config, _ = made
+    ours, store, tokenizers = read(plain, tmp_path / "a")
+    theirs, again, same = read(config, tmp_path / "b")
+    assert tokenizers.gen.fingerprint == same.gen.fingerprint
+    for name in (*tokens._CTX, *tokens._GEN, *tokens._PER_SOURCE):
+        if name != "gen_rows":  # prepared examples lie split by split
+            np.testing.assert_array_equal(getattr(store, name), getattr(again, name), err_msg=name)
+    (a, _), (b, _) = ours.train[0], theirs.train[0]
+    assert dict(a.passages) == dict(b.passages) and a.passages.row("Quito") == 1
+    for split in ("train", "test"):
+        assert list(a.rows(split)) == list(b.rows(split))
+    held_out = [
+        tokens.tokenize([(d, 1.0)], *tokenizers, plain, tmp_path / "c", "test") for d in (a, b)
+    ]
+    np.testing.assert_array_equal(held_out[0].gen_tokens, held_out[1].gen_tokens)
+
+
+def test_nothing_is_tokenised_again(made, tmp_path, monkeypatch):
+    """Bug: a pod that reads text and tokenises it although the tokens are there."""
+    for name in ("encode", "ctx_tokens", "pieces"):
+        monkeypatch.setattr(tokens.markup, name, lambda *_: pytest.fail("tokenised"))
+    assert read(made[1], tmp_path)[1].num_examples == 12
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("data.max_ctx_tokens", 50, r"data\.max_ctx_tokens 60, this run has 50"),
+        ("ctx.pooling", "last", r"ctx\.pooling 'eos', this run has 'last'"),
+        ("data.no_evidence_fraction", 0.5, r"no_evidence_fraction 0\.0, this run has 0\.5"),
+    ],
+)
+def test_other_settings_are_refused(made, tmp_path, key, value, reason):
+    """Bug: tokens of other settings used in silence."""
+    with pytest.raises(UserError, match=reason):
+        read(replace_dotted(made[1], key, value), tmp_path)
+
+
+def test_what_is_missing_or_damaged_is_named(made, tmp_path):
+    """Bug: a traceback, or fewer rows than were prepared."""
+    where = made[2]
+    with pytest.raises(UserError, match="there is x"):
+        sources.load(f"prepared:{where}::y", made[1].data, tmp_path)
+    with pytest.raises(UserError, match="no prepared data here"):
+        sources.expand(f"prepared:{tmp_path}")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in where.iterdir():
+        if file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    damaged = copy / "x.examples-00001.array_record"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"x\.examples-00001\.array_record: missing or cut off"):
+        sources.load(f"prepared:{copy}::x", made[1].data, tmp_path)
+    about = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(about | {"format": 0}))
+    with pytest.raises(UserError, match="another version"):
+        sources.expand(f"prepared:{copy}")
+
+
+def test_a_killed_preparation_is_not_read(made, tmp_path, monkeypatch):
+    """Bug: old tokens beside new ones after a second preparation was stopped half way."""
+    plain = made[0]
+    prepare.prepare(plain, str(tmp_path))
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepared, "write", die)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(plain, str(tmp_path))
+    with pytest.raises(UserError, match="no prepared data here"):
+        sources.expand(f"prepared:{tmp_path}/prepared")
+    monkeypatch.undo()
+    prepare.prepare(plain, str(tmp_path))
+    assert sources.expand(f"prepared:{tmp_path}/prepared") == [f"prepared:{tmp_path}/prepared::x"]
+
+
+def test_the_manifest_tells_what_there_is(made):
+    """Bug: prepared data that nobody can trace."""
+    about = prepared.manifest(str(made[2]))
+    source = about["sources"]["x"]
+    assert source["splits"] == {"train": 12, "test": 4} and source["passages"] == 8
+    assert len([name for name in source["files"] if "examples-" in name]) == 4
+    for name, fact in source["files"].items():
+        assert (Path(made[2]) / name).stat().st_size == fact["bytes"] and len(fact["sha256"]) == 64

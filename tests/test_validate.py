@@ -1,0 +1,171 @@
+"""What --mode=validate finds, prints and returns; what --show draws; near duplicates."""
+
+import json
+
+import pytest
+from batches import config
+
+from cosup_jax import main, validate
+from cosup_jax.config import replace_dotted
+from cosup_jax.data.near import NearDuplicates, shingles, similarity
+from cosup_jax.errors import UserError
+
+TOWNS = ("Lima", "Quito", "Bogota", "Caracas", "Santiago", "Asuncion", "Montevideo", "Brasilia")
+
+
+def rows():
+    """Good rows: two questions a town, the last two towns held out."""
+    passages = [{"id": t, "title": t, "text": f"{t} is a town. It lies by a river."} for t in TOWNS]
+    examples = [
+        {
+            **{"id": f"{town}-{i}", "task": "open_qa", "answers": ["a river"]},
+            **{"question": f"{what} {town} in all of America?", "evidence": [town]},
+            **{"split": "test" if town in TOWNS[-2:] else "train"},
+        }
+        for town in TOWNS
+        for i, what in enumerate(("What lies by", "By what lies the town of"))
+    ]
+    return passages, examples
+
+
+def write(path, passages, examples):
+    for name, found in (("x.passages.jsonl", passages), ("x.jsonl", examples)):
+        (path / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    source = str(path / "x.jsonl")
+    keys = {
+        "data__max_gen_tokens": 200,
+        "data__max_ctx_tokens": 60,
+        "data__vocab_size": 400,
+        "data__ctx_row_tokens": 120,
+    }
+    return config(data__train=source, data__eval=source, **keys)
+
+
+def run(path, capsys, *rows, **options):
+    """(exit code, what was printed, findings) of a validation."""
+    code = 0
+    try:
+        validate.validate(write(path, *rows), str(path / "work"), **options)
+    except UserError:
+        code = 2
+    lines = (path / "work" / "validation.jsonl").read_text().splitlines()
+    return code, capsys.readouterr().out, [json.loads(line) for line in lines]
+
+
+def kinds(findings):
+    return sorted({finding["kind"] for finding in findings})
+
+
+def test_good_data_passes_and_is_counted(tmp_path, capsys):
+    """Bug: a warning where nothing is wrong, so that nobody reads warnings; counts of bad sets."""
+    passages, examples = rows()
+    for passage in passages:
+        passage["text"] = "It lies by a river."
+    code, out, findings = run(tmp_path, capsys, passages, examples)
+    assert (code, findings) == (0, []) and "nothing is wrong" in out
+    assert "x       16        8         train 12, test 4" in out
+    assert "0% of 4 [Ret]" in out
+
+
+def test_every_bad_row_is_named_and_the_exit_code_is_2(tmp_path, capsys):
+    """Bug: only the first bad row told; a set that does not validate reported as fine."""
+    passages, examples = rows()
+    examples[3]["evidence"] = ["Atlantis"]
+    examples[7]["question"] = ""
+    examples[9]["answers"] = 3
+    code, out, findings = run(tmp_path, capsys, passages, examples, limit=1)
+    assert code == 2
+    errors = [finding for finding in findings if finding["kind"] in validate.ERRORS]
+    assert sorted(finding["where"].rpartition(":")[2] for finding in errors) == ["10", "4", "8"]
+    assert {finding["id"] for finding in errors} == {examples[i]["id"] for i in (3, 7, 9)}
+    assert "error missing_passage: 1 x" in out and "x.jsonl:4: Quito-1: evidence 'Atlantis'" in out
+
+
+def test_what_tokens_and_training_tell(tmp_path, capsys):
+    """Bug: an example that no row holds, a cut passage, an answer behind the cut, or a held-out
+    question that training has seen, found out only from the scores."""
+    passages, examples = rows()
+    long = " ".join(["on and on"] * 100)
+    passages.append({"id": "long", "title": "", "text": f"{long} to the end"})
+    extra = {"task": "open_qa", "answers": ["to the end"], "evidence": ["long"]}
+    examples += [
+        {**extra, "id": "cut", "question": "Where to?"},
+        {**extra, "id": "no row", "question": long},
+        {**examples[0], "id": "leak", "split": "test"},
+        {
+            **examples[0],
+            "id": "same words",
+            "split": "test",
+            "question": "What lies by Lima in all of America",
+        },
+        {
+            **examples[0],
+            "id": "near",
+            "split": "test",
+            "evidence": ["Brasilia"],
+            "question": "And what lies by Lima in all of America?",
+        },
+    ]
+    code, out, findings = run(tmp_path, capsys, passages, examples)
+    of = lambda kind: {finding["id"] for finding in findings if finding["kind"] == kind}
+    assert code == 0
+    assert of("example_too_long") == {"no row"} and of("answer_cut") == {"cut", "no row"}
+    assert "long" in of("passage_cut")
+    assert of("leaked_passage") == {"leak", "same words"}
+    assert of("leaked_question") == {"leak", "same words"}
+    assert of("near_duplicate") == {"near"}
+    assert "40% of 5 [Ret]" not in out and "29% of 7 [Ret]" in out
+
+
+def test_a_row_is_shown_as_the_model_reads_it(tmp_path, capsys):
+    """Bug: targets shown one token off; the wrong passage shown for a [Ret]; siblings left out."""
+    passages, examples = rows()
+    two_hop = {**examples[0], "id": "two", "evidence": ["Lima", "Quito"], "answers": ["two"]}
+    two_hop |= {"kind": "label", "support": [[0, 15], [0, 16]]}
+    _, out, _ = run(tmp_path, capsys, passages, [two_hop, examples[-1]], show_rows=1)
+    shown = out[out.index("row 0 of step 0") :].splitlines()
+    lines = [line.strip().partition(" | ")[::2] for line in shown if " | " in line]
+    names = [name.strip() for name, _ in lines]
+    assert names == [
+        *("read", "[Ret]", "positive", "sibling", "predict", "[Ret]", "positive", "sibling"),
+        "predict",
+    ]
+    texts = [text for _, text in lines]
+    assert texts[0].endswith("What lies by Lima in all of America?## Output:\\n\\n")
+    assert texts[2].startswith("Lima: Lima :: ") and texts[3].startswith("Quito: Quito :: ")
+    assert texts[4].startswith("Lima :: Lima is a") and texts[4].count("[Cs]Lima is a town") == 1
+    assert texts[6].startswith("Quito: ") and texts[8].endswith("[Ce]two</s>")
+
+
+def test_masked_evidence_is_shown_as_read(tmp_path, capsys):
+    """Bug: evidence drawn as a target although the loss does not count it."""
+    found = write(tmp_path, *rows())
+    for mask in (False, True):
+        changed = replace_dotted(found, "loss.mask_evidence", mask)
+        validate.validate(changed, str(tmp_path / "work"), show_rows=1)
+        assert ("predict  | a river[Ce]</s>" in capsys.readouterr().out) == mask
+
+
+def test_options_belong_to_their_mode():
+    """Bug: --show ignored in silence where it does nothing; a traceback for --show=all."""
+    with pytest.raises(UserError, match="--show means nothing with --mode=train"):
+        main._options({"--show": "3"}, "train")
+    with pytest.raises(UserError, match="--show=all must be a whole number"):
+        main._options({"--show": "all"}, "validate")
+    assert main._options({"--show": "3", "--limit": "2"}, "validate") == {
+        "show_rows": 3,
+        "limit": 2,
+    }
+
+
+def test_near_duplicates_are_those_of_every_pair_compared():
+    """Bug: hashes that miss what is alike, or call alike what is not."""
+    words = [f"w{i}" for i in range(60)]
+    base = [" ".join(words[i : i + 20]) for i in range(0, 40, 5)]
+    near = NearDuplicates(base)
+    for text in (*base, *(text + " more" for text in base), "w1 w2", "", "entirely other words"):
+        best = max(similarity(shingles(text, 3), shingles(other, 3)) for other in base)
+        found = near.find(text)
+        assert (found is not None) == (best >= 0.8), text
+        if found:
+            assert found[1] == best
