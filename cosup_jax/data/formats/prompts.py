@@ -12,7 +12,7 @@ _TASKS = {  # the first whose pattern an instruction begins with counts
     "fact_check": r"is the following (statement|claim) ",
     "slot_filling": r"find the correct (entity|object) given|given the input format .*relation",
     "dialog": r"given a (chat|dialog)",
-    "multi_hop": r"answer (the )?(following )?questions?\b.*\breasoning steps?\b|answer .*step reas",
+    "multi_hop": r"answer (the )?(following )?questions?\b.*(reasoning step|step reasoning)",
     "long_form": r"provide a paragraph-length|answer the following question\..*long-form",
     "open_qa": r"(answer the (following )?question( with corresponding evidence)?[.:]?)?$",
 }
