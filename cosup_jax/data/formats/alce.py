@@ -85,8 +85,10 @@ def _answers(item: Row) -> tuple[str, ...]:
     if item.fields.get("qa_pairs") is not None:
         for pair in item.rows("qa_pairs"):
             found |= dict.fromkeys(pair.texts("short_answers"))
-    if (groups := item.fields.get("answers")) is not None:
-        for group in groups if isinstance(groups, list) else [groups]:
-            aliases: Any = group if isinstance(group, list) else [group]
-            found |= dict.fromkeys(Row(item.where, {"answers": aliases}).texts("answers"))
+    groups = item.fields.get("answers", [])
+    if groups is not None and not isinstance(groups, list):
+        raise BadRow("wrong_type", "'answers' must be a list")
+    for group in groups or ():
+        aliases: Any = group if isinstance(group, list) else [group]
+        found |= dict.fromkeys(Row(item.where, {"answers": aliases}).texts("answers"))
     return tuple(found)
