@@ -1,6 +1,7 @@
 """Question answering data sets that TFDS has prepared as ArrayRecord, read without TensorFlow."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,11 @@ from cosup_jax.errors import UserError
 
 _SPLITS = {"validation": "dev"}
 _BATCH = 1024  # rows read at once; one at a time is slow
-_NAME = re.compile(r"(?P<name>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
+_NAME = re.compile(r"(?P<name>\w+)(?:/(?P<config>\w[\w.+-]*))?(?::(?P<version>[\d.]+))?")
 
 
 def version(where: str, data_dir: str) -> str:
-    """Of the content. Raises UserError if it is not prepared, or is another kind of data."""
+    """Of the content. Raises UserError if it is not prepared."""
     builder = _builder(where, data_dir)
     files = sorted(path for path in Path(builder.data_dir).rglob("*") if path.is_file())
     return f"{builder.info.full_name}+{digest(files)}"
@@ -30,7 +31,7 @@ def version(where: str, data_dir: str) -> str:
 def read(where: str, data_dir: str, problems: Problems) -> Iterator[tuple[str, Passage | Example]]:
     """Every example, as NAME/SPLIT[NUMBER], after the passages it is the first to name.
 
-    Raises UserError as `version`.
+    Raises UserError as `version`, and where the features are of no schema that we know.
     """
     builder = _builder(where, data_dir)
     convert, seen = _converter(builder.info), set()
@@ -96,9 +97,11 @@ def _intact(name: str, place: str) -> Iterator[None]:
 
 
 def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
-    for start in range(0, builder.info.splits[split].num_examples, _BATCH):
-        with _intact(builder.info.full_name, str(builder.data_dir)):
-            source = builder.as_data_source(split)
+    intact = functools.partial(_intact, builder.info.full_name, str(builder.data_dir))
+    with intact():
+        source = builder.as_data_source(split)
+    for start in range(0, len(source), _BATCH):
+        with intact():
             rows = source.__getitems__(range(start, min(start + _BATCH, len(source))))
         yield from rows
 
@@ -137,5 +140,5 @@ def _converter(info: Any) -> Convert:
     for needed, convert in SCHEMAS.items():
         if set(needed.split()) <= names:
             return convert
-    known = "; ".join(SCHEMAS)
+    known = "; ".join(f"{convert.__name__} ({needed})" for needed, convert in SCHEMAS.items())
     raise UserError(f"tfds:{info.full_name} has features {sorted(names)}; known are: {known}")

@@ -18,6 +18,7 @@ Convert = Callable[[Row], _Read]
 
 
 def squad(row: Row) -> _Read:
+    """One context, where it is known where the answers stand; SQuAD 2.0 has questions without."""
     title = row.text("title", default="", empty=True).replace("_", " ").strip()
     context = row.text("context")
     answers = [] if row.fields.get("is_impossible") else _pairs(row, "answers/text answer_start")
@@ -26,7 +27,10 @@ def squad(row: Row) -> _Read:
     fields = {
         **({"id": row.text("id")} if "id" in row.fields else {}),
         **{"task": "open_qa", "question": row.text("question").strip()},
-        **{"answers": tuple(dict.fromkeys(text for text, _ in answers if text)), "kind": "span"},
+        **{
+            "answers": tuple(dict.fromkeys(text for text, _ in answers if text.strip())),
+            "kind": "span",
+        },
         **{"evidence": (passage.id,), "support": (span,)},
     }
     return [passage], fields
@@ -44,6 +48,7 @@ def _sentence(text: str, answer: str, start: int) -> tuple[int, int] | None:
 
 
 def hotpot(row: Row) -> _Read:
+    """Pages to rank, some of whose sentences are facts; evidence is in the order of the facts."""
     sentences, passages = {}, {}
     for title, parts in _pairs(row, "context/title sentences"):
         if (text := "".join(parts)).strip():
@@ -79,7 +84,7 @@ def trivia(row: Row) -> _Read:
     """A document is cut into paragraphs; evidence is the first that holds an answer."""
     known = Row(row.where, row.fields["answer"])
     answers = [known.text("value", default="", empty=True), *known.fields.get("aliases", [])]
-    answers = [answer for answer in dict.fromkeys(answers) if answer and answer != _UNKNOWN]
+    answers = [answer for answer in dict.fromkeys(answers) if answer.strip() not in ("", _UNKNOWN)]
     passages: list[Passage] = []
     for pages in ("entity_pages/title wiki_context", "search_results/title search_context"):
         for title, document in _pairs(row, pages):
@@ -107,6 +112,7 @@ def _pairs(row: Row, names: str) -> list[tuple[Any, Any]]:
 
 
 def nq_open(row: Row) -> _Read:
+    """Question and answers without passages."""
     answers = tuple(dict.fromkeys(row.texts("answer")))
     question = row.text("question").strip()
     return [], {"task": "open_qa", "question": question, "answers": answers, "kind": "span"}
