@@ -153,6 +153,7 @@ def test_a_bad_passage_is_named(tmp_path, texts, kind):
         ({"input": ["a"]}, "not official training data"),
         ({"input": "ab", "output": "cd"}, "not official training data"),
         ([GOOD], "not official training data"),
+        ({"input": [], "output": []}, "lists are empty"),
         ({**GOOD, "input": {"a"}}, "more than plain data"),
         ({**GOOD, "input": [bytearray(3)]}, r"bytearray|more than plain"),
         ({**GOOD, ("a", 1): []}, "neither text nor number"),

@@ -78,6 +78,8 @@ def _columns(path: Path) -> dict[str, list]:
     if len({len(column) for column in columns.values()}) != 1:
         lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
         raise UserError(f"{path}: its lists differ in length ({lengths}); write the file anew")
+    if not columns["input"]:
+        raise UserError(f"{path}: its lists are empty; write the file anew")
     return columns
 
 
