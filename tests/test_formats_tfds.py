@@ -144,6 +144,16 @@ def test_hotpot(prepare, tmp_path):
     ]
 
 
+def test_a_dict_of_lists_is_as_good_as_a_list_of_dicts(prepare, tmp_path):
+    """Catches HotpotQA as Hugging Face lays it out, refused as an unknown schema."""
+    features = HOTPOT | {
+        "supporting_facts": {"title": Sequence(Text()), "sent_id": Sequence(np.int32)},
+        "context": {"title": Sequence(Text()), "sentences": Sequence(Sequence(Text()))},
+    }
+    dataset, problems = read("lists", prepare("lists", features, train=[HOTPOT_ROW]), tmp_path)
+    assert not problems.counts and dataset.examples[0].support == ((7, 16), (0, 12))
+
+
 def test_trivia(prepare, tmp_path):
     """Catches whole pages as passages, the web before the encyclopedia, and "<unk>" as answer."""
     bare = TRIVIA_ROW | {
@@ -230,7 +240,7 @@ def test_damaged_files_are_told(prepare, name, keep):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../x", "a/b/c", "a:b"])
+@pytest.mark.parametrize("name", ["", "a b", "../x", "a/b/c", "a:b", "a:1"])
 def test_a_name_that_is_none_is_refused(name, tmp_path):
     """Catches a path outside the data directory."""
     with pytest.raises(UserError, match=r"write tfds:NAME"):

@@ -18,7 +18,7 @@ from cosup_jax.errors import UserError
 
 _SPLITS = {"validation": "dev"}
 _BATCH = 1024  # rows read at once; one at a time is slow
-_NAME = re.compile(r"(?P<name>\w+)(?:/(?P<config>\w[\w.+-]*))?(?::(?P<version>[\d.]+))?")
+_NAME = re.compile(r"(?P<name>\w+)(?:/(?P<config>\w[\w.+-]*))?(?::(?P<version>\d+\.\d+\.\d+))?")
 
 
 def version(where: str, data_dir: str) -> str:
@@ -61,7 +61,7 @@ def read(where: str, data_dir: str, problems: Problems) -> Iterator[tuple[str, P
 def _builder(where: str, data_dir: str) -> Any:
     found = _NAME.fullmatch(where)
     if not found:
-        raise UserError(f"tfds:{where}: not a data set's name; write tfds:NAME[/CONFIG][:VERSION]")
+        raise UserError(f"tfds:{where}: not a data set's name; write tfds:NAME[/CONFIG][:1.0.0]")
     if "://" in data_dir:
         raise UserError(f"data.tfds_dir={data_dir}: give a local directory")
     place = str(Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
@@ -137,8 +137,10 @@ def _feature_names(feature: Any, prefix: str = "") -> set[str]:
 
 def _converter(info: Any) -> Convert:
     names = _feature_names(info.features)
+    # A dict of lists holds the same as a list of dicts.
+    found = names | {name.removesuffix("[]") for name in names if "/" in name}
     for needed, convert in SCHEMAS.items():
-        if set(needed.split()) <= names:
+        if set(needed.split()) <= found:
             return convert
-    known = "; ".join(f"{convert.__name__} ({needed})" for needed, convert in SCHEMAS.items())
-    raise UserError(f"tfds:{info.full_name} has features {sorted(names)}; known are: {known}")
+    schemas = "; ".join(f"{convert.__name__} ({needed})" for needed, convert in SCHEMAS.items())
+    raise UserError(f"tfds:{info.full_name} has features {sorted(names)}; known are: {schemas}")
