@@ -103,17 +103,21 @@ def test_squad(prepare, tmp_path):
     """Catches validation rows in training, one passage per question, and a wrong sentence."""
     impossible = SQUAD_ROW | {"id": "s2", "answers": {"text": [], "answer_start": []}}
     other = SQUAD_ROW | {"id": "s3", "answers": {"text": ["Oslo"], "answer_start": [5]}}
-    place = prepare("my_squad", SQUAD, train=[SQUAD_ROW, impossible], validation=[other])
+    whole = SQUAD_ROW | {"id": "s4", "answers": {"text": ["Oslo is a city."], "answer_start": [0]}}
+    last = SQUAD_ROW | {"id": "s5", "answers": {"text": ["old"], "answer_start": [35]}}
+    rows = {"train": [SQUAD_ROW, impossible], "validation": [other, whole, last]}
+    place = prepare("my_squad", SQUAD, **rows)
     dataset, problems = read("my_squad", place, tmp_path)
     assert dict(problems.counts) == {"no_answer": 1}
     assert problems.listed[0].where == "my_squad/1.0.0/train[1]"
     (passage,) = dataset.passages.values()
     assert (passage.title, passage.text) == ("The city", CONTEXT)
-    first, second = dataset.examples
+    first, second, *others = dataset.examples
     assert (first.id, first.answers, first.split) == ("s1", ("fish", "old"), "train")
     start, end = first.support[0]
     assert CONTEXT[start:end] == "It has fish."
     assert (second.id, second.split, second.support) == ("s3", "dev", (None,))
+    assert [CONTEXT[slice(*e.support[0])] for e in others] == ["Oslo is a city.", "It is old."]
     assert training_text(dataset)[0] == [
         *[(1, "<ret>"), (2, f"The city :: {CONTEXT}"), (2, "<cs>"), (1, "fish"), (1, "<ce>")],
         (1, "<eos>"),
@@ -132,10 +136,11 @@ def test_hotpot(prepare, tmp_path):
     """Catches distractors as evidence, facts in the wrong page, and blanks in the spans."""
     lost = HOTPOT_ROW | {"id": "h2", "supporting_facts": {"title": ["Moon"], "sent_id": [0]}}
     far = HOTPOT_ROW | {"id": "h3", "supporting_facts": {"title": ["Sun"], "sent_id": [9]}}
-    place = prepare("hops", HOTPOT, train=[HOTPOT_ROW, lost, far])
+    below = HOTPOT_ROW | {"id": "h4", "supporting_facts": {"title": ["Sun"], "sent_id": [-1]}}
+    place = prepare("hops", HOTPOT, train=[HOTPOT_ROW, lost, far, below])
     dataset, problems = read("hops", place, tmp_path)
     assert dict(problems.counts) == {"missing_passage": 1} and len(dataset.passages) == 3
-    assert [e.support for e in dataset.examples] == [((7, 16), (0, 12)), (None,)]
+    assert [e.support for e in dataset.examples] == [((7, 16), (0, 12)), (None,), (None,)]
     assert len(dataset.examples[0].candidates) == 3 and dataset.examples[0].kind == "label"
     assert training_text(dataset)[0] == [
         *[(1, "<ret>"), (2, "Sun :: A sun. Hot. Far."), (2, "<cs>"), (1, "Hot. Far."), (1, "<ce>")],
@@ -161,13 +166,18 @@ def test_trivia(prepare, tmp_path):
         "entity_pages": {"title": [], "wiki_context": []},
         "search_results": {"title": [], "search_context": []},
     }
-    web = bare | {"question_id": "t3", "search_results": TRIVIA_ROW["search_results"]}
+    found = {"title": ["Web"], "search_context": ["In Oslo."]}
+    web = bare | {"question_id": "t3", "search_results": found}
     hidden = bare | {"question_id": "t4", "answer": {"value": "<unk>", "aliases": [], "type": ""}}
     place = prepare("trivia", TRIVIA, train=[TRIVIA_ROW, bare, web], test=[hidden])
     dataset, problems = read("trivia", place, tmp_path)
     assert dict(problems.counts) == {"no_answer": 1, "no_provenance": 1}
     texts = [(passage.title, passage.text) for passage in dataset.passages.values()]
-    assert texts == [("Norway", "A land."), ("Norway", "Christiania is in it."), ("Web", "Oslo!")]
+    assert texts == [
+        ("Norway", "A land."),
+        ("Norway", "Christiania is in it."),
+        ("Web", "In Oslo."),
+    ]
     assert [len(e.evidence) for e in dataset.examples] == [1, 0, 1]
     assert dataset.examples[0].answers == ("Oslo", "Christiania")
     assert training_text(dataset)[:2] == [
