@@ -18,12 +18,18 @@ ERRORS = {  # such a row is no example: training refuses the set, or leaves the 
     "marker_without_evidence": "[Ret:ID] of a passage that is not in evidence",
     "evidence_without_marker": "evidence that the output never inserts",
     "order_mismatch": "evidence in another order than the output inserts it",
+    "bad_judgement": "a paragraph or judgement of Self-RAG out of place",
     "not_readable": "a file that breaks off or holds something else",
 }
 WARNINGS = {  # such a row is used, or left out and counted
     "answer_not_in_evidence": "no answer stands in the evidence",
     "control_text": "text that reads like a control token; it is encoded as plain characters",
     "unknown_field": "a field that is ignored and looks like a typing error",
+    "no_answer": "a question without an answer: left out",
+    "no_provenance": "a question without evidence: its answer is learnt without a passage",
+    "other_prompt": "a prompt in another form than ours; all of it is read as the question",
+    "other_insertion": "an inserted text that is not its passage; the passage is inserted",
+    "paragraph_dropped": "a paragraph that does not support its text; the text stays",
     "example_too_long": "fits no Gen row and is left out: its [Ret] or answer would be cut off",
     "passages_too_many": "more [Ret] or passages than a row or step holds: left out",
     "passage_cut": "longer than Ctx reads; the end is cut, the pooled token kept",

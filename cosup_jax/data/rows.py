@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import re
+import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,18 @@ class Row:
                 raise BadRow("empty_text", f"'{name}' holds an empty string")
         return tuple(values)
 
+    def key(self, name: str, default: str | None = None) -> str:
+        """An id, which other formats also write as a whole number."""
+        value = self._value(name, default)
+        return str(value) if type(value) is int else self.text(name, default)
+
+    def rows(self, name: str) -> list["Row"]:
+        """A list of objects, none of them left out; absent is refused."""
+        values = self._value(name, None)
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise BadRow("wrong_type", f"'{name}' must be a list of objects")
+        return [Row(self.where, value) for value in values]
+
     def spans(self, name: str) -> tuple[tuple[int, int] | None, ...]:
         """A list of [start, end] or null; absent: none."""
         values = self._value(name, ())
@@ -73,10 +86,16 @@ class Row:
 def check_text(name: str, value: Any) -> None:
     """Raises BadRow unless `value` is text that can be encoded."""
     if not isinstance(value, str):
-        raise BadRow("wrong_type", f"'{name}' must be text, not {value!r:.60}")
+        # reprlib stops early where what stands there nests without end.
+        raise BadRow("wrong_type", f"'{name}' must be text, not {reprlib.repr(value):.60}")
     # JSON's \ud800 passes json.loads and breaks the tokenizer much later.
     if _SURROGATE.search(value):
         raise BadRow("not_utf8", f"'{name}' holds half a surrogate pair")
+
+
+def content_id(*texts: str) -> str:
+    """An id for what has none: equal texts share it, in every source and run."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:20]
 
 
 def read_lines(path: Path, problems: Problems) -> Iterator[Row]:
