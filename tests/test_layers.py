@@ -90,6 +90,8 @@ def may_import(importer: str, other: str) -> bool:
         return True
     if packages == ("data", "data"):
         names = importer.split(".")[1], other.split(".")[1]
+        if names[0] == names[1]:
+            return True  # within data/formats
         for order in DATA_ORDERS:
             if set(names) <= set(order):
                 return order.index(names[1]) < order.index(names[0])

@@ -52,11 +52,17 @@ def test_tfds_world_takes_size_and_place_from_the_config(tmp_path, monkeypatch):
     assert asked == [(123, "here")]
 
 
-@pytest.mark.parametrize("source", ["tfds:wolrd", "x.json", "x.passages.jsonl", "world", ""])
+@pytest.mark.parametrize("source", ["x.json", "x.passages.jsonl", "world", "hf:squad", ""])
 def test_an_unknown_source_is_refused_with_the_list(tmp_path, source):
     """Catches a typo that reads nothing, or reads passages as if they were examples."""
     with pytest.raises(UserError, match=r"known are DIR/x\.jsonl.*tfds:world"):
         sources.load(source, DataConfig(), tmp_path)
+
+
+def test_a_tfds_set_that_is_not_prepared_is_refused_in_one_line(tmp_path):
+    """Catches a download tried without a network, or a traceback for a typo."""
+    with pytest.raises(UserError, match="tfds build wolrd --file_format=array_record"):
+        sources.load("tfds:wolrd", DataConfig(tfds_dir=str(tmp_path)), tmp_path)
 
 
 def held_out_by_hand():

@@ -3,13 +3,14 @@
 import dataclasses
 import glob
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
 
 from cosup_jax.config import DataConfig
 from cosup_jax.data import prepared, world
-from cosup_jax.data.formats import jsonl
+from cosup_jax.data.formats import alce, jsonl, kilt, official, selfrag, tfds
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems
@@ -17,8 +18,12 @@ from cosup_jax.data.rows import digest
 from cosup_jax.data.schema import Dataset
 from cosup_jax.errors import UserError
 
-FILES = {"jsonl": jsonl}
-KNOWN = "DIR/x.jsonl[.gz] with its passages in DIR/x.passages.jsonl, tfds:world, prepared:DIR"
+FORMATS = {"jsonl": jsonl, "official": official, "selfrag": selfrag, "kilt": kilt, "alce": alce}
+KNOWN = (
+    "DIR/x.jsonl[.gz] with its passages in DIR/x.passages.jsonl, tfds:world, tfds:NAME, "
+    "prepared:DIR, official:DIR/x.pickle, selfrag:DIR/x.jsonl, kilt:DIR/x.jsonl::KNOWLEDGE, "
+    "alce:DIR/x.json"
+)
 
 
 def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Problems]:
@@ -36,8 +41,12 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
         version = world.version(data.world_entities)
         read = lambda problems: world.records(data.world_entities, data.tfds_dir)
         return ingest("world", version, read, directory)
-    if kind in FILES:
-        format = FILES[kind]
+    if kind == "tfds":
+        version = tfds.version(where, data.tfds_dir)
+        read = lambda problems: tfds.read(where, data.tfds_dir, problems)
+        return ingest(re.split("[/:]", where)[0], version, read, directory)
+    if kind in FORMATS:
+        format = FORMATS[kind]
         version = digest(format.files(where))
         return ingest(_name(where), f"{kind}-{version}", lambda p: format.read(where, p), directory)
     if kind == "prepared":
@@ -98,7 +107,7 @@ def eval_sets(dataset: Dataset) -> dict[str, str]:
 def _kind(source: str) -> tuple[str, str]:
     """`kilt:a::b` -> ("kilt", "a::b"); a path has no prefix."""
     prefix, colon, where = source.partition(":")
-    if colon and prefix in (*FILES, "tfds", "prepared"):
+    if colon and prefix in (*FORMATS, "tfds", "prepared"):
         return prefix, where
     name = source.removesuffix(".gz")
     if name.endswith(".jsonl") and not name.endswith(".passages.jsonl"):
