@@ -4,12 +4,16 @@
 `objective` pulls those back through the towers with a one-device vjp.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cosup_jax import cosup
 from cosup_jax import nsp as nsp_lib
+from cosup_jax.config import BankConfig
 from cosup_jax.contrast import Queries, Scale
 from cosup_jax.towers import gen_hidden, passage_vectors, query_vectors
 
@@ -145,18 +149,33 @@ def vector_loss(asked, live, live_ids, live_valid, bank, step, temperature, bias
     return value, grad_query, grad_live, *grad_scale
 
 
+@functools.partial(jax.jit, static_argnames=("towers", "config"))
+def _outputs(params, batch, towers, config):
+    """Logits, queries, passage vectors and scale: all that the loss is a function of."""
+    hidden_BxTxD = gen_hidden(params, batch, towers)
+    logits = (hidden_BxTxD @ towers.gen.unembedding(params["gen"])).astype(jnp.float32)
+    vectors = passage_vectors(towers.ctx_params(params), batch, towers, config)
+    scale = nsp_lib.scale_of(params["nsp"], config.loss)
+    return logits, query_vectors(hidden_BxTxD, batch, config), vectors, scale
+
+
+@functools.partial(jax.jit, static_argnames=("towers", "config"))
+def _pulled_back(params, batch, wanted, towers, config):
+    _, pull = jax.vjp(lambda p: _outputs(p, batch, towers, config), params)
+    return pull(wanted)[0]
+
+
+def _reading(config):
+    """What of the config the towers read: one program for all banks, tiles, slices and weights."""
+    loss = dataclasses.replace(config.loss, tile_mib=0.0, nsp_ramp_steps=0, nsp_ramp_from=0.0)
+    return dataclasses.replace(config, bank=BankConfig(), loss=loss, micro_batches=1)
+
+
 def objective(params, batch, bank, step: int, towers, config):
     """The total of `cosup.loss` and its gradient, on one device, by the loops above."""
 
-    def outputs(params):
-        hidden_BxTxD = gen_hidden(params, batch, towers)
-        logits = (hidden_BxTxD @ towers.gen.unembedding(params["gen"])).astype(jnp.float32)
-        ctx = towers.ctx_params(params)
-        vectors = passage_vectors(ctx, batch, towers, config)
-        scale = nsp_lib.scale_of(params["nsp"], config.loss)
-        return logits, query_vectors(hidden_BxTxD, batch, config), vectors, scale
-
-    (logits, query_BxRxD, vector_UxPxD, scale), pull = jax.vjp(jax.jit(outputs), params)
+    read = {"towers": towers, "config": _reading(config)}
+    logits, query_BxRxD, vector_UxPxD, scale = _outputs(params, batch, **read)
     flat = lambda x: np.asarray(x).reshape(-1, np.shape(x)[-1])
     owned = towers.gen.vocab_size
     weights = np.ravel(batch.ntp_weights_BxT)
@@ -183,12 +202,11 @@ def objective(params, batch, bank, step: int, towers, config):
     weight = float(cosup.nsp_weight(step, config.loss))
     shaped = lambda grad, like: jnp.asarray(grad, jnp.float32).reshape(np.shape(like))
     outer = [weight * grad for grad in grads]
-    (pulled,) = pull(
-        (
-            shaped(grad_logits, logits),
-            shaped(outer[0], query_BxRxD),
-            shaped(outer[1], vector_UxPxD),
-            Scale(jnp.float32(outer[2]), jnp.float32(outer[3])),
-        )
+    wanted = (
+        shaped(grad_logits, logits),
+        shaped(outer[0], query_BxRxD),
+        shaped(outer[1], vector_UxPxD),
+        Scale(jnp.float32(outer[2]), jnp.float32(outer[3])),
     )
+    pulled = _pulled_back(params, batch, wanted, **read)
     return config.loss.ntp_weight * nats / max(count, 1) + weight * value, pulled

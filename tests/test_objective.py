@@ -4,7 +4,6 @@ slices and in tiles, with and without a bank, packed or not."""
 import functools
 import itertools
 import math
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +42,7 @@ def _config(bank_kind: str = "off", slices: int = 1, tile: float = 0.0, **keys):
     )
 
 
+@functools.cache
 def _vectors():
     """Towers that look their hidden states up: the objective on bare vectors."""
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
@@ -54,9 +54,10 @@ def _vectors():
     return Towers(Lookup(VOCAB), Lookup(VOCAB)), params, None
 
 
+@functools.cache
 def _transformers():
     t = towers()
-    params = step_lib.init_params(jax.random.key(0), t, _config())
+    params = jax.jit(lambda: step_lib.init_params(jax.random.key(0), t, _config()))()
     return t, params, step_lib.param_axes(t, _config())
 
 
@@ -122,6 +123,7 @@ def _by_default(*covers: bool):
     return pytest.mark.parametrize("mesh_shape,bank_kind,slices,tile", cases, ids=str)
 
 
+@pytest.mark.xdist_group("vectors")  # their oracles are computed once
 @_by_default(*((slices > 1) == (tile > 0) for _, _, slices, tile in _GRID))
 def test_vectors_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: negatives of one shard, slice or tile only; gradients cut at the gather or scaled by
@@ -130,6 +132,7 @@ def test_vectors_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     _check(_vectors, mesh_shape, bank_kind, slices, tile, CONTENTS)
 
 
+@functools.cache
 def _tied():
     """One table for both roles."""
     t, params, _ = _vectors()
@@ -164,16 +167,24 @@ def _covers(mesh_shape, bank_kind, slices, tile) -> bool:
     return (SLICES.index(slices), TILES.index(tile)) == wanted and mesh > 0
 
 
+def _contents(mesh_shape, bank_kind) -> tuple[bool, bool]:
+    """Packing and hard negatives: two of the four for each bank, so that oracles are few."""
+    mesh, bank = MESHES.index(mesh_shape), BANKS.index(bank_kind)
+    return CONTENTS[[(0, 1, 3), (3, 2, 0)][mesh % 2][bank]]
+
+
+@pytest.mark.xdist_group("towers")  # their oracles are computed once
 @_by_default(*(_covers(*case) for case in _GRID))
 def test_towers_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: as on vectors, and sharded parameters gathered or reduced wrongly."""
-    chosen = zlib.crc32(repr((mesh_shape, bank_kind, slices, tile)).encode()) % 4
-    _check(_transformers, mesh_shape, bank_kind, slices, tile, CONTENTS[chosen : chosen + 1])
+    contents = [_contents(mesh_shape, bank_kind)]
+    _check(_transformers, mesh_shape, bank_kind, slices, tile, contents)
 
 
 def test_the_cover_meets_every_pair():
     """Bug: a default run in which, say, tiles and the dual bank never meet."""
-    names = [dict(zip(["mesh", "bank", "slices", "tile"], case, strict=True)) for case in _GRID]
+    settings = ["mesh", "bank", "slices", "tile", "packing", "hard"]
+    names = [dict(zip(settings, (*c, *_contents(*c[:2])), strict=True)) for c in _GRID]
     covered = [n for n, case in zip(names, _GRID, strict=True) if _covers(*case)]
     values = {
         name: {case[name] for case in names if case["mesh"] != (1, 1, 1)} for name in names[0]
