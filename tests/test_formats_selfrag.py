@@ -92,6 +92,8 @@ def test_the_same_paragraph_is_one_passage(tmp_path):
             "Add.\n\n1 2",
         ),
         ({"instruction": "Add.", "input": None, "dataset_name": None}, "open_qa", "Add."),
+        ({"instruction": "Write C#.\n\n### Input:\n\nAdd."}, "open_qa", "Write C#.\n\nAdd."),
+        ({"instruction": "Write C#\n\n## Input:\n\nAdd."}, "open_qa", "Write C#\n\nAdd."),
     ],
 )
 def test_the_prompt_keeps_the_question_alone(tmp_path, fields, task, question):
