@@ -50,8 +50,10 @@ class Problem(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.id}: {self.reason}" if self.id else (
-            f"{self.where}: {self.reason}"
+        return (
+            f"{self.where}: {self.id}: {self.reason}"
+            if self.id
+            else (f"{self.where}: {self.reason}")
         )
 
 
