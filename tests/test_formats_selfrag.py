@@ -135,6 +135,12 @@ def test_a_bad_row_is_named(tmp_path, fields, kind):
     assert problems.first_error.where == f"{tmp_path}/train.jsonl:1"
 
 
+def test_a_row_of_tokens_alone_says_so(tmp_path):
+    """Catches a complaint about answers, of which Self-RAG has none."""
+    problems = one_row(tmp_path, output="[No Retrieval][Utility:5]")[1]
+    assert problems.first_error.reason == "'output' holds nothing but tokens of Self-RAG"
+
+
 def test_bad_lines_leave_the_good_ones(tmp_path):
     """Catches a reader that stops at the first bad line, and one that counts lines wrongly."""
     path = write_lines(tmp_path / "train.jsonl", "[1]", b"\xff", "", GOOD, "{")
