@@ -35,7 +35,7 @@ GOOD = {
     "output": [
         {"answer": "In Oslo"},
         {"answer": "a city", "provenance": [cited(), cited("20"), cited()]},
-        {"answer": "In Oslo", "provenance": [cited("20")]},
+        {"answer": "In Oslo", "provenance": [cited(start=3, end=3)]},
     ],
     "meta": {},
 }

@@ -92,6 +92,8 @@ def test_the_same_paragraph_is_one_passage(tmp_path):
             "Add.\n\n1 2",
         ),
         ({"instruction": "Add.", "input": None, "dataset_name": None}, "open_qa", "Add."),
+        ({"instruction": "Write C#.\n\n### Input:\n\nAdd."}, "open_qa", "Write C#.\n\nAdd."),
+        ({"instruction": "Write C#\n\n## Input:\n\nAdd."}, "open_qa", "Write C#\n\nAdd."),
     ],
 )
 def test_the_prompt_keeps_the_question_alone(tmp_path, fields, task, question):
@@ -131,6 +133,12 @@ def test_a_bad_row_is_named(tmp_path, fields, kind):
     dataset, problems = one_row(tmp_path, **fields)
     assert len(dataset.examples) == 0 and problems.counts[kind] == problems.errors == 1
     assert problems.first_error.where == f"{tmp_path}/train.jsonl:1"
+
+
+def test_a_row_of_tokens_alone_says_so(tmp_path):
+    """Catches a complaint about answers, of which Self-RAG has none."""
+    problems = one_row(tmp_path, output="[No Retrieval][Utility:5]")[1]
+    assert problems.first_error.reason == "'output' holds nothing but tokens of Self-RAG"
 
 
 def test_bad_lines_leave_the_good_ones(tmp_path):

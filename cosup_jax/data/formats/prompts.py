@@ -28,8 +28,8 @@ def split(prompt: str) -> tuple[str, str]:
     instruction, _, question = prompt.partition(INPUT) if is_framed(prompt) else ("", "", prompt)
     body, end, after = question.rpartition(OUTPUT)
     question = (body if end and not after.strip() else question).strip()
-    instruction = instruction.rstrip("# \n")  # Self-RAG also writes ### Input:
+    instruction = re.sub(r"\n#$", "", instruction).strip()  # Self-RAG also writes ### Input:
     for task, pattern in _TASKS.items():
-        if re.match(pattern, instruction.strip(), re.I | re.S):
+        if re.match(pattern, instruction, re.I | re.S):
             return task, question
-    return "open_qa", f"{instruction.strip()}\n\n{question}" if question else ""
+    return "open_qa", f"{instruction}\n\n{question}" if question else ""
