@@ -1,5 +1,6 @@
 """Small random towers and batches for the tests of the step."""
 
+import jax
 import numpy as np
 
 from cosup_jax import config as config_lib
@@ -7,7 +8,7 @@ from cosup_jax.config import ArchConfig
 from cosup_jax.data.batch import Batch, BatchShape, empty_batch
 from cosup_jax.freeze import freeze
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer
+from cosup_jax.transformer import Transformer, padded_vocab
 
 VOCAB = 300
 ARCH = ArchConfig(
@@ -103,20 +104,32 @@ def random_batch(
 class Lookup:
     """A tower whose hidden state is its token's row of a table: the objective on bare vectors."""
 
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size: int, width: int = 8, has_head: bool = True):
+        self.vocab_size, self.width, self.has_head = vocab_size, width, has_head
+
+    def init(self, key):
+        key_table, key_kernel = jax.random.split(key)
+        table = jax.random.normal(key_table, (self.vocab_size, self.width))
+        kernel = jax.random.normal(key_kernel, (self.width, padded_vocab(self.vocab_size)))
+        return {"embed": {"table": table}} | ({"head": {"kernel": kernel}} if self.has_head else {})
+
+    def logical_axes(self):
+        head = {"head": {"kernel": ("embed", "vocab")}} if self.has_head else {}
+        return {"embed": {"table": ("vocab", "embed")}} | head
 
     def hidden(self, params, tokens, segments, positions):
-        return params["table"][tokens]
+        return params["embed"]["table"][tokens]
 
     def unembedding(self, params):
-        return params["kernel"]
+        return params["head"]["kernel"]
+
+
+def lookups(tied: bool = False) -> Towers:
+    return Towers(Lookup(VOCAB), Lookup(VOCAB, has_head=False), tied)
 
 
 def assert_close(found, expected, tolerance: float = 1e-5) -> None:
     """max|a - b| <= tolerance * max|b| per leaf."""
-    import jax
-
     for (path, b), a in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
     ):

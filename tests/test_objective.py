@@ -47,8 +47,11 @@ def _vectors():
     """Towers that look their hidden states up: the objective on bare vectors."""
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
     params = {
-        "gen": {"table": draw(0, VOCAB, WIDTH), "kernel": draw(1, WIDTH, 48)},
-        "ctx": {"table": draw(2, VOCAB, WIDTH)},
+        "gen": {
+            "embed": {"table": draw(0, VOCAB, WIDTH)},
+            "head": {"kernel": draw(1, WIDTH, 48)},
+        },
+        "ctx": {"embed": {"table": draw(2, VOCAB, WIDTH)}},
         "nsp": {"log_temperature": jnp.log(jnp.float32(0.3))},
     }
     return Towers(Lookup(VOCAB), Lookup(VOCAB)), params, None
@@ -204,13 +207,16 @@ def test_nothing_to_retrieve_is_finite(bank_kind):
     without = batch._replace(ret_valid_BxR=np.zeros_like(batch.ret_valid_BxR))
     value, grads = loss(params, without)
     assert np.isfinite(value)
-    assert not np.any(grads["ctx"]["table"]) and np.isfinite(grads["gen"]["table"]).all()
+    assert (
+        not np.any(grads["ctx"]["embed"]["table"])
+        and np.isfinite(grads["gen"]["embed"]["table"]).all()
+    )
     copies = batch._replace(passage_ids_UxPx2=np.ones_like(batch.passage_ids_UxPx2))
     copies = copies._replace(ret_positives_BxRxSx2=np.ones_like(batch.ret_positives_BxRxSx2))
     copies.ret_positives_BxRxSx2[:, :, 1:] = 0
     value, grads = loss(params, copies)  # without a bank one candidate, probability one
-    assert np.isfinite(value) and np.isfinite(grads["gen"]["table"]).all()
-    assert bank is not None or not np.any(grads["ctx"]["table"])
+    assert np.isfinite(value) and np.isfinite(grads["gen"]["embed"]["table"]).all()
+    assert bank is not None or not np.any(grads["ctx"]["embed"]["table"])
 
 
 def test_permuting_the_batch_changes_nothing():
