@@ -72,6 +72,8 @@ def test_without_evidence_no_control_token_remains():
     assert spelled(QUESTION, with_evidence=False) == f"{PROMPT_TEXT}France<eos>"
     cited = dataclasses.replace(QUESTION, output="A [Ret:q]b[Ce] c")
     assert spelled(cited, with_evidence=False) == f"{PROMPT_TEXT}A b c<eos>"
+    glued = dataclasses.replace(QUESTION, output="[Ret:q]It is so.[Ce]Next[Ret:p]one[Ce], or two")
+    assert spelled(glued, with_evidence=False) == f"{PROMPT_TEXT}It is so. Nextone, or two<eos>"
 
 
 @pytest.mark.parametrize("output", ["[Ret:zzz]x[Ce]", "a [Ce] b", "[Ret:q]x[Ce] y[Ce]", "a [Cs]b"])

@@ -18,7 +18,7 @@ from cosup_jax.data.schema import Example, Passage
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 
-VERSION = 1  # raise it whenever the same example gives other pieces
+VERSION = 2  # raise it whenever the same example gives other pieces
 
 # Roles of a token, uint8. EVIDENCE, from the token after [Ret] to [Cs], is a target unless
 # loss.mask_evidence.
@@ -176,7 +176,9 @@ def _output_pieces(
             body += [*_inserted(passages[id]), Piece(TARGET, span), Piece(TARGET, control="ce")]
             body.append(Piece(TARGET, after))
         else:
-            body.append(Piece(TARGET, span + after))
+            # What [Ce] kept apart.
+            blank = " " if span and not span[-1].isspace() and after[:1].isalnum() else ""
+            body.append(Piece(TARGET, span + blank + after))
     if any(mark in piece.text for piece in body for mark in ("[Cs]", "[Ce]") if not piece.passage):
         raise UserError(
             f"example {example.id!r}: output has a [Cs] or [Ce] that belongs to no [Ret:ID]"
