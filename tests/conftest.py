@@ -13,3 +13,12 @@ jax.config.update("jax_threefry_partitionable", True)
 @pytest.fixture(scope="session")
 def devices():
     return jax.devices()
+
+
+# A file runs on one worker, where its programs are compiled once; the longest start first.
+LONGEST = ("test_train", "test_objective", "test_step", "test_probe", "test_official")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))

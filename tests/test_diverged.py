@@ -2,12 +2,9 @@
 
 import json
 
-import pytest
 from test_train import tiny  # noqa: F401, a fixture
 
 from cosup_jax import main as main_lib
-
-pytestmark = pytest.mark.xdist_group("train")  # shares its config
 
 
 def test_a_run_of_bad_steps_ends(tiny, tmp_path, capsys):  # noqa: F811

@@ -126,7 +126,6 @@ def _by_default(*covers: bool):
     return pytest.mark.parametrize("mesh_shape,bank_kind,slices,tile", cases, ids=str)
 
 
-@pytest.mark.xdist_group("vectors")  # their oracles are computed once
 @_by_default(*((slices > 1) == (tile > 0) for _, _, slices, tile in _GRID))
 def test_vectors_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: negatives of one shard, slice or tile only; gradients cut at the gather or scaled by
@@ -176,7 +175,6 @@ def _contents(mesh_shape, bank_kind) -> tuple[bool, bool]:
     return CONTENTS[[(0, 1, 3), (3, 2, 0)][mesh % 2][bank]]
 
 
-@pytest.mark.xdist_group("towers")  # their oracles are computed once
 @_by_default(*(_covers(*case) for case in _GRID))
 def test_towers_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: as on vectors, and sharded parameters gathered or reduced wrongly."""

@@ -16,7 +16,6 @@ from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 from cosup_jax.towers import Towers
 
-pytestmark = pytest.mark.xdist_group("official")  # `setting` is compiled once
 PAD = VOCAB - 1
 
 

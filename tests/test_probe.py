@@ -15,7 +15,6 @@ from cosup_jax.config import MeshConfig
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.probe import Probe
 
-pytestmark = pytest.mark.xdist_group("probe")  # its programs are compiled once
 KEYS = {"bank__kind": "dual", "bank__size": 96, "bank__queries": 240, "log__probe_bank": True}
 KEYS |= {"loss__nsp_weight": 0.5, "loss__ntp_weight": 2.0, "bank__start_step": 3}
 

@@ -15,7 +15,6 @@ import pytest
 from cosup_jax import main as main_lib
 from cosup_jax.checkpoint import Checkpointer
 
-pytestmark = pytest.mark.xdist_group("train")  # the runs below are shared
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 TINY = """\

@@ -13,7 +13,6 @@ from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.world_facts import Fact
 from cosup_jax.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("world")  # the data set is built once
 ENTITIES = 600
 
 
