@@ -1,5 +1,10 @@
 """Eight fake CPU devices for every test; surprises are errors."""
 
+import os
+
+# Threads for the fake devices to wait in for each other: with one a core, a step can block itself.
+os.environ.setdefault("PJRT_NPROC", "32")
+
 import jax
 import pytest
 

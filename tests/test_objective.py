@@ -113,7 +113,7 @@ def _check(make, mesh_shape, bank_kind, slices, tile, contents, keys: tuple = ()
     for packing, hard in contents:
         with jax.set_mesh(mesh):
             found = gradient(params, _batch(c, t, packing, hard), bank, STEP)
-        assert_close(found, _expected(make, bank_kind, packing, hard, keys))
+        assert_close(jax.block_until_ready(found), _expected(make, bank_kind, packing, hard, keys))
 
 
 _GRID = list(itertools.product(MESHES, BANKS, SLICES, TILES))
