@@ -119,14 +119,7 @@ def _check(make, mesh_shape, bank_kind, slices, tile, contents, keys: tuple = ()
 _GRID = list(itertools.product(MESHES, BANKS, SLICES, TILES))
 
 
-def _by_default(*covers: bool):
-    """Parameters of the grid; slow where `covers` says no."""
-    slow = lambda case: pytest.param(*case, marks=pytest.mark.slow)
-    cases = [case if kept else slow(case) for case, kept in zip(_GRID, covers, strict=True)]
-    return pytest.mark.parametrize("mesh_shape,bank_kind,slices,tile", cases, ids=str)
-
-
-@_by_default(*((slices > 1) == (tile > 0) for _, _, slices, tile in _GRID))
+@pytest.mark.parametrize("mesh_shape,bank_kind,slices,tile", _GRID, ids=str)
 def test_vectors_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: negatives of one shard, slice or tile only; gradients cut at the gather or scaled by
     the number of devices; a copy of the positive, a sibling, or a live, old or doubly stored bank
@@ -175,7 +168,11 @@ def _contents(mesh_shape, bank_kind) -> tuple[bool, bool]:
     return CONTENTS[[(0, 1, 3), (3, 2, 0)][mesh % 2][bank]]
 
 
-@_by_default(*(_covers(*case) for case in _GRID))
+@pytest.mark.parametrize(
+    "mesh_shape,bank_kind,slices,tile",
+    [case if _covers(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in _GRID],
+    ids=str,
+)
 def test_towers_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: as on vectors, and sharded parameters gathered or reduced wrongly."""
     contents = [_contents(mesh_shape, bank_kind)]

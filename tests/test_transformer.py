@@ -11,11 +11,12 @@ from batches import ARCH, VOCAB, assert_close
 from cosup_jax.transformer import Transformer, padded_vocab
 
 MODEL = Transformer(ARCH, VOCAB)
+HIDDEN = jax.jit(MODEL.hidden)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(0))
+    return jax.jit(MODEL.init)(jax.random.key(0))
 
 
 def _rows(B: int = 2, T: int = 12):
@@ -30,23 +31,21 @@ def test_causality_by_gradient(params):
 
     def state(table):
         changed = params | {"embed": {"table": table}}
-        return jnp.sum(MODEL.hidden(changed, tokens, segments, positions)[0, at] ** 3)
+        return jnp.sum(HIDDEN(changed, tokens, segments, positions)[0, at] ** 3)
 
     tokens = jnp.arange(12)[None]  # each position owns a row of the table
-    reached = jnp.abs(jax.grad(state)(params["embed"]["table"])).max(axis=1)[:12] > 0
+    reached = jnp.abs(jax.jit(jax.grad(state))(params["embed"]["table"])).max(axis=1)[:12] > 0
     np.testing.assert_array_equal(reached, np.arange(12) <= at)
 
 
 def test_packed_equals_alone(params):
     """Bug: attention across packed examples, or positions that run on."""
     tokens, _, _ = _rows(2, 7)
-    alone = MODEL.hidden(
-        params, tokens, jnp.ones((2, 7), jnp.int32), jnp.arange(7)[None].repeat(2, 0)
-    )
+    alone = HIDDEN(params, tokens, jnp.ones((2, 7), jnp.int32), jnp.arange(7)[None].repeat(2, 0))
     packed = jnp.concatenate([tokens[0], tokens[1], jnp.zeros(2, jnp.int32)])[None]
     segments = jnp.array([[1] * 7 + [2] * 7 + [0] * 2])
     positions = jnp.array([[*range(7), *range(7), 0, 0]])
-    together = MODEL.hidden(params, packed, segments, positions)[0, :14].reshape(2, 7, -1)
+    together = HIDDEN(params, packed, segments, positions)[0, :14].reshape(2, 7, -1)
     assert_close(together, alone)
 
 
@@ -54,10 +53,10 @@ def test_negative_segments_see_and_are_not_seen(params):
     """Bug: padding under compat=official that other tokens, or other padding, can see."""
     tokens, _, positions = _rows(1, 6)
     segments = jnp.array([[1, 1, 1, 1, -1, -1]])
-    hidden = MODEL.hidden(params, tokens, segments, positions)
-    other = MODEL.hidden(params, tokens.at[0, 4].set(7), segments, positions)
+    hidden = HIDDEN(params, tokens, segments, positions)
+    other = HIDDEN(params, tokens.at[0, 4].set(7), segments, positions)
     assert_close(other[:, [0, 1, 2, 3, 5]], hidden[:, [0, 1, 2, 3, 5]], 0)
-    past = MODEL.hidden(params, tokens.at[0, 0].set(7), segments, positions)
+    past = HIDDEN(params, tokens.at[0, 0].set(7), segments, positions)
     assert float(jnp.abs(past[:, 5] - hidden[:, 5]).max()) > 1e-3
 
 
@@ -84,7 +83,7 @@ def test_padded_vocabulary_never_wins(params):
     """Bug: rows that no token owns take part in the softmax."""
     rows = _rows()
     assert padded_vocab(VOCAB) == 384 and params["embed"]["table"].shape[0] == 384
-    logits = MODEL.logits(params, MODEL.hidden(params, *rows))
+    logits = MODEL.logits(params, HIDDEN(params, *rows))
     share = jax.nn.softmax(logits)[..., VOCAB:].sum()
     assert share == 0
 
@@ -94,6 +93,6 @@ def test_bfloat16_computes_in_bfloat16_and_scores_in_float32(params):
     half = Transformer(dataclasses.replace(ARCH, dtype="bfloat16"), VOCAB)
     hidden = half.hidden(params, *_rows())
     assert hidden.dtype == jnp.bfloat16 and half.logits(params, hidden).dtype == jnp.float32
-    exact = MODEL.hidden(params, *_rows())
+    exact = HIDDEN(params, *_rows())
     assert float(jnp.abs(hidden.astype(jnp.float32) - exact).max()) < 0.1
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
