@@ -131,6 +131,7 @@ class DataConfig:
     no_evidence_fraction: float = 0.0  # share of training examples given without evidence
     drop_without_ret: bool = False  # leave out examples without evidence (the official code does)
     packing: bool = True  # several examples a Gen row, several passages a Ctx row
+    window: int = 512  # examples among which packing seeks what fits; more fill rows better, slower
     pure_steps: bool = False  # the examples of a step all come from one source
     row_lengths: int = 4  # packing off: lengths of rows, each compiled once, to waste less padding
     max_gen_tokens: int = 256  # tokens of a Gen row; a longer example is left out and counted

@@ -43,6 +43,8 @@ def settings_of(config: Config) -> PlanSettings:
         aligned=config.compat == "official",
         pure=data.pure_steps,
         buckets=data.row_lengths,
+        window=data.window,
+        misses=-(-data.window // 8),
     )
 
 

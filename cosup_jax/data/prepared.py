@@ -213,10 +213,7 @@ class _Corpus(Passages):
         self.where = self._records.where
 
     def row(self, id: str) -> int:
-        for row in self._index.candidates(id):
-            if self.at(row).id == id:
-                return row
-        raise KeyError(id)
+        return self._index.find(id, lambda row: self.at(row).id)
 
     def at(self, row: int) -> Passage:
         return Passage(*self._records[int(row)]["passage"])

@@ -163,12 +163,15 @@ class IdIndex:
         hashes[order].astype("<u8").tofile(directory / f"{stem}_hashes")
         order.astype("<i8").tofile(directory / f"{stem}_by_hash")
 
-    def candidates(self, id: str) -> list[int]:
-        """The rows whose id may be this one: few, nearly always one or none."""
+    def find(self, id: str, id_at: Callable[[int], str]) -> int:
+        """The row of an id; `id_at` reads a row's. Raises KeyError if no row has it."""
         wanted = np.uint64(hash_of(id))
         first = np.searchsorted(self._hashes, wanted, "left")
         last = np.searchsorted(self._hashes, wanted, "right")
-        return self._rows[first:last].tolist()
+        for row in self._rows[first:last].tolist():  # nearly always one or none
+            if id_at(row) == id:
+                return row
+        raise KeyError(id)
 
 
 def hash_of(id: str) -> int:
