@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from cosup_jax import hf, sharding
 from cosup_jax import step as step_lib
-from cosup_jax.config import Config, sources
+from cosup_jax.config import Config, DataConfig, sources
 from cosup_jax.contract import EmbeddingContract
 from cosup_jax.data import markup, prepared, tokenizer
 from cosup_jax.data.batch import batch_shape
@@ -81,7 +81,7 @@ def read_sources(config: Config, directory: Path) -> Sources:
       directory: where data sets are kept.
 
     Raises:
-      UserError: a source that cannot be used, or one with bad rows under data.bad_rows=refuse.
+      UserError: a source that cannot be used.
     """
     data, wanted = config.data, {}
     for key in ("train", "eval"):
@@ -94,8 +94,8 @@ def read_sources(config: Config, directory: Path) -> Sources:
     found = {}
     for name in sorted(names, key=lambda name: name.startswith("tfds:")):
         dataset, problems = load(name, data, directory)
-        if name in dict(wanted["eval"]) and data.dev_fraction:
-            dataset = carve(dataset, data.dev_fraction)
+        if name in dict(wanted["eval"]) and set(dataset.splits) == {"train"}:
+            dataset = _hold_out(name, dataset, name in dict(wanted["train"]), data)
         found[name] = (dataset, problems)
     read = Sources(
         [(found[name][0], weight) for name, weight in wanted["train"]],
@@ -103,6 +103,21 @@ def read_sources(config: Config, directory: Path) -> Sources:
         {name: problems for name, (_, problems) in found.items()},
     )
     return read
+
+
+def _hold_out(name: str, dataset: Dataset, trained: bool, data: DataConfig) -> Dataset:
+    """A part of a source that is trained on; all of one that is not."""
+    if not trained:
+        return dataclasses.replace(dataset, splits={"all": dataset.splits["train"]})
+    if not data.dev_fraction:
+        return dataset
+    directory = prepared_directory(name)
+    if directory and prepared.manifest(directory)["settings"]["data.no_evidence_fraction"]:
+        raise UserError(
+            f"data source {name!r} holds nothing out, and its training rows were prepared with "
+            "data.no_evidence_fraction; prepare it with this source in data.eval"
+        )
+    return carve(dataset, data.dev_fraction)
 
 
 def refuse_bad_rows(data: Sources, config: Config) -> list[str]:

@@ -133,7 +133,9 @@ class DataConfig:
     packing: bool = True  # several examples a Gen row, several passages a Ctx row
     window: int = 512  # examples among which packing seeks what fits; more fill rows better, slower
     pure_steps: bool = False  # the examples of a step all come from one source
-    row_lengths: int = 4  # packing off: lengths of rows, each compiled once, to waste less padding
+    row_lengths: int = (
+        4  # packing off: lengths of Gen's and of Ctx's rows; each pair that occurs is compiled
+    )
     max_gen_tokens: int = 256  # tokens of a Gen row; a longer example is left out and counted
     max_ctx_tokens: int = 96  # tokens of one passage; the rest is cut, the pooled token kept
     ret_slots: int = 8  # [Ret] per Gen row
@@ -259,6 +261,6 @@ def sources(text: str) -> list[tuple[str, float]]:
             raise UserError(
                 f"data source {item!r}: {weight!r} is no weight, write source@2.0"
             ) from None
-        if not found[-1][1] > 0:
-            raise UserError(f"data source {item!r}: the weight must be positive")
+        if not 0 < found[-1][1] <= 1000:
+            raise UserError(f"data source {item!r}: the weight must be positive, 1000 at most")
     return found

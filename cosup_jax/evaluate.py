@@ -93,21 +93,33 @@ def held_out_sets(
                     f"two evaluation sets are called {name}; rename one of the files in "
                     "config.data.eval"
                 )
-            rows = dataset.splits[split]
-            order = np.random.default_rng(config.seed).permutation(len(rows))
-            chosen = np.sort(rows[order[: config.eval.examples]])
-            store, packed, left_out = _asked(dataset, split, chosen, tokenizers, config, directory)
-            if len(left_out):
-                _log.warning("%s: %d questions fit no row and are left out", name, len(left_out))
-                chosen = np.delete(chosen, left_out)
-                if not len(chosen):
-                    continue
-                store, packed, _ = _asked(dataset, split, chosen, tokenizers, config, directory)
+            chosen, left_out = _draw(dataset, split, tokenizers, config, directory)
+            if left_out:
+                _log.warning("%s: %d questions drawn fit no row, others stand in", name, left_out)
+            if not len(chosen):
+                continue
+            store, packed, _ = _asked(dataset, split, chosen, tokenizers, config, directory)
             examples = [dataset.examples[row] for row in chosen]
             corpus = Corpus(dataset, store, shape)
             seen = np.isin(as_keys(store.identities[store.ret_passages]), read)
             found.append(HeldOut(name, dataset, examples, store, packed, corpus, seen))
     return found
+
+
+def _draw(
+    dataset: Dataset, split: str, tokenizers: Any, config: Config, directory: Path
+) -> tuple[np.ndarray, int]:
+    """eval.examples questions of a split that fit a row, and how many were drawn that do not."""
+    rows, wanted = dataset.splits[split], config.eval.examples
+    order = rows[np.random.default_rng(config.seed).permutation(len(rows))]
+    take = wanted
+    while True:
+        drawn = order[:take]
+        *_, left_out = _asked(dataset, split, np.sort(drawn), tokenizers, config, directory)
+        fits = drawn[~np.isin(drawn, np.sort(drawn)[left_out])]
+        if len(fits) >= wanted or take >= len(order):
+            return np.sort(fits[:wanted]), len(left_out)
+        take = len(drawn) + 2 * len(left_out)
 
 
 def _asked(

@@ -31,7 +31,9 @@ def prepare(config: Config, workdir: str) -> None:
         tokenizers = assemble.read_tokenizers(config, directory.path, data)
         target = directory.path / "prepared"
         target.mkdir(exist_ok=True)
-        (target / "manifest.json").unlink(missing_ok=True)  # until all files are there again
+        if jax.process_index() == 0:
+            (target / "manifest.json").unlink(missing_ok=True)  # until all files are there again
+        assemble.wait_for_all("old manifest removed")
         about = {"format": prepared.FORMAT, "settings": assemble.token_settings(config, tokenizers)}
         about |= {"problems": {}, "sources": {}}
         for name, problems in data.problems.items():
@@ -43,11 +45,14 @@ def prepare(config: Config, workdir: str) -> None:
             made = _write(target, dataset, tokenizers, config, directory.path / "data")
             about["sources"][dataset.name] = made
             rows = ", ".join(f"{split} {count:,}" for split, count in made["splits"].items())
-            print(f"{dataset.name}: {rows}; {made['passages']:,} passages", flush=True)
-        tokenizers.gen.save(target / "tokenizer" / "gen")
-        tokenizers.ctx.save(target / "tokenizer" / "ctx")
-        directory.write_text("prepared/manifest.json", json.dumps(about, indent=2) + "\n")
-        print(f"done: train with --config.data.train=prepared:{target}", flush=True)
+            if jax.process_index() == 0:
+                print(f"{dataset.name}: {rows}; {made['passages']:,} passages", flush=True)
+        if jax.process_index() == 0:
+            tokenizers.gen.save(target / "tokenizer" / "gen")
+            tokenizers.ctx.save(target / "tokenizer" / "ctx")
+            directory.write_text("prepared/manifest.json", json.dumps(about, indent=2) + "\n")
+            print(f"done: name prepared:{target} in config.data.train and data.eval", flush=True)
+        assemble.wait_for_all("prepared")
 
 
 def _write(
@@ -62,6 +67,8 @@ def _write(
         for split, rows in dataset.splits.items()
         if len(rows)
     }
+    if not stores:
+        raise UserError(f"data source {dataset.name}: no good row; see --mode=validate")
     if jax.process_index() != 0:
         return {"splits": {}, "passages": len(dataset.passages)}
     first = next(iter(stores.values()))

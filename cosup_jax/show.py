@@ -36,7 +36,7 @@ def row(
     rows = slice(row, row + 1), slice(0, 0)
     batch = host_batch(store, plan, plan.shape, step, *rows, config.loss.mask_evidence)
     used = int(np.count_nonzero(batch.gen_segments_BxT))
-    lines = [f"row {row} of step {step}: {used} of {plan.shape.T} tokens"]
+    lines = [f"row {row} of step {step}: {used} of {batch.gen_tokens_BxT.shape[1]} tokens"]
     for segment in range(1, batch.gen_segments_BxT.max() + 1):
         lines.append(f"  example {segment}")
         for kind, first, ids in _runs(batch, segment, tokenizer):

@@ -3,19 +3,21 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cosup_jax import assemble, show
-from cosup_jax.assemble import Tokenizers
+from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.config import Config
 from cosup_jax.data import markup, tokens
-from cosup_jax.data.blocks import as_keys
+from cosup_jax.data.blocks import Builder, as_keys
 from cosup_jax.data.near import NearDuplicates
-from cosup_jax.data.plan import Plan
+from cosup_jax.data.plan import Plan, lengths_of
 from cosup_jax.data.problems import ERRORS, KINDS, Problems
 from cosup_jax.data.schema import Dataset, Example
+from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
 from cosup_jax.workdir import Workdir
@@ -29,6 +31,12 @@ class _Split(NamedTuple):
     split: str
     store: TokenStore
     plan: Plan
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Rows of the store that fit no row, all of them perhaps."""
+        lengths = lengths_of(self.store)
+        return Builder(lengths, self.plan.shape, self.plan.settings, 0).left_out
 
     def examples(self, rows: Iterable[int]) -> Iterator[tuple[int, Dataset, int]]:
         """(row in the store, data set, row in it)."""
@@ -52,28 +60,50 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
         found = Problems().extend(data.problems.values())
         datasets = dict.fromkeys([*(dataset for dataset, _ in data.train), *data.held_out])
         print(_table(_source_rows(datasets)))
-        config = assemble.resolve(config)
-        tokenizers = assemble.read_tokenizers(config, directory.path, data)
-        train, held_out = _splits(data, tokenizers, config, directory.path / "data")
-        print(_table(_split_rows([train, *held_out], train)))
-        for part in (train, *held_out):
-            _check_lengths(part, tokenizers, config, found)
-        for part in held_out:
-            _check_leaks(part, train, found)
-        _check_copies(held_out, train, found)
-        print(_findings(found, limit))
-        lines = (json.dumps(problem._asdict()) for problem in found.listed)
-        directory.write_text("validation.jsonl", "".join(f"{line}\n" for line in lines))
-        for row in range(show_rows):
-            print(show.row(train.store, train.plan, config, tokenizers.gen, train.datasets, row))
-        print(
-            f"the first {found.keep} findings of each kind: {directory.path / 'validation.jsonl'}"
-        )
-    if found.errors:
+        try:
+            shown = _check_tokens(config, data, datasets, directory.path, found, show_rows)
+        finally:  # whatever stops us, what was found is said
+            print(_findings(found, limit))
+            lines = (json.dumps(problem._asdict()) for problem in found.listed)
+            directory.write_text("validation.jsonl", "".join(f"{line}\n" for line in lines))
+        if found.listed:
+            print(f"all findings: {directory.path / 'validation.jsonl'}")
+        print("\n".join(shown), end="")
+    if found.errors and config.data.bad_rows == "refuse":
         raise UserError(
             f"{found.errors} bad rows; mend them, or train without them by "
             "--config.data.bad_rows=drop"
         )
+
+
+def _check_tokens(
+    config: Config,
+    data: Sources,
+    datasets: Iterable[Dataset],
+    workdir: Path,
+    found: Problems,
+    show_rows: int,
+) -> list[str]:
+    """Adds what tokens and plan tell; returns the training rows to show."""
+    config = assemble.resolve(config)
+    tokenizers = assemble.read_tokenizers(config, workdir, data)
+    train, held_out = _splits(data, tokenizers, config, workdir / "data")
+    print(_table(_split_rows([train, *held_out], train)))
+    for part in (train, *held_out):
+        _check_lengths(part, tokenizers, config, found)
+    for dataset in datasets:
+        _check_passages(
+            dataset, next(p for p in (train, *held_out) if dataset in p.datasets), found
+        )
+    for part in held_out:
+        _check_leaks(part, train, found)
+    if held_out:
+        _check_copies(held_out, train, found)
+    rows = range(min(show_rows, train.plan.shape.B * train.plan.total_steps(1)))
+    return [
+        show.row(train.store, train.plan, config, tokenizers.gen, train.datasets, row)
+        for row in rows
+    ]
 
 
 def _splits(data, tokenizers: Tokenizers, config: Config, directory) -> tuple[_Split, list[_Split]]:
@@ -82,17 +112,24 @@ def _splits(data, tokenizers: Tokenizers, config: Config, directory) -> tuple[_S
     train = _Split("training", datasets, "train", store, Plan(store, config))
     held_out = []
     for dataset in data.held_out:
-        for split in dataset.splits.keys() - {"train"}:
+        sets = eval_sets(dataset)
+        if not sets:
+            raise UserError(
+                f"evaluation source {dataset.name}: nothing is held out; give some rows another "
+                "split than 'train', or set config.data.dev_fraction"
+            )
+        for name, split in sets.items():
+            if name in {part.name for part in held_out}:
+                raise UserError(f"two evaluation sets are called {name}; rename one of the files")
             store = tokens.tokenize([(dataset, 1.0)], *tokenizers, config, directory, split)
-            plan = Plan(store, config)
-            held_out.append(_Split(f"{dataset.name}.{split}", [dataset], split, store, plan))
-    return train, sorted(held_out)
+            held_out.append(_Split(name, [dataset], split, store, Plan(store, config)))
+    return train, held_out
 
 
 def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: Problems) -> None:
     """Examples that fit no row, passages that are cut, spans behind the cut."""
     lengths, rets = np.diff(part.store.gen_offsets), np.diff(part.store.ret_offsets)
-    for row, dataset, number in part.examples(part.plan.left_out):
+    for row, dataset, number in part.examples(part.left_out):
         example, most = dataset.examples[number], config.data.max_gen_tokens
         if lengths[row] > most:
             kind, reason = "example_too_long", f"{lengths[row]} tokens, a Gen row has {most}"
@@ -100,16 +137,9 @@ def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: 
             kind = "passages_too_many"
             reason = f"{rets[row]} [Ret] and {len(example.hard_negatives)} hard negatives"
         found.add(kind, dataset.examples.where(number), example.id, f"left out: {reason}")
-    first = 0
-    for dataset in part.datasets:
-        for row in range(len(dataset.passages)):
-            if cut := part.store.ctx_cut[first + row]:
-                id, where = dataset.passages.at(row).id, dataset.passages.where(row)
-                found.add("passage_cut", where, id, f"{cut} tokens are cut off")
-        first += len(dataset.passages)
     cut = part.store.ctx_cut[part.store.ret_passages] > 0
     owner = np.repeat(np.arange(len(rets)), rets)
-    for _, dataset, number in part.examples(np.unique(owner[cut])):
+    for _, dataset, number in part.examples(np.setdiff1d(owner[cut], part.left_out)):
         example = dataset.examples[number]
         for passage, span in _spans(example, dataset):
             kept = tokenizers.gen.encode(passage)[: config.data.max_ctx_tokens]
@@ -117,6 +147,15 @@ def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: 
                 reason = f"{span!r:.60} lies behind the cut of its passage"
                 found.add("answer_cut", dataset.examples.where(number), example.id, reason)
                 break
+
+
+def _check_passages(dataset: Dataset, part: _Split, found: Problems) -> None:
+    """Passages that are cut; `part` is any split that holds the data set."""
+    first = sum(len(d.passages) for d in part.datasets[: part.datasets.index(dataset)])
+    cut = part.store.ctx_cut[first : first + len(dataset.passages)]
+    for row in np.flatnonzero(cut).tolist():
+        id, where = dataset.passages.at(row).id, dataset.passages.where(row)
+        found.add("passage_cut", where, id, f"{cut[row]} tokens are cut off")
 
 
 def _spans(example: Example, dataset: Dataset) -> Iterator[tuple[str, str]]:
@@ -137,7 +176,7 @@ def _check_leaks(part: _Split, train: _Split, found: Problems) -> None:
     owner = np.repeat(np.arange(len(rets)), rets)
     for _, dataset, number in part.examples(np.unique(owner[seen])):
         example = dataset.examples[number]
-        reason = "training reads a passage of its evidence"
+        reason = "training reads a passage of its evidence, the same up to the cut"
         found.add("leaked_passage", dataset.examples.where(number), example.id, reason)
 
 
@@ -185,7 +224,7 @@ def _split_rows(parts: list[_Split], train: _Split) -> list[list[str]]:
         ["split", "examples", "left out", "tokens", "Gen filled", "Ctx filled", "seen in training"]
     ]
     for part in parts:
-        count = part.store.num_examples, len(part.plan.left_out), int(part.store.gen_offsets[-1])
+        count = part.store.num_examples, len(part.left_out), int(part.store.gen_offsets[-1])
         if part is train:
             used = part.plan.utilization()
             rest = [f"{used[name]:.1%}" for name in ("gen_tokens", "ctx_tokens")] + [""]

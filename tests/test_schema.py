@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cosup_jax.config import DataConfig
 from cosup_jax.data import markup, sources
-from cosup_jax.data.problems import ERRORS, KINDS
+from cosup_jax.data.problems import ERRORS, KINDS, Problems
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.errors import UserError
 
@@ -96,9 +96,8 @@ def test_gzip_and_a_byte_order_mark_are_read(tmp_path):
     dataset, problems = load(packed)
     assert list(dataset.examples) == plain and not problems.counts
     packed.write_bytes(packed.read_bytes()[:-9])
-    _, problems = load(packed)
-    assert problems.listed[0].kind == "not_readable"
-    assert problems.listed[0].where == f"{packed}:2"
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz:2: breaks off"):
+        load(packed)
 
 
 # What the row is, what is wrong with it, and what the message says.
@@ -122,6 +121,8 @@ BAD_EXAMPLES = [
     (changed(question=["Where?"]), "wrong_type", "'question' must be text"),
     (changed(task=3), "wrong_type", "'task' must be text, not 3"),
     (changed(split=""), "empty_text", "'split' is empty"),
+    (changed(split="../../x"), "wrong_type", "split '../../x' must be a short word"),
+    (changed(split="x" * 300), "wrong_type", "must be a short word"),
     (changed(question="\ud800"), "not_utf8", "half a surrogate pair"),
     (EXAMPLE, "duplicate_id", "taken by an earlier line"),
     (changed(evidence=["p9"]), "missing_passage", "evidence 'p9' has no passage"),
@@ -214,12 +215,21 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
 
 
 def test_findings_are_counted_whole_and_listed_in_part(tmp_path):
-    """Catches a report that grows with the data, and a count of what is listed only."""
-    rows = [{**EXAMPLE, "id": f"{i}", "question": ""} for i in range(500)]
-    _, problems = load(write(tmp_path, [EXAMPLE, *rows]))
-    assert problems.counts == {"empty_text": 500} and len(problems.listed) == problems.keep
-    again = load(tmp_path / "x.jsonl")[1]  # from disk
-    assert again == problems
+    """Catches a report that grows without end, a count of what is listed only, findings that a
+    second reading has lost."""
+    problems = Problems(keep=2)
+    for i in range(5):
+        problems.add("empty_text", f"x:{i}", "", "empty")
+    assert problems.counts == {"empty_text": 5} and len(problems.listed) == 2
+    path = write(tmp_path, [EXAMPLE, changed(question="")])
+    assert load(path)[1] == load(path)[1] and load(path)[1].errors == 1
+
+
+def test_one_id_for_all_is_told_in_time(tmp_path):
+    """Catches hours spent on comparing every copy with every other."""
+    rows = [{**EXAMPLE, "id": "0", "question": f"{i}?"} for i in range(3000)]
+    dataset, problems = load(write(tmp_path, rows))
+    assert problems.counts == {"duplicate_id": 2999} and len(dataset.examples) == 1
 
 
 JSON = st.recursive(

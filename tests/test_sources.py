@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from batches import config
 
+from cosup_jax import assemble
 from cosup_jax.config import DataConfig
 from cosup_jax.data import sources
 from cosup_jax.data.schema import Dataset, Example, Passage
@@ -74,8 +76,8 @@ def held_out_by_hand():
     return Dataset.of("made", "1", examples, passages)
 
 
-def test_a_carved_split_shares_no_passage_with_training():
-    """Catches held-out questions whose passage training has read, also under another id."""
+def test_a_carved_part_has_passages_of_its_own():
+    """Catches held-out questions all of whose passages training reads, also under another id."""
     whole = held_out_by_hand()
     dataset = sources.carve(whole, 0.2)
     assert set(dataset.splits) == {"train", "dev"} and dataset.version != whole.version
@@ -89,6 +91,22 @@ def test_a_carved_split_shares_no_passage_with_training():
         assert not read <= trained
     assert 60 < len(dataset.splits["dev"]) < 300
     assert any(not read for read in texts("dev")) and any(not read for read in texts("train"))
+
+
+def test_something_is_always_held_out():
+    """Catches an evaluation of nothing where few passages meet a small share."""
+    passages = [Passage(f"{i}", "", f"text {i}") for i in range(5)]
+    examples = [Example(f"{i}", "t", "Q?", ("A",), (f"{i}",)) for i in range(5)]
+    dataset = sources.carve(Dataset.of("few", "1", examples, passages), 0.001)
+    assert len(dataset.splits["dev"]) == 1 and len(dataset.splits["train"]) == 4
+
+
+def test_a_set_that_is_only_evaluated_is_evaluated_whole(tmp_path):
+    """Catches a test file without splits of which one row in twenty is used."""
+    write(tmp_path, "a", "b")
+    keys = {"data__train": f"{tmp_path}/a.jsonl", "data__eval": f"{tmp_path}/b.jsonl"}
+    found = assemble.read_sources(config(**keys), tmp_path / "data")
+    assert {k: len(v) for k, v in found.held_out[0].splits.items()} == {"all": 1}
 
 
 def test_a_set_with_a_split_is_left_as_it_is():

@@ -209,6 +209,23 @@ def test_processes_share_the_shards(tmp_path, monkeypatch):
             assert np.array_equal(getattr(store, name), getattr(alone, name)), name
 
 
+def test_chunks_together_are_everything(tmp_path, bpe, monkeypatch):
+    """Rows past the first chunk of a shard lost without a word."""
+    whole = build(tmp_path / "whole", bpe)
+    monkeypatch.setattr(tokens, "CHUNK", 2)
+    monkeypatch.setattr(tokens, "SHARD", 3)
+    cut = build(tmp_path / "cut", bpe)
+    for name in (*tokens._CTX, *tokens._GEN, *tokens._PER_SOURCE):
+        assert np.array_equal(getattr(whole, name), getattr(cut, name)), name
+
+
+def test_nothing_left_is_refused(tmp_path, bpe):
+    """A traceback from the plan where no example has evidence and those are dropped."""
+    dataset = dataclasses.replace(DATASET, splits={"train": np.array([2])})
+    with pytest.raises(UserError, match="drop_without_ret leaves nothing: none of 1"):
+        build(tmp_path, bpe, dataset, data__drop_without_ret=True)
+
+
 def test_empty_split_is_refused(tmp_path, bpe):
     """An evaluation over nothing would report a perfect or an undefined score."""
     with pytest.raises(UserError, match="data source toy: no example has split 'dev'"):

@@ -109,12 +109,48 @@ def test_what_tokens_and_training_tell(tmp_path, capsys):
     code, out, findings = run(tmp_path, capsys, passages, examples)
     of = lambda kind: {finding["id"] for finding in findings if finding["kind"] == kind}
     assert code == 0
-    assert of("example_too_long") == {"no row"} and of("answer_cut") == {"cut", "no row"}
+    assert of("example_too_long") == {"no row"} and of("answer_cut") == {"cut"}
     assert "long" in of("passage_cut")
+    cut = [finding["id"] for finding in findings if finding["kind"] == "passage_cut"]
+    assert len(cut) == len(set(cut)) and f"passage_cut: {len(cut)} x" in out
     assert of("leaked_passage") == {"leak", "same words"}
     assert of("leaked_question") == {"leak", "same words"}
     assert of("near_duplicate") == {"near"}
     assert "40% of 5 [Ret]" not in out and "29% of 7 [Ret]" in out
+
+
+def test_findings_of_two_sources_name_their_own_rows(tmp_path, capsys):
+    """Bug: a row of the second source looked up in the first."""
+    passages, examples = rows()
+    long = {"id": "long", "title": "", "text": "on and on " * 100}
+    for name, extra in (("a", []), ("b", [long])):
+        (tmp_path / name).mkdir()
+        asked = [{**e, "id": name + e["id"]} for e in examples]
+        if extra:
+            asked.insert(0, {**asked[0], "id": "too long", "question": "why " * 300})
+        found = write(tmp_path / name, passages + extra, asked)
+        (tmp_path / name / "x.jsonl").rename(tmp_path / name / f"{name}.jsonl")
+        (tmp_path / name / "x.passages.jsonl").rename(tmp_path / name / f"{name}.passages.jsonl")
+    both = f"{tmp_path}/a/a.jsonl,{tmp_path}/b/b.jsonl"
+    found = replace_dotted(replace_dotted(found, "data.train", both), "data.eval", both)
+    validate.validate(found, str(tmp_path / "work"), show_rows=40)
+    lines = (tmp_path / "work" / "validation.jsonl").read_text().splitlines()
+    found = {(f["kind"], f["id"]): f["where"] for f in map(json.loads, lines)}
+    assert found["example_too_long", "too long"] == f"{tmp_path}/b/b.jsonl:1"
+    assert found["passage_cut", "long"] == f"{tmp_path}/b/b.passages.jsonl:9"
+    out = capsys.readouterr().out
+    for town in TOWNS[:-2]:
+        assert out.count(f"positive | {town}: {town} :: ") == 4  # two questions in each source
+
+
+def test_nothing_good_is_told_row_by_row(tmp_path, capsys):
+    """Bug: of a file whose every row lacks a field nothing is said but that it has no rows."""
+    passages, examples = rows()
+    for example in examples:
+        del example["task"]
+    code, out, findings = run(tmp_path, capsys, passages, examples)
+    assert code == 2 and len(findings) == 16 and kinds(findings) == ["missing_field"]
+    assert "error missing_field: 16 x" in out
 
 
 def test_a_row_is_shown_as_the_model_reads_it(tmp_path, capsys):

@@ -11,11 +11,14 @@ from cosup_jax.errors import UserError
 
 # What a user may take for a control token, ours or a common one.
 _CONTROL = re.compile(r"\[Ret(?::[^\]]*)?\]|\[Cs\]|\[Ce\]|\[Emb\]|<pad>|</?s>|<\|[a-z_]+\|>")
+_SPLIT = re.compile(r"\w[\w.-]{0,63}")  # it names files
 _KINDS_WITH_SPAN = ("", "span")
 
 
 def check_references(example: Example, passages: Passages) -> None:
     """Raises BadRow unless the example can be written as training text."""
+    if not _SPLIT.fullmatch(example.split):
+        raise BadRow("wrong_type", f"split {example.split!r:.60} must be a short word")
     if not example.answers and not example.long_answer and not example.output:
         raise BadRow("empty_text", "'answers' is empty")
     for field in ("evidence", "hard_negatives", "candidates"):

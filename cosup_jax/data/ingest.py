@@ -20,7 +20,7 @@ from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
 from cosup_jax.data.storage import ArrayWriter, IdIndex, build_once, hash_of, map_array, span
 
-VERSION = 1  # raise it whenever the files below change
+VERSION = 1  # raise it whenever a format, a check or the files below change
 Records = Iterator[tuple[str, Passage | Example]]  # each with its FILE:LINE
 
 _TABLES = {Passage: "passages", Example: "examples"}
@@ -35,7 +35,7 @@ _ARRAYS = {
 
 
 def ingest(
-    name: str, version: str, read: Callable[[Problems], Records], directory: Path
+    name: str, version: str, read: Callable[[Problems], Records], directory: Path, place: str = ""
 ) -> tuple[Dataset, Problems]:
     """The good rows of a source, and what is wrong with the others.
 
@@ -43,8 +43,9 @@ def ingest(
       version: of the content; what is in `directory` under the same name and version is used.
       read: yields every row that is well-formed in itself, and notes the others.
       directory: where data sets are kept.
+      place: of the files, which findings name.
     """
-    key = hashlib.sha256(repr((VERSION, name, version)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((VERSION, name, version, place)).encode()).hexdigest()[:16]
     target = directory / f"{name}-{key}"
     build_once(target, lambda temporary: _build(temporary, name, read))
     about = json.loads((target / "about.json").read_text())
@@ -79,12 +80,14 @@ def _note_copies(directory: Path, problems: Problems) -> None:
         rows = _Table(directory, table)
         hashes = map_array(directory / f"{table}_hashes", "<u8")
         order = np.argsort(hashes, kind="stable")
-        first, copies = 0, []  # `first` of the rows that share a hash
-        for at in range(1, len(order)):
-            if hashes[order[at]] != hashes[order[first]]:
-                first = at
-            elif rows[order[at]][1] in {rows[other][1] for other in order[first:at]}:
+        ordered, copies, ids = hashes[order], [], set()  # `ids` of the rows that share a hash
+        for at in np.flatnonzero(ordered[1:] == ordered[:-1]) + 1:
+            if at < 2 or ordered[at - 2] != ordered[at]:
+                ids = {rows[order[at - 1]][1]}
+            id = rows[order[at]][1]
+            if id in ids:
                 copies.append(order[at])
+            ids.add(id)
         for row in sorted(copies):
             place, id, *_ = rows[row]
             problems.add("duplicate_id", place, id, "this id is taken by an earlier line")

@@ -42,7 +42,7 @@ def settings_of(config: Config) -> PlanSettings:
         packing=data.packing,
         aligned=config.compat == "official",
         pure=data.pure_steps,
-        buckets=data.row_lengths,
+        buckets=1 if data.packing else data.row_lengths,
         window=data.window,
         misses=-(-data.window // 8),
     )

@@ -65,7 +65,10 @@ def manifest(directory: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no prepared data here ({error}); see --mode=prepare") from None
+        inside = Path(directory) / "prepared" / "manifest.json"
+        hint = f"you mean {inside.parent}" if inside.is_file() else "see --mode=prepare"
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: no prepared data here ({reason}); {hint}") from None
     if found.get("format") != FORMAT:
         raise UserError(f"{path}: of another version of this program; run --mode=prepare again")
     return found

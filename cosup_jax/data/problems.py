@@ -69,7 +69,7 @@ class BadRow(Exception):
 class Problems:
     """Findings about one source. Counts are complete; of each kind the first `keep` are kept."""
 
-    keep: int = 200
+    keep: int = 100_000  # bounds memory and file, not what a person reads
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     listed: list[Problem] = dataclasses.field(default_factory=list)
 

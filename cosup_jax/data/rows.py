@@ -101,7 +101,7 @@ def content_id(*texts: str) -> str:
 def read_lines(path: Path, problems: Problems) -> Iterator[Row]:
     """The objects of a JSONL file, plain or .gz; blank lines are skipped, bad ones noted.
 
-    Raises UserError if the file cannot be opened or holds no line.
+    Raises UserError if the file cannot be opened, breaks off, or holds no line.
     """
     found, number = False, 0
     with open_file(path) as lines:
@@ -110,8 +110,7 @@ def read_lines(path: Path, problems: Problems) -> Iterator[Row]:
             try:
                 line = lines.readline()
             except _BROKEN as error:
-                problems.add("not_readable", f"{path}:{number}", "", f"breaks off: {error}")
-                return
+                raise UserError(f"{path}:{number}: breaks off ({error}); fetch it again") from None
             if not line:
                 break
             if not line.strip():

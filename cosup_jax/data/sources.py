@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import hashlib
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems
 from cosup_jax.data.rows import digest
 from cosup_jax.data.schema import Dataset
+from cosup_jax.data.storage import share_of
 from cosup_jax.errors import UserError
 
 FORMATS = {"jsonl": jsonl, "official": official, "selfrag": selfrag, "kilt": kilt, "alce": alce}
@@ -48,7 +48,9 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
     if kind in FORMATS:
         format = FORMATS[kind]
         version = digest(format.files(where))
-        return ingest(_name(where), f"{kind}-{version}", lambda p: format.read(where, p), directory)
+        # KILT tells task and split by a file's name.
+        version = f"{kind}-{Path(where.split('::')[0]).name}-{version}"
+        return ingest(_name(where), version, lambda p: format.read(where, p), directory, where)
     if kind == "prepared":
         return prepared.load(*where.rsplit("::", 1)), Problems()
     raise UserError(f"unknown data source {source!r}; known are {KNOWN}")
@@ -62,7 +64,11 @@ def expand(source: str) -> list[str]:
     kind, where = _kind(source)
     if kind == "prepared" and "::" not in where:
         return [f"{source}::{name}" for name in prepared.manifest(where)["sources"]]
-    if kind in ("tfds", "prepared") or not glob.has_magic(where):
+    if (
+        kind in ("tfds", "prepared")
+        or Path(where.split("::")[0]).is_file()
+        or not glob.has_magic(where)
+    ):
         return [source]
     prefix, (pattern, *rest) = source.removesuffix(where), where.split("::")
     found = [path for path in sorted(glob.glob(pattern)) if ".passages.jsonl" not in path]
@@ -74,21 +80,20 @@ def expand(source: str) -> list[str]:
 def carve(dataset: Dataset, fraction: float) -> Dataset:
     """Holds out a `dev` split, where a data set has nothing but training rows, by passage.
 
-    A share of the passages is drawn by a hash of their text. Examples that read any of them are
-    `dev`, so that training sees none of these passages as evidence; examples without evidence are
-    drawn by a hash of their id.
+    A share of the passages, one at least, is drawn by a hash of their text. Examples that read any
+    of them are `dev`, so that training reads none of these as evidence; it may read others of the
+    same examples. Examples without evidence are drawn by a hash of their id.
     """
     if set(dataset.splits) != {"train"}:
         return dataset
-    drawn: dict[str, bool] = {}
-    held_out = np.zeros(len(dataset.splits["train"]), bool)
+    rows, shares = dataset.splits["train"], {}
+    lowest = np.zeros(len(rows))
     for i, example in enumerate(dataset.rows("train")):
         for id in example.evidence:
-            if id not in drawn:
-                drawn[id] = _share(passage_text(dataset.passages[id])) < fraction
-        read = [drawn[id] for id in example.evidence] or [_share(example.id) < fraction]
-        held_out[i] = any(read)
-    rows = dataset.splits["train"]
+            if id not in shares:
+                shares[id] = share_of(passage_text(dataset.passages[id]))
+        lowest[i] = min([shares[id] for id in example.evidence] or [share_of(example.id)])
+    held_out = lowest <= max(fraction, lowest.min())
     splits = {"train": rows[~held_out], "dev": rows[held_out]}
     return dataclasses.replace(dataset, splits=splits, version=f"{dataset.version}+dev{fraction}")
 
@@ -117,9 +122,4 @@ def _kind(source: str) -> tuple[str, str]:
 
 def _name(where: str) -> str:
     """x of DIR/x.jsonl.gz."""
-    return Path(where.split("::")[0]).name.partition(".")[0]
-
-
-def _share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+    return re.sub(r"(\.jsonl|\.json|\.pickle|\.pkl)?(\.gz)?$", "", Path(where.split("::")[0]).name)

@@ -179,6 +179,11 @@ def hash_of(id: str) -> int:
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
 
 
+def share_of(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: the same for every seed and host."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+
 def span(offsets: np.ndarray, item: int) -> slice:
     """Where an item of a ragged array lies in its flat array."""
     return slice(int(offsets[item]), int(offsets[item + 1]))

@@ -22,7 +22,7 @@ from cosup_jax.config import Config, DataConfig
 from cosup_jax.data import markup
 from cosup_jax.data.prepared import Encoded, is_prepared
 from cosup_jax.data.schema import Dataset
-from cosup_jax.data.storage import ArrayWriter, Ragged, build_once, map_array, span
+from cosup_jax.data.storage import ArrayWriter, Ragged, build_once, map_array, share_of, span
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 
@@ -136,12 +136,22 @@ def tokenize(
             jobs += _jobs(ctx_shards[-1], job, len(dataset.passages))
             job = functools.partial(_examples, dataset, split, gen_tokenizer, data)
             jobs += _jobs(gen_shards / f"{number}", job, len(dataset.splits.get(split, ())))
-        _share(jobs)
+        try:
+            _build_together(jobs, target)
+        except FileNotFoundError:  # another process has put them together and removed them
+            if not target.is_dir():
+                raise
         shards = [(ctx, gen_shards / f"{i}") for i, ctx in enumerate(ctx_shards)]
         weights = [weight for _, weight in sources]
         build_once(target, lambda temporary: _join(temporary, shards, weights, fingerprint))
         shutil.rmtree(gen_shards, ignore_errors=True)
-    return TokenStore(target)
+    store = TokenStore(target)
+    if not store.num_examples:
+        raise UserError(
+            f"config.data.drop_without_ret leaves nothing: none of {store.dropped} examples has a "
+            "[Ret]; set it to False, or give examples evidence"
+        )
+    return store
 
 
 Job = tuple[Path, Callable[[Path], None]]  # a directory, and what fills it
@@ -153,11 +163,11 @@ def _jobs(directory: Path, write: Callable[[range, Path], None], count: int) -> 
         yield directory / f"{number:05}", functools.partial(write, rows)
 
 
-def _share(jobs: Sequence[Job]) -> None:
-    """Has every directory made, by us or by another process that does the same."""
+def _build_together(jobs: Sequence[Job], target: Path) -> None:
+    """Has every directory made, by us or by others that do the same, unless `target` is there."""
     shown = {"desc": "tokenising", "unit": " shards", "delay": 2, "leave": False}
     with tqdm(total=len(jobs), disable=None, **shown) as bar:
-        while jobs:
+        while jobs and not target.is_dir():
             waiting = []
             for job in jobs:
                 if build_once(*job, wait=False):
@@ -218,7 +228,7 @@ def _encode(
 ) -> Iterator[Encoded]:
     passages, examples = dataset.passages, [dataset.examples[row] for row in rows]
     no_evidence = data.no_evidence_fraction if train else 0.0
-    given = [_share_of(example.id) >= no_evidence for example in examples]
+    given = [share_of(example.id) >= no_evidence for example in examples]
     pieces = [
         markup.pieces(example, passages, with_evidence)
         for example, with_evidence in zip(examples, given, strict=True)
@@ -256,11 +266,6 @@ def _join(
             first_passage += passages
     about = {"fingerprint": fingerprint, "dropped": dropped}
     (directory / "about.json").write_text(json.dumps(about))
-
-
-def _share_of(id: str) -> float:
-    """A number in [0, 1) that depends on the id alone, hence the same for every seed."""
-    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8]) / 2**64
 
 
 def _fingerprint(*settings: Any) -> str:
