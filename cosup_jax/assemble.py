@@ -83,26 +83,22 @@ def read_sources(config: Config, directory: Path) -> Sources:
     Raises:
       UserError: a source that cannot be used.
     """
-    data, wanted = config.data, {}
-    for key in ("train", "eval"):
-        wanted[key] = [
-            (name, weight)
-            for source, weight in sources(getattr(data, key))
-            for name in expand(source)
-        ]
-    names = dict.fromkeys(name for key in wanted for name, _ in wanted[key])
-    found = {}
-    for name in sorted(names, key=lambda name: name.startswith("tfds:")):
-        dataset, problems = load(name, data, directory)
-        if name in dict(wanted["eval"]) and set(dataset.splits) == {"train"}:
-            dataset = _hold_out(name, dataset, name in dict(wanted["train"]), data)
-        found[name] = (dataset, problems)
-    read = Sources(
-        [(found[name][0], weight) for name, weight in wanted["train"]],
-        [found[name][0] for name, _ in wanted["eval"]],
-        {name: problems for name, (_, problems) in found.items()},
+    train, held_out = (
+        [(name, weight) for source, weight in sources(text) for name in expand(source)]
+        for text in (config.data.train, config.data.eval)
     )
-    return read
+    trained, evaluated = ({name for name, _ in pairs} for pairs in (train, held_out))
+    found, problems = {}, {}
+    for name in sorted(trained | evaluated, key=lambda name: (name.startswith("tfds:"), name)):
+        dataset, problems[name] = load(name, config.data, directory)
+        if name in evaluated and set(dataset.splits) == {"train"}:
+            dataset = _hold_out(name, dataset, name in trained, config.data)
+        found[name] = dataset
+    return Sources(
+        [(found[name], weight) for name, weight in train],
+        [found[name] for name, _ in held_out],
+        problems,
+    )
 
 
 def _hold_out(name: str, dataset: Dataset, trained: bool, data: DataConfig) -> Dataset:

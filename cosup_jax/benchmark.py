@@ -11,6 +11,7 @@ from cosup_jax import assemble, sharding
 from cosup_jax.config import Config
 from cosup_jax.data import pipeline, tokens
 from cosup_jax.data.plan import Plan
+from cosup_jax.errors import UserError
 from cosup_jax.workdir import Workdir
 
 
@@ -19,9 +20,13 @@ def benchmark(config: Config, workdir: str, steps: int = 400) -> None:
 
     Raises UserError for whatever is wrong with config or data.
     """
+    if steps < 1:
+        raise UserError("--steps=0 reads nothing; give at least 1")
     mesh = assemble.mesh_for(config)
     with Workdir(workdir) as directory:
         data = assemble.read_sources(config, directory.path / "data")
+        for line in assemble.refuse_bad_rows(data, config):
+            print(line)
         config = assemble.resolve(config)
         tokenizers = assemble.read_tokenizers(config, directory.path, data)
         with tempfile.TemporaryDirectory(dir=directory.path) as fresh:

@@ -133,9 +133,7 @@ class DataConfig:
     packing: bool = True  # several examples a Gen row, several passages a Ctx row
     window: int = 512  # examples among which packing seeks what fits; more fill rows better, slower
     pure_steps: bool = False  # the examples of a step all come from one source
-    row_lengths: int = (
-        4  # packing off: lengths of Gen's and of Ctx's rows; each pair that occurs is compiled
-    )
+    row_lengths: int = 4  # packing off: lengths that Gen's and Ctx's rows may have; pairs compile
     max_gen_tokens: int = 256  # tokens of a Gen row; a longer example is left out and counted
     max_ctx_tokens: int = 96  # tokens of one passage; the rest is cut, the pooled token kept
     ret_slots: int = 8  # [Ret] per Gen row

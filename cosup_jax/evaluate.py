@@ -14,7 +14,7 @@ from cosup_jax import cosup, index, sharding
 from cosup_jax.config import Config
 from cosup_jax.data import tokens
 from cosup_jax.data.batch import BatchShape, batch_shape
-from cosup_jax.data.blocks import as_keys, canonical
+from cosup_jax.data.blocks import canonical
 from cosup_jax.data.markup import EVIDENCE, TARGET, passage_text
 from cosup_jax.data.pipeline import PackedExamples, PackedPassages, pack_examples, pack_passages
 from cosup_jax.data.schema import Dataset, Example, Passage
@@ -22,7 +22,6 @@ from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.storage import Chosen
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.encode import Encoder, to_mesh
-from cosup_jax.errors import UserError
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
 from cosup_jax.towers import Towers, gen_hidden, query_vectors
@@ -78,61 +77,42 @@ def held_out_sets(
     Raises:
       UserError: a source holds nothing out, or two sets have one name.
     """
-    found, shape = [], batch_shape(config)
-    read = as_keys(train.identities[np.unique(train.ret_passages)])
-    for dataset in datasets:
-        sets = eval_sets(dataset)
-        if not sets:
-            raise UserError(
-                f"evaluation source {dataset.name}: nothing is held out; give some rows another "
-                "split than 'train', or set config.data.dev_fraction"
-            )
-        for name, split in sets.items():
-            if name in {held_out.name for held_out in found}:
-                raise UserError(
-                    f"two evaluation sets are called {name}; rename one of the files in "
-                    "config.data.eval"
-                )
-            chosen, left_out = _draw(dataset, split, tokenizers, config, directory)
-            if left_out:
-                _log.warning("%s: %d questions drawn fit no row, others stand in", name, left_out)
-            if not len(chosen):
-                continue
-            store, packed, _ = _asked(dataset, split, chosen, tokenizers, config, directory)
-            examples = [dataset.examples[row] for row in chosen]
-            corpus = Corpus(dataset, store, shape)
-            seen = np.isin(as_keys(store.identities[store.ret_passages]), read)
-            found.append(HeldOut(name, dataset, examples, store, packed, corpus, seen))
+    found = []
+    for name, (dataset, split) in eval_sets(datasets).items():
+        asked = _ask(name, dataset, split, tokenizers, config, directory)
+        if asked is None:
+            continue
+        rows, store, packed = asked
+        examples = [dataset.examples[row] for row in rows]
+        corpus = Corpus(dataset, store, batch_shape(config))
+        seen = tokens.seen_in(store, train)
+        found.append(HeldOut(name, dataset, examples, store, packed, corpus, seen))
     return found
 
 
-def _draw(
-    dataset: Dataset, split: str, tokenizers: Any, config: Config, directory: Path
-) -> tuple[np.ndarray, int]:
-    """eval.examples questions of a split that fit a row, and how many were drawn that do not."""
+def _ask(
+    name: str, dataset: Dataset, split: str, tokenizers: Any, config: Config, directory: Path
+) -> tuple[np.ndarray, TokenStore, list[PackedExamples]] | None:
+    """eval.examples questions of a split that fit a row: their rows, tokens, and packed.
+
+    None if there is no such question.
+    """
     rows, wanted = dataset.splits[split], config.eval.examples
     order = rows[np.random.default_rng(config.seed).permutation(len(rows))]
-    take = wanted
+    unfit = np.zeros(0, rows.dtype)
     while True:
-        drawn = order[:take]
-        *_, left_out = _asked(dataset, split, np.sort(drawn), tokenizers, config, directory)
-        fits = drawn[~np.isin(drawn, np.sort(drawn)[left_out])]
-        if len(fits) >= wanted or take >= len(order):
-            return np.sort(fits[:wanted]), len(left_out)
-        take = len(drawn) + 2 * len(left_out)
-
-
-def _asked(
-    dataset: Dataset, split: str, rows: np.ndarray, tokenizers: Any, config: Config, directory: Path
-):
-    """Token store and packed rows of these questions, and which of them fit no row."""
-    dataset = dataclasses.replace(dataset, splits={split: rows})
-    store = tokens.tokenize([(dataset, 1.0)], *tokenizers, config, directory, split=split)
-    data = config.data
-    packed, left_out = pack_examples(
-        store, batch_shape(config), data.packing, config.loss.mask_evidence
-    )
-    return store, list(packed), left_out
+        chosen = np.sort(order[~np.isin(order, unfit)][:wanted])
+        if not len(chosen):
+            return None
+        part = dataclasses.replace(dataset, splits={split: chosen})
+        store = tokens.tokenize([(part, 1.0)], *tokenizers, config, directory, split=split)
+        packed, left_out = pack_examples(
+            store, batch_shape(config), config.data.packing, config.loss.mask_evidence
+        )
+        if not len(left_out):
+            return chosen, store, list(packed)
+        unfit = np.append(unfit, chosen[left_out])
+        _log.warning("%s: %d questions drawn fit no row, others stand in", name, len(left_out))
 
 
 def baselines(sets: Sequence[HeldOut], train: TokenStore, config: Config) -> dict[str, Any]:
@@ -214,11 +194,9 @@ class Evaluator:
         scores, rets = {"ntp_nats_per_token": nats / max(weight, 1.0)}, np.concatenate(rets)
         if len(rets):
             gold = held_out.corpus.row_of[held_out.store.ret_passages[rets]]
-            ranks, seen = (
-                index.ranks(np.concatenate(queries), corpus_NxD, gold),
-                held_out.seen[rets],
-            )
+            ranks = index.ranks(np.concatenate(queries), corpus_NxD, gold)
             scores |= retrieval.summary(ranks) | {"top1_in_batch": float(right / len(gold))}
+            seen = held_out.seen[rets]
             if seen.any() and not seen.all():
                 for name, part in (("seen", ranks[seen]), ("unseen", ranks[~seen])):
                     summary = retrieval.summary(part).items()

@@ -1,9 +1,11 @@
 """--mode=prepare: all sources, checked and tokenised, as ArrayRecord files for any run to read."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,42 +25,46 @@ def prepare(config: Config, workdir: str) -> None:
 
     Raises UserError for whatever is wrong with config or data.
     """
-    config = assemble.resolve(config)
+    config, first = assemble.resolve(config), jax.process_index() == 0
     with Workdir(workdir) as directory:
         data = assemble.read_sources(config, directory.path / "data")
+        say = lambda text: print(text, flush=True) if first else None
         for line in assemble.refuse_bad_rows(data, config):
-            print(line, flush=True)
+            say(line)
+        datasets = dict.fromkeys([*(dataset for dataset, _ in data.train), *data.held_out])
+        for name, count in collections.Counter(d.name for d in datasets).items():
+            if count > 1:
+                raise UserError(f"{count} sources are called {name}; rename their files")
         tokenizers = assemble.read_tokenizers(config, directory.path, data)
         target = directory.path / "prepared"
         target.mkdir(exist_ok=True)
-        if jax.process_index() == 0:
+        if first:
             (target / "manifest.json").unlink(missing_ok=True)  # until all files are there again
-        assemble.wait_for_all("old manifest removed")
-        about = {"format": prepared.FORMAT, "settings": assemble.token_settings(config, tokenizers)}
-        about |= {"problems": {}, "sources": {}}
-        for name, problems in data.problems.items():
-            about["problems"][name] = dict(problems.counts)
-        datasets = dict.fromkeys([*(dataset for dataset, _ in data.train), *data.held_out])
+        made = {}
         for dataset in datasets:
-            if dataset.name in about["sources"]:
-                raise UserError(f"two sources are called {dataset.name}; rename one of the files")
-            made = _write(target, dataset, tokenizers, config, directory.path / "data")
-            about["sources"][dataset.name] = made
-            rows = ", ".join(f"{split} {count:,}" for split, count in made["splits"].items())
-            if jax.process_index() == 0:
-                print(f"{dataset.name}: {rows}; {made['passages']:,} passages", flush=True)
-        if jax.process_index() == 0:
+            stores = _tokenize(dataset, tokenizers, config, directory.path / "data")
+            if first:  # every process tokenises, one writes
+                made[dataset.name] = _write(target, dataset, stores)
+            rows = ", ".join(f"{split} {len(rows):,}" for split, rows in dataset.splits.items())
+            say(f"{dataset.name}: {rows}; {len(dataset.passages):,} passages")
+        if first:
             tokenizers.gen.save(target / "tokenizer" / "gen")
             tokenizers.ctx.save(target / "tokenizer" / "ctx")
-            directory.write_text("prepared/manifest.json", json.dumps(about, indent=2) + "\n")
-            print(f"done: name prepared:{target} in config.data.train and data.eval", flush=True)
+        about = {
+            "format": prepared.FORMAT,
+            "settings": assemble.token_settings(config, tokenizers),
+            "problems": {name: dict(found.counts) for name, found in data.problems.items()},
+            "sources": made,
+        }
+        directory.write_text("prepared/manifest.json", json.dumps(about, indent=2) + "\n")
+        say(f"done: name prepared:{target} in config.data.train and data.eval")
         assemble.wait_for_all("prepared")
 
 
-def _write(
-    target: Path, dataset: Dataset, tokenizers: Tokenizers, config: Config, directory: Path
-) -> dict:
-    """One source; every process tokenises, the first one writes."""
+def _tokenize(
+    dataset: Dataset, tokenizers: Tokenizers, config: Config, directory: Path
+) -> dict[str, TokenStore]:
+    """Every split that has an example."""
     # What has no [Ret] is left to the run that reads it.
     data = dataclasses.replace(config.data, drop_without_ret=False)
     config = dataclasses.replace(config, data=data)
@@ -69,12 +75,17 @@ def _write(
     }
     if not stores:
         raise UserError(f"data source {dataset.name}: no good row; see --mode=validate")
-    if jax.process_index() != 0:
-        return {"splits": {}, "passages": len(dataset.passages)}
-    first = next(iter(stores.values()))
-    ctx = zip(first.ctx, first.ctx_cut, strict=True)
-    gen = {split: _encoded(store) for split, store in stores.items()}
-    return prepared.write(target, dataset, ctx, {**dict.fromkeys(dataset.splits, ()), **gen})
+    return stores
+
+
+def _write(target: Path, dataset: Dataset, stores: dict[str, TokenStore]) -> dict[str, Any]:
+    corpus = next(iter(stores.values()))
+    ctx = zip(corpus.ctx, corpus.ctx_cut, strict=True)
+    gen = {
+        split: _encoded(stores[split]) if len(rows) else ()
+        for split, rows in dataset.splits.items()
+    }
+    return prepared.write(target, dataset, ctx, gen)
 
 
 def _encoded(store: TokenStore) -> Iterator[Encoded]:

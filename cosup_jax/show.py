@@ -7,13 +7,12 @@ import numpy as np
 
 from cosup_jax.config import Config
 from cosup_jax.data.batch import Batch
-from cosup_jax.data.blocks import as_keys
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.pipeline import host_batch
 from cosup_jax.data.plan import Plan
 from cosup_jax.data.schema import Dataset, Passage
 from cosup_jax.data.tokenizer import Tokenizer
-from cosup_jax.data.tokens import TokenStore
+from cosup_jax.data.tokens import TokenStore, as_keys
 
 _COLOURS = {"read": "\033[2m", "predict": "\033[32m", "[Ret]": "\033[1;36m"}
 _PLAIN = "\033[0m"

@@ -1,8 +1,9 @@
 """--mode=validate: every bad or odd row with file, line, id and reason; nothing is compiled."""
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,10 @@ from cosup_jax import assemble, show
 from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.config import Config
 from cosup_jax.data import markup, tokens
-from cosup_jax.data.blocks import Builder, as_keys
+from cosup_jax.data.batch import batch_shape
+from cosup_jax.data.blocks import Builder
 from cosup_jax.data.near import NearDuplicates
-from cosup_jax.data.plan import Plan, lengths_of
+from cosup_jax.data.plan import Plan, lengths_of, settings_of
 from cosup_jax.data.problems import ERRORS, KINDS, Problems
 from cosup_jax.data.schema import Dataset, Example
 from cosup_jax.data.sources import eval_sets
@@ -24,24 +26,22 @@ from cosup_jax.workdir import Workdir
 
 
 class _Split(NamedTuple):
-    """One split of one or several sources, tokenised and planned."""
+    """One split of one or several sources, tokenised."""
 
     name: str
     datasets: list[Dataset]
-    split: str
     store: TokenStore
-    plan: Plan
+    left_out: np.ndarray  # rows of the store that fit no row
 
-    @property
-    def left_out(self) -> np.ndarray:
-        """Rows of the store that fit no row, all of them perhaps."""
-        lengths = lengths_of(self.store)
-        return Builder(lengths, self.plan.shape, self.plan.settings, 0).left_out
-
-    def examples(self, rows: Iterable[int]) -> Iterator[tuple[int, Dataset, int]]:
-        """(row in the store, data set, row in it)."""
+    def examples(self, rows: Iterable[int]) -> Iterator[tuple[Dataset, int]]:
+        """Data set, and row in it, of some rows of the store."""
         for row in rows:
-            yield row, self.datasets[self.store.sources[row]], int(self.store.gen_rows[row])
+            yield self.datasets[self.store.sources[row]], int(self.store.gen_rows[row])
+
+    def asking(self, rets: np.ndarray) -> np.ndarray:
+        """Rows of the store, ascending, that have one of the [Ret] (bool, of each)."""
+        owner = np.repeat(np.arange(self.store.num_examples), np.diff(self.store.ret_offsets))
+        return np.unique(owner[rets])
 
 
 def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -> None:
@@ -87,49 +87,44 @@ def _check_tokens(
     """Adds what tokens and plan tell; returns the training rows to show."""
     config = assemble.resolve(config)
     tokenizers = assemble.read_tokenizers(config, workdir, data)
-    train, held_out = _splits(data, tokenizers, config, workdir / "data")
-    print(_table(_split_rows([train, *held_out], train)))
+    split = functools.partial(_split, tokenizers=tokenizers, config=config, workdir=workdir)
+    train = split("training", data.train, "train")
+    sets = eval_sets(data.held_out).items()
+    held_out = [split(name, [(dataset, 1.0)], of) for name, (dataset, of) in sets]
+    plan = Plan(train.store, config)
+    print(_table(_split_rows(train, plan, held_out)))
     for part in (train, *held_out):
         _check_lengths(part, tokenizers, config, found)
     for dataset in datasets:
-        _check_passages(
-            dataset, next(p for p in (train, *held_out) if dataset in p.datasets), found
-        )
+        holds = next(part for part in (train, *held_out) if dataset in part.datasets)
+        _check_passages(dataset, holds, found)
     for part in held_out:
         _check_leaks(part, train, found)
     if held_out:
         _check_copies(held_out, train, found)
-    rows = range(min(show_rows, train.plan.shape.B * train.plan.total_steps(1)))
+    rows = range(min(show_rows, plan.shape.B * plan.total_steps(1)))
     return [
-        show.row(train.store, train.plan, config, tokenizers.gen, train.datasets, row)
-        for row in rows
+        show.row(train.store, plan, config, tokenizers.gen, train.datasets, row) for row in rows
     ]
 
 
-def _splits(data, tokenizers: Tokenizers, config: Config, directory) -> tuple[_Split, list[_Split]]:
-    store = tokens.tokenize(data.train, *tokenizers, config, directory)
-    datasets = [dataset for dataset, _ in data.train]
-    train = _Split("training", datasets, "train", store, Plan(store, config))
-    held_out = []
-    for dataset in data.held_out:
-        sets = eval_sets(dataset)
-        if not sets:
-            raise UserError(
-                f"evaluation source {dataset.name}: nothing is held out; give some rows another "
-                "split than 'train', or set config.data.dev_fraction"
-            )
-        for name, split in sets.items():
-            if name in {part.name for part in held_out}:
-                raise UserError(f"two evaluation sets are called {name}; rename one of the files")
-            store = tokens.tokenize([(dataset, 1.0)], *tokenizers, config, directory, split)
-            held_out.append(_Split(name, [dataset], split, store, Plan(store, config)))
-    return train, held_out
+def _split(
+    name: str,
+    sources: Sequence[tuple[Dataset, float]],
+    split: str,
+    tokenizers: Tokenizers,
+    config: Config,
+    workdir: Path,
+) -> _Split:
+    store = tokens.tokenize(sources, *tokenizers, config, workdir / "data", split)
+    builder = Builder(lengths_of(store), batch_shape(config), settings_of(config), config.seed)
+    return _Split(name, [dataset for dataset, _ in sources], store, builder.left_out)
 
 
 def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: Problems) -> None:
     """Examples that fit no row, passages that are cut, spans behind the cut."""
     lengths, rets = np.diff(part.store.gen_offsets), np.diff(part.store.ret_offsets)
-    for row, dataset, number in part.examples(part.left_out):
+    for row, (dataset, number) in zip(part.left_out, part.examples(part.left_out), strict=True):
         example, most = dataset.examples[number], config.data.max_gen_tokens
         if lengths[row] > most:
             kind, reason = "example_too_long", f"{lengths[row]} tokens, a Gen row has {most}"
@@ -137,9 +132,8 @@ def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: 
             kind = "passages_too_many"
             reason = f"{rets[row]} [Ret] and {len(example.hard_negatives)} hard negatives"
         found.add(kind, dataset.examples.where(number), example.id, f"left out: {reason}")
-    cut = part.store.ctx_cut[part.store.ret_passages] > 0
-    owner = np.repeat(np.arange(len(rets)), rets)
-    for _, dataset, number in part.examples(np.setdiff1d(owner[cut], part.left_out)):
+    cut = part.asking(part.store.ctx_cut[part.store.ret_passages] > 0)
+    for dataset, number in part.examples(np.setdiff1d(cut, part.left_out)):
         example = dataset.examples[number]
         for passage, span in _spans(example, dataset):
             kept = tokenizers.gen.encode(passage)[: config.data.max_ctx_tokens]
@@ -172,25 +166,17 @@ def _spans(example: Example, dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 def _check_leaks(part: _Split, train: _Split, found: Problems) -> None:
     """Passages that training reads as evidence too, by identity."""
-    seen, rets = _seen(part, train), np.diff(part.store.ret_offsets)
-    owner = np.repeat(np.arange(len(rets)), rets)
-    for _, dataset, number in part.examples(np.unique(owner[seen])):
+    for dataset, number in part.examples(part.asking(tokens.seen_in(part.store, train.store))):
         example = dataset.examples[number]
         reason = "training reads a passage of its evidence, the same up to the cut"
         found.add("leaked_passage", dataset.examples.where(number), example.id, reason)
-
-
-def _seen(part: _Split, train: _Split) -> np.ndarray:
-    """bool, of each [Ret]."""
-    keys = as_keys(part.store.identities[part.store.ret_passages])
-    return np.isin(keys, as_keys(train.store.identities[np.unique(train.store.ret_passages)]))
 
 
 def _check_copies(held_out: list[_Split], train: _Split, found: Problems) -> None:
     """Held-out questions that training asks in the same, or almost the same words."""
     questions = lambda part: (
         (dataset.examples.where(number), dataset.examples[number])
-        for _, dataset, number in part.examples(range(part.store.num_examples))
+        for dataset, number in part.examples(range(part.store.num_examples))
     )
     near = NearDuplicates({_plain(e.question): None for _, e in questions(train)})
     for part in held_out:
@@ -219,22 +205,19 @@ def _source_rows(datasets: Iterable[Dataset]) -> list[list[str]]:
     return rows
 
 
-def _split_rows(parts: list[_Split], train: _Split) -> list[list[str]]:
-    rows = [
-        ["split", "examples", "left out", "tokens", "Gen filled", "Ctx filled", "seen in training"]
-    ]
-    for part in parts:
+def _split_rows(train: _Split, plan: Plan, held_out: Sequence[_Split]) -> list[list[str]]:
+    """`Gen filled` and `Ctx filled` are of the first block of the plan."""
+    heading = ["split", "examples", "left out", "tokens"]
+    rows = [[*heading, "Gen filled", "Ctx filled", "seen in training"]]
+    used = plan.utilization()
+    for part in (train, *held_out):
         count = part.store.num_examples, len(part.left_out), int(part.store.gen_offsets[-1])
         if part is train:
-            used = part.plan.utilization()
-            rest = [f"{used[name]:.1%}" for name in ("gen_tokens", "ctx_tokens")] + [""]
+            rest = [f"{used['gen_tokens']:.1%}", f"{used['ctx_tokens']:.1%}", ""]
         else:
-            seen = _seen(part, train)
-            rest = [
-                "",
-                "",
-                f"{seen.mean():.0%} of {len(seen):,} [Ret]" if len(seen) else "no [Ret]",
-            ]
+            seen = tokens.seen_in(part.store, train.store)
+            share = f"{seen.mean():.0%} of {len(seen):,} [Ret]" if len(seen) else "no [Ret]"
+            rest = ["", "", share]
         rows.append([part.name, *(f"{n:,}" for n in count), *rest])
     return rows
 

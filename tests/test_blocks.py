@@ -96,7 +96,7 @@ def test_any_lengths_are_planned_within_bounds(lengths, window, misses, packing)
 def test_groups_lose_nothing(lengths, packing, pure, buckets, epoch):
     """Examples lost, doubled or misplaced where groups are packed apart and their steps mixed; a
     row that is shorter than what lies in it."""
-    chosen = PlanSettings(packing=packing, pure=pure, buckets=buckets)
+    chosen = PlanSettings(packing=packing, pure=pure, buckets=1 if packing else buckets)
     plan = build_epoch(lengths, SHAPE, chosen, 0, epoch)
     check(plan, lengths, SHAPE, packing)
     everything_once(plan, lengths)

@@ -86,7 +86,7 @@ def hand_made(tmp_path):
         writer.add_item("negative", passages=[])
         writer.add("weights", [1.0, 1.0])
         writer.add("sources", [0, 0])
-    (tmp_path / "about.json").write_text('{"fingerprint": "by hand", "dropped": 0}')
+    (tmp_path / "about.json").write_text('{"fingerprint": "by hand", "dropped": 0, "corpus": "."}')
     return tokens.TokenStore(tmp_path)
 
 

@@ -205,7 +205,7 @@ def test_a_label_need_not_stand_in_the_evidence(tmp_path):
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
     """Catches a traceback for a mistyped path, and an empty file that trains on nothing."""
-    with pytest.raises(UserError, match=r"x\.jsonl' does not exist"):
+    with pytest.raises(UserError, match=r"x\.jsonl: No such file; check"):
         load(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"x\.jsonl: the file is empty"):
         load(write(tmp_path, []))

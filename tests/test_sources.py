@@ -109,11 +109,15 @@ def test_a_set_that_is_only_evaluated_is_evaluated_whole(tmp_path):
     assert {k: len(v) for k, v in found.held_out[0].splits.items()} == {"all": 1}
 
 
-def test_a_set_with_a_split_is_left_as_it_is():
-    """Catches a source's own test questions moved into training."""
-    rows = [Example(f"{i}", "t", "Q?", ("A",), (), split=s) for i, s in enumerate("aab")]
-    dataset = Dataset.of("squad", "1", rows, [])
-    assert sources.carve(dataset, 0.5) is dataset
+def test_a_set_with_a_split_is_left_as_it_is(tmp_path):
+    """Catches a source's own test questions moved into training, or training's into a split."""
+    write(tmp_path, "a")
+    rows = [{**ROW, "id": f"{i}", "split": split} for i, split in enumerate(["train", "test"])]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = f"{tmp_path}/a.jsonl"
+    found = assemble.read_sources(config(data__train=path, data__eval=path), tmp_path / "data")
+    assert {k: len(v) for k, v in found.held_out[0].splits.items()} == {"train": 1, "test": 1}
+    assert found.train[0][0] is found.held_out[0]
 
 
 def test_eval_sets_are_named_by_split_and_leave_train_out():
@@ -123,5 +127,10 @@ def test_eval_sets_are_named_by_split_and_leave_train_out():
         for number, split in enumerate(["train", "test", "dev", "test"])
     ]
     dataset = Dataset.of("squad", "1", rows, [])
-    assert sources.eval_sets(dataset) == {"squad.test": "test", "squad.dev": "dev"}
+    sets = sources.eval_sets([dataset])
+    assert sets == {"squad.test": (dataset, "test"), "squad.dev": (dataset, "dev")}
+    with pytest.raises(UserError, match=r"two evaluation sets are called squad\.test"):
+        sources.eval_sets([dataset, dataset])
+    with pytest.raises(UserError, match="squad: nothing is held out"):
+        sources.eval_sets([Dataset.of("squad", "1", rows[:1], [])])
     assert list(dataset.rows("test")) == [rows[1], rows[3]]

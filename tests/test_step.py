@@ -319,7 +319,12 @@ BASE_VARIANTS = runpy.run_path(str(BASE))["VARIANTS"]
 OBJECTIVES = sorted(BASE_VARIANTS.keys() - {"smoke"})
 
 
-def _learns(variant: str, make):
+@pytest.mark.parametrize(
+    "make", [lookups, pytest.param(towers, marks=pytest.mark.slow)], ids=["lookup", "transformer"]
+)
+@pytest.mark.parametrize("variant", OBJECTIVES)
+def test_every_objective_of_base_learns(variant, make):
+    """Bug: a variant that builds and does not train: no gradient, a lost tower, a bank unused."""
     keys = {key.replace(".", "__"): value for key, value in BASE_VARIANTS[variant].items()}
     c = config(**keys, bank__size=96, bank__queries=96, loss__temperature=0.1)
     tied = c.tie_ctx_to_gen
@@ -332,19 +337,6 @@ def _learns(variant: str, make):
     watched = {"ntp/nats_per_token", "nsp/nats_per_ret"} & metrics.keys()
     assert watched and all(float(last[name]) < float(first[name]) for name in watched)
     assert np.isfinite(list(map(float, metrics.values()))).all()
-
-
-@pytest.mark.parametrize("variant", OBJECTIVES)
-def test_every_objective_of_base_learns(variant):
-    """Bug: a variant that builds and does not train: no gradient, a lost tower, a bank unused."""
-    _learns(variant, lookups)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", OBJECTIVES)
-def test_every_objective_of_base_learns_on_transformers(variant):
-    """Bug: as above, where it takes a transformer to show."""
-    _learns(variant, towers)
 
 
 def test_the_weight_of_nsp_moves():

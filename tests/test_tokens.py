@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import pickle
 import shutil
@@ -163,7 +162,10 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path, bpe, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
-    for module, name in ((tokens, "identity"), (markup, "encode"), (tokens, "_join")):
+    for module, name in (
+        *((tokens, "identity"), (tokens, "_join_corpus")),
+        *((markup, "encode"), (tokens, "_join_examples")),
+    ):
         monkeypatch.setattr(module, name, die)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path, bpe)
@@ -184,25 +186,27 @@ def test_what_a_kill_left_is_removed(tmp_path, bpe):
 
 def test_processes_share_the_shards(tmp_path, monkeypatch):
     """Every process tokenising everything, or one waiting for all: hosts that help nobody."""
-    monkeypatch.setattr(tokens, "SHARD", 8)
     passages = [Passage(f"{i}", "", f"text {i}") for i in range(200)]
     examples = [Example(f"{i}", "open_qa", f"{i}?", ("no",), (f"{i}",)) for i in range(200)]
     dataset = Dataset.of("many", "1", examples, passages)
     bpe = tokenizer.train(["a text"], 300)
-    alone = build(tmp_path / "alone", bpe, dataset)
-    made = []
+    alone, made = build(tmp_path / "alone", bpe, dataset), []
+    monkeypatch.setattr(tokens, "SHARD", 8)
 
-    def note(rows, directory, *, real):
-        made.append(threading.get_ident())
-        real(rows, directory)
+    build_once = tokens.build_once
 
-    jobs = tokens._jobs
-    monkeypatch.setattr(
-        tokens, "_jobs", lambda d, write, n: jobs(d, functools.partial(note, real=write), n)
-    )
+    def note(target, write, wait=True):
+        def noted(directory):
+            made.append((target.name, threading.get_ident()))
+            write(directory)
+
+        return build_once(target, noted, wait)
+
+    monkeypatch.setattr(tokens, "build_once", note)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         stores = list(pool.map(lambda _: build(tmp_path / "all", bpe, dataset), range(3)))
-    assert len(made) == 50 and len(set(made)) == 3
+    shards = [thread for name, thread in made if name.isdecimal()]
+    assert len(shards) == 50 and len(set(shards)) > 1 and len(made) == 52
     for store in stores:
         assert store.fingerprint == alone.fingerprint
         for name in ("gen_tokens", "gen_offsets", "ret_passages", "ret_offsets", "identities"):

@@ -9,6 +9,7 @@ without the others.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.buckets import row_lengths
 from cosup_jax.data.packing import CtxRows, Queue
+from cosup_jax.data.tokens import as_keys
 
 
 class Lengths(NamedTuple):
@@ -39,7 +41,7 @@ class PlanSettings:
     packing: bool = True  # False: one example a Gen row
     aligned: bool = False  # compat=official: slot (b, r) has its passage in Ctx row b * R + r
     pure: bool = False  # a step's examples all come from one source
-    buckets: int = 1  # packing off: row lengths, of Gen and of Ctx, that a step may have
+    buckets: int = 1  # row lengths, of Gen and of Ctx, that a step may have; 1 with packing
     window: int = 512  # pending examples among which the best fit is searched
     misses: int = 64  # examples that find no room in the Ctx rows before the step is closed
     # What a block holds at least. Not in the repr that fingerprints read: the cut itself is.
@@ -121,16 +123,12 @@ class Builder:
     @functools.cached_property
     def _gen_lengths(self) -> np.ndarray:
         lengths = self.lengths.examples[self._fits]
-        return row_lengths(lengths, self.shape.T, self._buckets)
+        return row_lengths(lengths, self.shape.T, self.settings.buckets)
 
     @functools.cached_property
     def _ctx_lengths(self) -> np.ndarray:
         lengths = self.lengths.passages[self.lengths.passages <= self.shape.L]
-        return row_lengths(lengths, self.shape.L, self._buckets)
-
-    @property
-    def _buckets(self) -> int:
-        return 1 if self.settings.packing or self.settings.aligned else self.settings.buckets
+        return row_lengths(lengths, self.shape.L, self.settings.buckets)
 
     @functools.cached_property
     def _fits(self) -> np.ndarray:
@@ -208,11 +206,6 @@ def canonical(identities: np.ndarray) -> np.ndarray:
     """int64 [M]: for each passage row the first row of the same identity."""
     _, first, inverse = np.unique(as_keys(identities), return_index=True, return_inverse=True)
     return first[inverse]
-
-
-def as_keys(identities: np.ndarray) -> np.ndarray:
-    """uint64 [M] from uint32 [M, 2]."""
-    return identities[:, 0].astype(np.uint64) << np.uint64(32) | identities[:, 1]
 
 
 def _draw(weights: np.ndarray, fits: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -310,26 +303,22 @@ def _shortest(row_lengths: np.ndarray, tokens: np.ndarray, offsets: list[int]) -
     return row_lengths[np.minimum(np.searchsorted(row_lengths, longest), len(row_lengths) - 1)]
 
 
-def _shuffled(blocks: list[Block], seed: int, number: int) -> Block:
+def _shuffled(blocks: Sequence[Block], seed: int, number: int) -> Block:
     """The steps of all blocks, in an order that seed and number decide."""
-    steps = [(block, step) for block in blocks for step in range(block.steps)]
-    bits = np.random.Philox(key=np.array([seed, number], np.uint64), counter=1)
-    order = [steps[i] for i in np.argsort(bits.random_raw(len(steps)), kind="stable")]
-    columns: dict[str, list] = {name: [] for name in Block._fields}
-    for block, step in order:
-        for offsets, items in (
-            ("example_offsets", ("examples", "gen_rows")),
-            ("passage_offsets", ("passages", "ctx_rows")),
-        ):
-            here = slice(*getattr(block, offsets)[step : step + 2])
-            columns[offsets].append(here.stop - here.start)
-            for name in items:
-                columns[name].append(getattr(block, name)[here])
-        columns["row_tokens"].append(block.row_tokens[step])
-    for offsets in ("example_offsets", "passage_offsets"):
-        columns[offsets] = [np.cumsum([0, *columns[offsets]])]
-    columns["row_tokens"] = [np.stack(columns["row_tokens"])]
-    return Block(*(np.concatenate(columns[name]).astype(np.int32) for name in Block._fields))
+    offsets = lambda name: np.cumsum([0, *(n for b in blocks for n in np.diff(getattr(b, name)))])
+    items = lambda name: np.concatenate([getattr(block, name) for block in blocks])
+    examples, passages = offsets("example_offsets"), offsets("passage_offsets")
+    # A stream apart from `_draw`'s, whose key may be the same.
+    bits = np.random.Philox(key=np.array([seed, number], np.uint64), counter=2**192)
+    order = np.argsort(bits.random_raw(len(examples) - 1), kind="stable")
+    _, example = _ragged(examples, order)
+    _, passage = _ragged(passages, order)
+    columns = (
+        *(np.cumsum([0, *np.diff(examples)[order]]), items("examples")[example]),
+        *(items("gen_rows")[example], np.cumsum([0, *np.diff(passages)[order]])),
+        *(items("passages")[passage], items("ctx_rows")[passage], items("row_tokens")[order]),
+    )
+    return Block(*(column.astype(np.int32) for column in columns))
 
 
 def _align(order: np.ndarray, lengths: Lengths, shape: BatchShape) -> Block:

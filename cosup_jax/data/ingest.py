@@ -64,12 +64,11 @@ def _build(directory: Path, name: str, read: Callable[[Problems], Records]) -> N
             row = json.dumps([place, *_VALUES[type(record)](record)], ensure_ascii=False).encode()
             writer.add_item(table, rows=row)
             writer.add(f"{table}_hashes", [hash_of(record.id)])
+            if isinstance(record, Passage):
+                for kind, reason in passage_warnings(record):
+                    problems.add(kind, place, record.id, reason)
     _note_copies(directory, problems)
-    corpus = _Corpus(directory)
-    for row, passage in enumerate(corpus.values()):
-        for kind, reason in passage_warnings(passage):
-            problems.add(kind, corpus.where(row), passage.id, reason)
-    splits = _check_examples(directory, corpus, problems)
+    splits = _check_examples(directory, problems)
     about = {"splits": splits, "problems": problems.to_dict()}
     (directory / "about.json").write_text(json.dumps(about))
 
@@ -97,8 +96,9 @@ def _note_copies(directory: Path, problems: Problems) -> None:
             IdIndex.write(directory, "corpus", hashes[kept])
 
 
-def _check_examples(directory: Path, corpus: "_Corpus", problems: Problems) -> list[str]:
+def _check_examples(directory: Path, problems: Problems) -> list[str]:
     """Writes which examples count, and the split of each; returns the splits' names."""
+    corpus = _Corpus(directory)
     table, good, splits, split_of = _Table(directory, "examples"), [], {}, []
     for row in map_array(directory / "examples_kept", "<i8").tolist():
         place, *fields = table[row]

@@ -37,12 +37,12 @@ def lengths_of(store: TokenStore) -> Lengths:
 
 def settings_of(config: Config) -> PlanSettings:
     """What the config says about packing."""
-    data = config.data
+    data, aligned = config.data, config.compat == "official"
     return PlanSettings(
         packing=data.packing,
-        aligned=config.compat == "official",
+        aligned=aligned,
         pure=data.pure_steps,
-        buckets=1 if data.packing else data.row_lengths,
+        buckets=1 if data.packing or aligned else data.row_lengths,
         window=data.window,
         misses=-(-data.window // 8),
     )

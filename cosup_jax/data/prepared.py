@@ -111,8 +111,9 @@ def write(
         for split, rows in dataset.splits.items()
         for row, encoded in zip(rows, gen[split], strict=True)
     )
-    files = _write_records(directory, f"{name}.passages", passages)
-    files += _write_records(directory, f"{name}.examples", examples)
+    count = sum(map(len, dataset.splits.values()))
+    files = _write_records(directory, f"{name}.passages", passages, len(dataset.passages))
+    files += _write_records(directory, f"{name}.examples", examples, count)
     hashes = np.fromiter(map(hash_of, dataset.passages), np.uint64)
     IdIndex.write(directory, name, hashes)
     files += [f"{name}_hashes", f"{name}_by_hash"]
@@ -139,21 +140,18 @@ def _bytes(values: Any) -> bytes:
     return np.asarray(values, "<i4").tobytes()
 
 
-def _write_records(directory: Path, stem: str, rows: Iterable[dict]) -> list[str]:
-    rows, names = iter(rows), []
-    for number in itertools.count():
-        part = list(itertools.islice(rows, 1))
-        if not part and number:
-            return names
-        name = f"{stem}-{number:05}.array_record"
+def _write_records(directory: Path, stem: str, rows: Iterator[dict], count: int) -> list[str]:
+    names = []
+    for first in range(0, count, FILE_ROWS):
+        name = f"{stem}-{first // FILE_ROWS:05}.array_record"
         temporary = directory / f".{name}.part"
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        for row in itertools.chain(part, itertools.islice(rows, FILE_ROWS - 1)):
+        for row in itertools.islice(rows, FILE_ROWS):
             writer.write(msgpack.packb(row))
         writer.close()
         os.replace(temporary, directory / name)
         names.append(name)
-    raise AssertionError
+    return names
 
 
 def _fact(path: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ ERRORS = {  # such a row is no example: training refuses the set, or leaves the 
     "evidence_without_marker": "evidence that the output never inserts",
     "order_mismatch": "evidence in another order than the output inserts it",
     "bad_judgement": "a paragraph or judgement of Self-RAG out of place",
-    "not_readable": "a file that breaks off or holds something else",
 }
 WARNINGS = {  # such a row is used, or left out and counted
     "answer_not_in_evidence": "no answer stands in the evidence",
@@ -50,11 +49,7 @@ class Problem(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.where}: {self.id}: {self.reason}"
-            if self.id
-            else (f"{self.where}: {self.reason}")
-        )
+        return ": ".join(filter(None, (self.where, self.id, self.reason)))
 
 
 class BadRow(Exception):

@@ -103,27 +103,30 @@ def read_lines(path: Path, problems: Problems) -> Iterator[Row]:
 
     Raises UserError if the file cannot be opened, breaks off, or holds no line.
     """
-    found, number = False, 0
-    with open_file(path) as lines:
-        while True:
-            number += 1
-            try:
-                line = lines.readline()
-            except _BROKEN as error:
-                raise UserError(f"{path}:{number}: breaks off ({error}); fetch it again") from None
-            if not line:
-                break
-            if not line.strip():
-                continue
-            found = True
-            try:
-                row = Row(f"{path}:{number}", parse(line.removeprefix(b"\xef\xbb\xbf")))
-            except BadRow as error:
-                problems.add(error.kind, f"{path}:{number}", "", error.reason)
-                continue
-            yield row
+    found = False
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        found = True
+        try:
+            row = Row(f"{path}:{number}", parse(line.removeprefix(b"\xef\xbb\xbf")))
+        except BadRow as error:
+            problems.add(error.kind, f"{path}:{number}", "", error.reason)
+            continue
+        yield row
     if not found:
         raise UserError(f"{path}: the file is empty; it needs one JSON object a line")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    number = 0
+    with open_file(path) as file:
+        try:
+            for line in file:
+                number += 1
+                yield line
+        except _BROKEN as error:
+            raise UserError(f"{path}:{number + 1}: breaks off ({error}); fetch it again") from None
 
 
 def read_json(path: Path) -> Any:
@@ -135,6 +138,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: {error.reason}") from None
     except _BROKEN as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def existing(name: str, hint: str) -> Path:
+    """The file of that name. Raises UserError if it is not there; `hint` says how to name it."""
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{path}: No such file; {hint}")
+    return path
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -56,6 +56,13 @@ class Passages(Mapping[str, Passage]):
     def __getitem__(self, id: str) -> Passage:
         return self.at(self.row(id))
 
+    def __contains__(self, id: object) -> bool:
+        try:
+            self.row(id)
+        except KeyError:
+            return False
+        return True
+
     def __len__(self) -> int:
         return len(self._passages)
 

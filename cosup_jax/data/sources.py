@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +79,12 @@ def expand(source: str) -> list[str]:
 
 
 def carve(dataset: Dataset, fraction: float) -> Dataset:
-    """Holds out a `dev` split, where a data set has nothing but training rows, by passage.
+    """Holds out a `dev` split of a data set that has nothing but training rows, by passage.
 
     A share of the passages, one at least, is drawn by a hash of their text. Examples that read any
     of them are `dev`, so that training reads none of these as evidence; it may read others of the
     same examples. Examples without evidence are drawn by a hash of their id.
     """
-    if set(dataset.splits) != {"train"}:
-        return dataset
     rows, shares = dataset.splits["train"], {}
     lowest = np.zeros(len(rows))
     for i, example in enumerate(dataset.rows("train")):
@@ -104,9 +103,28 @@ def prepared_directory(source: str) -> str:
     return where.rpartition("::")[0] if kind == "prepared" else ""
 
 
-def eval_sets(dataset: Dataset) -> dict[str, str]:
-    """Everything held out: `<data set>.<split>` -> split."""
-    return {f"{dataset.name}.{split}": split for split in dataset.splits if split != "train"}
+def eval_sets(datasets: Iterable[Dataset]) -> dict[str, tuple[Dataset, str]]:
+    """Everything held out: `<data set>.<split>` -> data set, split.
+
+    Raises UserError if a data set holds nothing out, or two sets have one name.
+    """
+    found: dict[str, tuple[Dataset, str]] = {}
+    for dataset in datasets:
+        splits = [split for split in dataset.splits if split != "train"]
+        if not splits:
+            raise UserError(
+                f"evaluation source {dataset.name}: nothing is held out; give some rows another "
+                "split than 'train', or set config.data.dev_fraction"
+            )
+        for split in splits:
+            name = f"{dataset.name}.{split}"
+            if name in found:
+                raise UserError(
+                    f"two evaluation sets are called {name}; rename one of the files in "
+                    "config.data.eval"
+                )
+            found[name] = dataset, split
+    return found
 
 
 def _kind(source: str) -> tuple[str, str]:

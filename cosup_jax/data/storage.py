@@ -112,7 +112,9 @@ class ArrayWriter:
         self._ends[group] += len(values)
         self.add(f"{group}_offsets", [self._ends[group]])
 
-    def append(self, other: Path, names: Iterable[str], moved: Mapping[str, int] = {}) -> None:
+    def append(
+        self, other: Path, names: Iterable[str], moved: Mapping[str, int] | None = None
+    ) -> None:
         """Appends another directory's arrays, with `moved[name]` added to each of its values."""
         for name in names:
             values = map_array(other / name, self._dtypes[name])
@@ -120,7 +122,9 @@ class ArrayWriter:
                 group = name.removesuffix("_offsets")
                 values = values[1:] + self._ends[group]
                 self._ends[group] = int(values[-1]) if len(values) else self._ends[group]
-            self.add(name, values + moved[name] if name in moved else values)
+            elif moved and name in moved:
+                values = values + moved[name]
+            self.add(name, values)
 
 
 class Ragged(Sequence):

@@ -8,12 +8,13 @@ on all hosts that share the directory, tokenise one corpus together.
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +31,7 @@ FORMAT = 2  # raise it whenever the files below change
 CHUNK = 2048  # examples or passages tokenised at a time
 SHARD = 32_768  # examples or passages of a shard
 
-_CTX = {
+_CTX = {  # of a corpus
     "ctx_tokens": "<i4",
     "ctx_offsets": "<i8",
     "ctx_cut": "<i4",  # [passages], tokens that data.max_ctx_tokens cut off
@@ -62,8 +63,11 @@ class TokenStore:
         about = json.loads((self.directory / "about.json").read_text())
         self.fingerprint: str = about["fingerprint"]
         self.dropped: int = about["dropped"]  # examples left out by data.drop_without_ret
-        for name, dtype in (_CTX | _GEN | _PER_SOURCE).items():
+        for name, dtype in (_GEN | _PER_SOURCE).items():
             setattr(self, name, map_array(self.directory / name, dtype))
+        corpus = self.directory / about["corpus"]  # stores of the same sources share one
+        for name, dtype in _CTX.items():
+            setattr(self, name, map_array(corpus / name, dtype))
         self.identities = self.identities.reshape(-1, 2)
         self.ctx = Ragged(self.ctx_tokens, self.ctx_offsets)  # int32 [n], by passage row
         self.num_examples = len(self.gen_offsets) - 1
@@ -93,6 +97,17 @@ def identity(ctx_tokens: np.ndarray) -> np.ndarray:
     return np.frombuffer(digest[:8], "<u4")
 
 
+def as_keys(identities: np.ndarray) -> np.ndarray:
+    """uint64 [M] from uint32 [M, 2]: identities as something to compare and to sort."""
+    return identities[:, 0].astype(np.uint64) << np.uint64(32) | identities[:, 1]
+
+
+def seen_in(store: TokenStore, train: TokenStore) -> np.ndarray:
+    """bool, of each [Ret] of `store`: whether training reads its passage as evidence too."""
+    read = train.identities[np.unique(train.ret_passages)]
+    return np.isin(as_keys(store.identities[store.ret_passages]), as_keys(read))
+
+
 def tokenize(
     sources: Sequence[tuple[Dataset, float]],
     gen_tokenizer: Tokenizer,
@@ -116,35 +131,39 @@ def tokenize(
         names = ", ".join(dataset.name for dataset, _ in sources)
         raise UserError(f"data source {names}: no example has split {split!r}")
     data, directory = config.data, Path(directory)
-    ctx_settings = (FORMAT, SHARD, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
+    datasets, weights = zip(*sources, strict=True)
+    ctx_settings = (FORMAT, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
     ctx_settings += (ctx_tokenizer.fingerprint,)
     train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
     settings = (*ctx_settings, gen_tokenizer.fingerprint, split, train_only)
-    parts = [
-        (dataset.name, dataset.version, _digest(dataset.splits.get(split, ())), weight)
-        for dataset, weight in sources
-    ]
-    fingerprint = _fingerprint(settings, parts)
+    rows = [dataset.splits.get(split, ()) for dataset in datasets]
+    versions = [(dataset.name, dataset.version) for dataset in datasets]
+    fingerprint = _fingerprint(settings, versions, list(map(_digest, rows)), weights)
     target = directory / f"{split}-{fingerprint[:16]}"
     if not target.is_dir():
-        gen_shards, ctx_shards = directory / f".{target.name}.shards", []
-        jobs = []
-        for number, (dataset, _) in enumerate(sources):
-            key = _fingerprint(ctx_settings, dataset.version)
-            ctx_shards.append(directory / f"passages-{dataset.name}-{key[:16]}")
-            job = functools.partial(_passages, dataset, ctx_tokenizer, config)
-            jobs += _jobs(ctx_shards[-1], job, len(dataset.passages))
-            job = functools.partial(_examples, dataset, split, gen_tokenizer, data)
-            jobs += _jobs(gen_shards / f"{number}", job, len(dataset.splits.get(split, ())))
-        try:
-            _build_together(jobs, target)
-        except FileNotFoundError:  # another process has put them together and removed them
-            if not target.is_dir():
-                raise
-        shards = [(ctx, gen_shards / f"{i}") for i, ctx in enumerate(ctx_shards)]
-        weights = [weight for _, weight in sources]
-        build_once(target, lambda temporary: _join(temporary, shards, weights, fingerprint))
-        shutil.rmtree(gen_shards, ignore_errors=True)
+        passages = [
+            _Part(
+                directory / f"passages-{dataset.name}-{_fingerprint(SHARD, ctx_settings, version)}",
+                len(dataset.passages),
+                functools.partial(_passages, dataset, ctx_tokenizer, config),
+            )
+            for dataset, version in zip(datasets, versions, strict=True)
+        ]
+        corpus = directory / f"corpus-{_fingerprint(ctx_settings, versions)}"
+        _build(corpus, passages, _join_corpus)
+        shards = directory / f".{target.name}.shards-of-{SHARD}"
+        examples = [
+            _Part(
+                shards / f"{source}",
+                len(rows[source]),
+                functools.partial(_examples, dataset, split, gen_tokenizer, data),
+            )
+            for source, dataset in enumerate(datasets)
+        ]
+        about = {"fingerprint": fingerprint, "corpus": f"../{corpus.name}"}
+        sizes = [part.count for part in passages]
+        _build(target, examples, functools.partial(_join_examples, sizes, weights, about))
+        shutil.rmtree(shards, ignore_errors=True)
     store = TokenStore(target)
     if not store.num_examples:
         raise UserError(
@@ -154,17 +173,38 @@ def tokenize(
     return store
 
 
-Job = tuple[Path, Callable[[Path], None]]  # a directory, and what fills it
+class _Part(NamedTuple):
+    """What one source contributes, tokenised in shards."""
+
+    directory: Path  # of the shards
+    count: int  # rows
+    write: Callable[[range, Path], None]  # fills the shard of some rows
+
+    def jobs(self) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+        """Each shard, and what fills it."""
+        for number, first in enumerate(range(0, self.count, SHARD)):
+            rows = range(first, min(first + SHARD, self.count))
+            yield self.directory / f"{number:05}", functools.partial(self.write, rows)
+
+    def shards(self) -> list[Path]:
+        return [directory for directory, _ in self.jobs()]
 
 
-def _jobs(directory: Path, write: Callable[[range, Path], None], count: int) -> Iterator[Job]:
-    for number, first in enumerate(range(0, count, SHARD)):
-        rows = range(first, min(first + SHARD, count))
-        yield directory / f"{number:05}", functools.partial(write, rows)
+def _build(
+    target: Path, parts: Sequence[_Part], join: Callable[[Sequence[_Part], Path], None]
+) -> None:
+    """Makes `target` of shards, each made by us or by another process that does the same."""
+    jobs = [job for part in parts for job in part.jobs()]
+    try:
+        _build_together(jobs, target)
+        build_once(target, functools.partial(join, parts))
+    except FileNotFoundError:  # another process has joined the shards and removed them
+        if not target.is_dir():
+            raise
 
 
-def _build_together(jobs: Sequence[Job], target: Path) -> None:
-    """Has every directory made, by us or by others that do the same, unless `target` is there."""
+def _build_together(jobs: Sequence[tuple[Path, Callable]], target: Path) -> None:
+    """Has every shard made, until all are or `target` is there."""
     shown = {"desc": "tokenising", "unit": " shards", "delay": 2, "leave": False}
     with tqdm(total=len(jobs), disable=None, **shown) as bar:
         while jobs and not target.is_dir():
@@ -240,36 +280,37 @@ def _encode(
         yield Encoded(marked.tokens, marked.roles, marked.ret_positions, evidence, negatives)
 
 
-def _join(
-    directory: Path,
-    shards: Sequence[tuple[Path, Path]],
+def _join_corpus(parts: Sequence[_Part], directory: Path) -> None:
+    """Lays the passages of every source end to end."""
+    with ArrayWriter(directory, _CTX) as writer:
+        for part in parts:
+            for shard in part.shards():
+                writer.append(shard, _CTX)
+
+
+def _join_examples(
+    passages: Sequence[int],
     weights: Sequence[float],
-    fingerprint: str,
+    about: dict[str, Any],
+    parts: Sequence[_Part],
+    directory: Path,
 ) -> None:
-    """Lays the shards of every source end to end: (passages, examples) and weight of each."""
-    dropped = first_passage = 0
-    with ArrayWriter(directory, _CTX | _GEN | _PER_SOURCE) as writer:
-        for source, (ctx, gen) in enumerate(shards):
-            passages = 0
-            for shard in sorted(ctx.iterdir()) if ctx.is_dir() else ():
-                if shard.name.isdecimal():
-                    writer.append(shard, _CTX)
-                    passages += (shard / "ctx_cut").stat().st_size // 4
-            for shard in sorted(gen.iterdir()) if gen.is_dir() else ():
-                if shard.name.isdecimal():
-                    moved = {"ret_passages": first_passage, "negative_passages": first_passage}
-                    writer.append(shard, _GEN, moved)
-                    examples = (shard / "gen_rows").stat().st_size // 8
-                    writer.add("weights", [weights[source]] * examples)
-                    writer.add("sources", [source] * examples)
-                    dropped += int((shard / "dropped").read_text())
-            first_passage += passages
-    about = {"fingerprint": fingerprint, "dropped": dropped}
-    (directory / "about.json").write_text(json.dumps(about))
+    """Lays the examples of every source end to end; `passages` and `weights` are the sources'."""
+    dropped, first_rows = 0, itertools.accumulate(passages, initial=0)
+    with ArrayWriter(directory, _GEN | _PER_SOURCE) as writer:
+        for source, (part, first_row) in enumerate(zip(parts, first_rows, strict=False)):
+            moved = {"ret_passages": first_row, "negative_passages": first_row}
+            for shard in part.shards():
+                writer.append(shard, _GEN, moved)
+                examples = len(map_array(shard / "gen_rows", _GEN["gen_rows"]))
+                writer.add("weights", [weights[source]] * examples)
+                writer.add("sources", [source] * examples)
+                dropped += int((shard / "dropped").read_text())
+    (directory / "about.json").write_text(json.dumps(about | {"dropped": dropped}))
 
 
 def _fingerprint(*settings: Any) -> str:
-    return hashlib.sha256(repr(settings).encode()).hexdigest()
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
 
 
 def _digest(rows: Sequence[int]) -> str:

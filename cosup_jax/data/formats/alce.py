@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, content_id, read_json
+from cosup_jax.data.rows import Row, content_id, existing, read_json
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.errors import UserError
 
 
 def files(where: str) -> list[Path]:
     """The one file. Raises UserError if it is not there."""
-    path = Path(where)
-    if not path.is_file():
-        raise UserError(f"{path}: No such file; name it as alce:DIR/asqa_eval_gtr_top100.json")
-    return [path]
+    return [existing(where, "name it as alce:DIR/asqa_eval_gtr_top100.json")]
 
 
 def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage | Example]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, read_lines
+from cosup_jax.data.rows import Row, existing, read_lines
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.errors import UserError
 
@@ -18,11 +18,9 @@ _FIELDS = {
 
 def files(where: str) -> list[Path]:
     """The examples and, beside them, the corpus. Raises UserError if either is not there."""
-    path = Path(where)
+    path = existing(where, "check the path")
     ending = ".jsonl.gz" if path.name.endswith(".jsonl.gz") else ".jsonl"
     stem = path.name.removesuffix(ending)
-    if not path.is_file():
-        raise UserError(f"data source {str(path)!r} does not exist; check the path")
     for other in (ending, ".jsonl", ".jsonl.gz"):
         passages = path.with_name(f"{stem}.passages{other}")
         if passages.is_file():

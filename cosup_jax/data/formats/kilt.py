@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, read_lines
+from cosup_jax.data.rows import Row, existing, read_lines
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.errors import UserError
 
@@ -41,10 +41,7 @@ def files(where: str) -> list[Path]:
             f"kilt:{where} names no knowledge source; write "
             "kilt:DIR/nq-dev-kilt.jsonl::DIR/kilt_knowledgesource.json"
         )
-    for path in (rows, pages):
-        if not Path(path).is_file():
-            raise UserError(f"{path}: No such file; check the path")
-    return [Path(rows), Path(pages)]
+    return [existing(path, "check the path") for path in (rows, pages)]
 
 
 def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage | Example]]:

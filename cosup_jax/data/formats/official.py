@@ -13,7 +13,7 @@ from typing import Any
 from cosup_jax.data.formats import prompts
 from cosup_jax.data.formats.plain_pickle import read_pickle
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, check_text, read_json
+from cosup_jax.data.rows import Row, check_text, existing, read_json
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.errors import UserError
 
@@ -26,13 +26,11 @@ _BLANKS = re.compile(r" ?(\[C[se]\]) ?")  # one blank on either side belongs to 
 def files(where: str) -> list[Path]:
     """The training file and its ids2text.json. Raises UserError if either is not there."""
     train, _, ids2text = where.partition("::")
-    found = [Path(train), Path(ids2text) if ids2text else Path(train).with_name("ids2text.json")]
-    if found[0].suffix not in (".pickle", ".pkl", ".json"):
+    if not train.endswith((".pickle", ".pkl", ".json")):
         raise UserError(f"{train}: official training data is a .pickle or .json file")
-    for path in found:
-        if not path.is_file():
-            raise UserError(f"{path}: No such file; name both as official:TRAIN::IDS2TEXT")
-    return found
+    ids2text = ids2text or str(Path(train).with_name("ids2text.json"))
+    hint = "name both as official:TRAIN::IDS2TEXT"
+    return [existing(path, hint) for path in (train, ids2text)]
 
 
 def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage | Example]]:

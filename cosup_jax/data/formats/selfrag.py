@@ -12,9 +12,8 @@ from pathlib import Path
 
 from cosup_jax.data.formats import prompts
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, content_id, read_lines
+from cosup_jax.data.rows import Row, content_id, existing, read_lines
 from cosup_jax.data.schema import Example, Passage
-from cosup_jax.errors import UserError
 
 _RELEVANCE = r"\[Relevant\]|\[Irrelevant\]"
 _SUPPORT = r"\[Fully supported\]|\[Partially supported\]|\[No support / Contradictory\]"
@@ -34,10 +33,7 @@ _TASKS = {"fever": "fact_check", "wow": "dialog", "asqa": "long_form"}  # by dat
 
 def files(where: str) -> list[Path]:
     """The one file. Raises UserError if it is not there."""
-    path = Path(where)
-    if not path.is_file():
-        raise UserError(f"{path}: No such file; name it as selfrag:DIR/train.jsonl")
-    return [path]
+    return [existing(where, "name it as selfrag:DIR/train.jsonl")]
 
 
 def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage | Example]]:
