@@ -35,12 +35,12 @@ print("MiB", int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024)
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Bug: passages held as Python objects, a kilobyte each: a million of them take a gigabyte."""
     used = []
-    for count in (1_000, 200_000):
+    for count in (1_000, 1_000_000):
         path = tmp_path / str(count)
         path.mkdir()
         with (path / "x.passages.jsonl").open("w") as file:
             for i in range(count):
-                row = {"id": f"p{i}", "title": f"title {i}", "text": f"text {i} " * 10}
+                row = {"id": f"p{i}", "title": f"title {i}", "text": f"text {i}"}
                 file.write(json.dumps(row) + "\n")
         with (path / "x.jsonl").open("w") as file:
             for i in range(1_000):
@@ -50,5 +50,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         for _ in range(2):  # the second time everything is kept on disk, as on a resume
             output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
         used.append(float(re.search(r"MiB ([\d.]+)", output)[1]))
-    print(f"private MiB with 1,000 and 200,000 passages: {used}")
+    print(f"private MiB with 1,000 and 1,000,000 passages: {used}")
     assert used[1] < used[0] + 20

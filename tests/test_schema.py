@@ -181,6 +181,7 @@ def test_a_bad_passage_is_named_by_file_and_line(tmp_path, row, kind, reason):
         problems.listed[0]
     )
     assert dataset.passages == {"p1": Passage(**PASSAGE), "p2": Passage(**OTHER)}
+    assert list(dataset.passages) == ["p1", "p2"]
 
 
 @pytest.mark.parametrize(

@@ -137,12 +137,12 @@ def test_drop_without_ret_is_counted_and_spares_evaluation(tmp_path, bpe):
 
 def test_sources_keep_their_own_passages(tmp_path, bpe):
     """Two sources that use the same passage ids would cite each other's text."""
-    asked = dataclasses.replace(EXAMPLES[3], split="train")
+    asked = dataclasses.replace(EXAMPLES[3], split="train", hard_negatives=("b",))
     other = Dataset.of("other", "v1", [asked], [Passage("b", "", "Oslo.")])
     config = Config(num_steps=1)
     sources = [(DATASET, 1.0), (other, 2.5)]
     store = tokens.tokenize(sources, bpe, bpe, config, tmp_path)
-    assert store.rets(3)[1].tolist() == [3]
+    assert store.rets(3)[1].tolist() == store.negatives(3).tolist() == [3]
     assert bpe.decode(store.ctx[3], skip_control=True) == "Oslo."
     assert store.weights.tolist() == [1.0, 1.0, 1.0, 2.5]
     assert store.sources.tolist() == [0, 0, 0, 1]
@@ -216,8 +216,8 @@ def test_processes_share_the_shards(tmp_path, monkeypatch):
 def test_chunks_together_are_everything(tmp_path, bpe, monkeypatch):
     """Rows past the first chunk of a shard lost without a word."""
     whole = build(tmp_path / "whole", bpe)
-    monkeypatch.setattr(tokens, "CHUNK", 2)
-    monkeypatch.setattr(tokens, "SHARD", 3)
+    monkeypatch.setattr(tokens, "CHUNK", 1)
+    monkeypatch.setattr(tokens, "SHARD", 2)
     cut = build(tmp_path / "cut", bpe)
     for name in (*tokens._CTX, *tokens._GEN, *tokens._PER_SOURCE):
         assert np.array_equal(getattr(whole, name), getattr(cut, name)), name

@@ -126,7 +126,8 @@ def test_findings_of_two_sources_name_their_own_rows(tmp_path, capsys):
     for name, extra in (("a", []), ("b", [long])):
         (tmp_path / name).mkdir()
         asked = [{**e, "id": name + e["id"]} for e in examples]
-        if extra:
+        if extra:  # other texts under the same ids
+            passages = [{**p, "text": f"{p['text']} It is a port."} for p in passages]
             asked.insert(0, {**asked[0], "id": "too long", "question": "why " * 300})
         found = write(tmp_path / name, passages + extra, asked)
         (tmp_path / name / "x.jsonl").rename(tmp_path / name / f"{name}.jsonl")
