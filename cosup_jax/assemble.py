@@ -11,9 +11,9 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import hf, sharding
+from cosup_jax import sharding
 from cosup_jax import step as step_lib
-from cosup_jax.config import Config, DataConfig, sources
+from cosup_jax.config import ArchConfig, Config, DataConfig, sources
 from cosup_jax.contract import EmbeddingContract
 from cosup_jax.data import markup, prepared, tokenizer
 from cosup_jax.data.batch import batch_shape
@@ -22,14 +22,14 @@ from cosup_jax.data.schema import Dataset
 from cosup_jax.data.sources import carve, expand, load, prepared_directory
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
+from cosup_jax.families import FAMILIES
+from cosup_jax.hf import weights
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
 from cosup_jax.transformer import Transformer
 
-_SHAPE = (
-    *("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width"),
-    *("rope_theta", "norm_eps", "tie_embeddings"),
-)
+_ARCH = [field.name for field in dataclasses.fields(ArchConfig)]
+_SHAPE = _ARCH[: _ARCH.index("dtype")]  # what weights determine
 
 
 class Sources(NamedTuple):
@@ -58,20 +58,43 @@ def mesh_for(config: Config) -> Mesh:
 def resolve(config: Config) -> Config:
     """The config with the shapes that pretrained weights bring, and Ctx's where it starts as Gen.
 
-    Raises UserError if the weights are not there, or the towers' widths differ.
+    Raises UserError if the weights are not there, or the towers cannot do what the config asks.
     """
     config = _with_shape(config, "gen", _shape_of(config, "gen"))
     if config.ctx.init == "gen" or config.tie_ctx_to_gen:
-        gen = dataclasses.asdict(config.gen.arch)
-        config = _with_shape(config, "ctx", {name: gen[name] for name in _SHAPE})
+        shape = {name: getattr(config.gen.arch, name) for name in _SHAPE}
+        config = _with_shape(config, "ctx", shape)
     else:
         config = _with_shape(config, "ctx", _shape_of(config, "ctx"))
-    if config.gen.arch.width != config.ctx.arch.width:
-        raise UserError(
-            f"config.gen.arch.width={config.gen.arch.width} and config.ctx.arch.width="
-            f"{config.ctx.arch.width} differ; their vectors are compared, so make them equal"
-        )
+    _check_towers(config)
     return config
+
+
+def _check_towers(config: Config) -> None:
+    gen, ctx = config.gen.arch, config.ctx.arch
+    if not FAMILIES[gen.family].causal:
+        raise UserError(f"config.gen: a {gen.family} sees what it should predict; only Ctx may be")
+    if config.compat == "official" and gen.width != ctx.width:
+        raise UserError(
+            f"config.gen.arch.width={gen.width} and config.ctx.arch.width={ctx.width} differ; "
+            "compat='official' has no projection between them, make them equal"
+        )
+    lengths = {
+        "data.max_gen_tokens": (config.data.max_gen_tokens, "gen", gen),
+        "generate.max_tokens": (config.generate.max_tokens, "gen", gen),
+        "data.max_ctx_tokens": (config.data.max_ctx_tokens, "ctx", ctx),
+    }
+    for key, (tokens, tower, arch) in lengths.items():
+        if FAMILIES[arch.family].positions == "learned" and tokens > arch.max_positions:
+            raise UserError(
+                f"config.{key}={tokens} is beyond the {arch.max_positions} positions that "
+                f"{tower}'s {arch.family} has learned; lower it"
+            )
+        if arch.frozen_layers >= arch.layers:
+            raise UserError(
+                f"config.{tower}.arch.frozen_layers={arch.frozen_layers} leaves none of its "
+                f"{arch.layers} layers; to freeze the tower set config.{tower}.freeze"
+            )
 
 
 def read_sources(config: Config, directory: Path) -> Sources:
@@ -150,6 +173,7 @@ def token_settings(config: Config, tokenizers: Tokenizers) -> dict[str, Any]:
         "ctx tokenizer": tokenizers.ctx.fingerprint,
         "template": markup.VERSION,
         "ctx.pooling": config.ctx.pooling,
+        "ctx.prompt": config.ctx.prompt,
         "data.max_ctx_tokens": config.data.max_ctx_tokens,
         "data.no_evidence_fraction": config.data.no_evidence_fraction,
     }
@@ -181,10 +205,10 @@ def initial_state(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     pretrained = {}
     if config.gen.init != "scratch":
-        pretrained["gen"] = _read(hf.load_gen, config.gen.init, abstract.params["gen"], config)
+        pretrained["gen"] = _read(weights.load_gen, config.gen.init, abstract.params["gen"], config)
     ctx_init = config.gen.init if config.ctx.init == "gen" else config.ctx.init
     if ctx_init != "scratch" and not towers.tied:
-        pretrained["ctx"] = _read(hf.load_ctx, ctx_init, abstract.params["ctx"], config)
+        pretrained["ctx"] = _read(weights.load_ctx, ctx_init, abstract.params["ctx"], config)
     return jax.jit(
         lambda loaded: _fresh(config, towers, tx, loaded),
         out_shardings=shardings,
@@ -192,11 +216,12 @@ def initial_state(
     )(pretrained)
 
 
-def embedding_contract(config: Config, tokenizers: Tokenizers, weights: str) -> EmbeddingContract:
-    """What vectors depend on; `weights` is the digest of both towers."""
+def embedding_contract(config: Config, tokenizers: Tokenizers, digest: str) -> EmbeddingContract:
+    """What vectors depend on; `digest` is that of both towers."""
     gen = tokenizers.gen
     return EmbeddingContract(
         pooling=config.ctx.pooling,
+        prompt=config.ctx.prompt,
         normalize=config.loss.normalize,
         temperature=config.loss.temperature,
         template=str(markup.VERSION),
@@ -209,7 +234,7 @@ def embedding_contract(config: Config, tokenizers: Tokenizers, weights: str) -> 
         max_ctx_tokens=config.data.max_ctx_tokens,
         width=config.gen.arch.width,
         tokenizer=tokenizers.ctx.fingerprint,
-        weights=weights,
+        weights=digest,
     )
 
 
@@ -221,22 +246,23 @@ def wait_for_all(what: str) -> None:
 
 def _fresh(config: Config, towers: Towers, tx, pretrained: dict | None = None) -> TrainState:
     key_params, key_state = jax.random.split(jax.random.key(config.seed))
-    params = step_lib.init_params(key_params, towers, config) | (pretrained or {})
+    params = step_lib.init_params(key_params, towers, config)
+    params = step_lib.overlaid(params, pretrained or {})
     return step_lib.init_state(params, key_state, tx, config)
 
 
 def _read(load_tower: Callable, init: str, abstract: dict, config: Config) -> dict:
     """Pretrained weights; what their own tokenizer lacks starts anew, as our added tokens do."""
     old_vocab = tokenizer.load(init).pretrained_size
-    return load_tower(hf.resolve(init), abstract, old_vocab, config.seed)
+    return load_tower(weights.resolve(init), abstract, old_vocab, config.seed)
 
 
 def _shape_of(config: Config, tower: str) -> dict:
     init = getattr(config, tower).init
     if init in ("scratch", "gen"):
         return {}
-    found = hf.arch_from_hf(hf.resolve(init))
-    return {name: found[name] for name in _SHAPE}
+    found, default = weights.arch_from_hf(weights.resolve(init)), ArchConfig()
+    return {name: found.get(name, getattr(default, name)) for name in _SHAPE}
 
 
 def _with_shape(config: Config, tower: str, shape: dict) -> Config:

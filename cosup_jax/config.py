@@ -14,19 +14,50 @@ from cosup_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class ArchConfig:
-    """Shape of one Llama-type transformer. Pretrained weights bring all but the last four."""
+class RopeScaling:
+    """Rotary frequencies stretched beyond the length of pretraining."""
 
+    kind: str = "none"  # none | linear | llama3 | yarn
+    factor: float = 1.0  # length over that of pretraining
+    original: int = 8192  # llama3, yarn: tokens of pretraining
+    low: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow; turns within `original`
+    high: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast; turns within `original`
+    attention: float = 1.0  # yarn: factor on queries and keys
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates (arXiv 2106.09685) of kernels, which then stay as they start."""
+
+    rank: int = 0  # 0 = none: the kernels themselves are trained
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    kernels: str = "q,k,v,o,gate,up,down"  # of every layer, comma-separated
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchConfig:
+    """Shape of one transformer. Pretrained weights bring all above `dtype`."""
+
+    family: str = "llama"  # llama | mistral | qwen2 | qwen3 | gpt2 | gpt_neox | bert ...
     layers: int = 4  # transformer blocks
     width: int = 256  # residual stream, features
     heads: int = 4  # query heads
     kv_heads: int = 2  # key/value heads; divides heads
     head_dim: int = 64  # features per head; even
-    mlp_width: int = 688  # features inside SwiGLU
+    mlp_width: int = 688  # features inside the MLP
+    activation: str = ""  # silu | gelu | gelu_tanh; empty = the family's
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    norm_eps: float = 1e-5  # RMSNorm epsilon
+    rope_fraction: float = 1.0  # share of head_dim that is rotated
+    rope_scaling: RopeScaling = RopeScaling()
+    max_positions: int = 2048  # tokens of the longest text; a learned position table ends there
+    window: int = 0  # tokens that a token sees, itself included; 0 = all before it
+    norm_eps: float = 1e-5  # epsilon of the norms
     tie_embeddings: bool = True  # output head = input embedding, transposed
-    dtype: str = "float32"  # compute: float32 | bfloat16; parameters are always float32
+    dtype: str = "float32"  # compute: float32 | bfloat16
+    param_dtype: str = "float32"  # of the parameters: float32 | bfloat16 (frozen towers, LoRA)
+    lora: LoraConfig = LoraConfig()
+    frozen_layers: int = 0  # lowest layers that stay as they start
+    freeze_embeddings: bool = False  # True: tables, new tokens' rows too, stay as they start
     remat: str = "none"  # recompute in the backward pass: none | dots (keep matmuls) | full
     scan_unroll: int = 1  # layers per scan iteration; = layers unrolls the loop
     attention: str = "auto"  # auto | xla | cudnn (GPU, unpacked rows only)
@@ -36,8 +67,9 @@ class ArchConfig:
 class TowerConfig:
     """Where one language model comes from."""
 
-    init: str = "scratch"  # scratch | HF directory | hub id; for ctx also gen (same weights)
-    pooling: str = "eos"  # ctx only: last (passage's last token) | eos | token ([Emb]) appended
+    init: str = "scratch"  # scratch | HF directory | hub id | FILE.gguf; ctx: also gen (as Gen)
+    pooling: str = "eos"  # ctx: last token | eos, token ([Emb]), pad: appended | cls | mean
+    prompt: str = ""  # ctx: text before every passage, as "passage: "
     freeze: bool = False  # True: no gradient, no optimizer state, weights stay as they start
     arch: ArchConfig = ArchConfig()
 

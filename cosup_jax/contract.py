@@ -19,7 +19,8 @@ from cosup_jax.errors import UserError
 class EmbeddingContract:
     """Everything a passage vector or a query vector depends on."""
 
-    pooling: str  # which token is read: last | eos | token
+    pooling: str  # how Ctx's states become one vector, as config.ctx.pooling
+    prompt: str  # text before every passage
     normalize: bool  # vectors have length 1
     temperature: float  # scores are divided by it
     template: str  # version of the text around question and passage
@@ -71,13 +72,14 @@ def weights_digest(params: Any) -> str:
     }
     digest = hashlib.sha256()
     for name in sorted(leaves):
-        array = np.ascontiguousarray(_on_host(leaves[name]))
+        array = np.ascontiguousarray(on_host(leaves[name]))
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
     return digest.hexdigest()
 
 
-def _on_host(leaf: Any) -> np.ndarray:
+def on_host(leaf: Any) -> np.ndarray:
+    """The whole array; in a run of several processes all must call."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.asarray(leaf)

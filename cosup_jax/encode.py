@@ -26,7 +26,7 @@ class Encoder:
     """Compiled once; parameters are arguments."""
 
     def __init__(self, mesh: Mesh, towers: Towers, config: Config):
-        self._mesh, self._width = mesh, config.ctx.arch.width
+        self._mesh, self._width = mesh, towers.gen.width
         self._vectors = jax.jit(
             lambda params, batch: passage_vectors(towers.ctx_params(params), batch, towers, config),
             out_shardings=sharding.replicated(mesh),

@@ -8,16 +8,21 @@ import ml_collections
 
 from cosup_jax.config import TEMPERATURE_RANGE, Config, get_dotted, replace_dotted, sources
 from cosup_jax.errors import UserError
+from cosup_jax.families import FAMILIES, KERNELS
 
+_ARCH = {
+    "family": tuple(FAMILIES),
+    "activation": ("", "silu", "gelu", "gelu_tanh"),
+    "rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "remat": ("none", "dots", "full"),
+    "attention": ("auto", "xla", "cudnn"),
+}
 _CHOICES = {
     "compat": ("", "official"),
-    "gen.arch.dtype": ("float32", "bfloat16"),
-    "ctx.arch.dtype": ("float32", "bfloat16"),
-    "gen.arch.remat": ("none", "dots", "full"),
-    "ctx.arch.remat": ("none", "dots", "full"),
-    "gen.arch.attention": ("auto", "xla", "cudnn"),
-    "ctx.arch.attention": ("auto", "xla", "cudnn"),
-    "ctx.pooling": ("last", "eos", "token"),
+    **{f"{tower}.arch.{name}": kinds for tower in ("gen", "ctx") for name, kinds in _ARCH.items()},
+    "ctx.pooling": ("last", "eos", "token", "pad", "cls", "mean"),
     "loss.contrastive": ("softmax", "sigmoid"),
     "loss.remote_negatives": ("full", "detached"),
     "bank.kind": ("off", "passage", "dual"),
@@ -33,6 +38,8 @@ _MAY_BE_ZERO = {
     *("generate.examples", "log.probe_every_steps", "data.dev_fraction"),
     *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
     *("optim.gen_learning_rate", "optim.ctx_learning_rate"),
+    *(f"{t}.arch.{name}" for t in ("gen", "ctx") for name in ("window", "lora.rank")),
+    *("gen.arch.frozen_layers", "ctx.arch.frozen_layers"),
 }
 _MAY_BE_MINUS_ONE = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 _MAY_BE_NEGATIVE = {"loss.sigmoid_bias"}
@@ -146,6 +153,17 @@ def _check(config: Config) -> None:
             )
         if arch.head_dim % 2:
             raise UserError(f"config.{tower}.arch.head_dim={arch.head_dim} must be even (RoPE)")
+        for name in arch.lora.kernels.split(",") if arch.lora.rank else ():
+            if name not in KERNELS:
+                raise UserError(
+                    f"config.{tower}.arch.lora.kernels: {name!r} is none of {', '.join(KERNELS)}"
+                )
+        starts_as = config.gen if getattr(config, tower).init == "gen" else getattr(config, tower)
+        if arch.frozen_layers and starts_as.init == "scratch":
+            raise UserError(
+                f"config.{tower}.arch.frozen_layers={arch.frozen_layers} would freeze random "
+                f"weights; set config.{tower}.init"
+            )
     if config.gen.init == "gen":
         raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")
     if config.loss.remote_negatives == "detached" and config.compat != "official":

@@ -57,9 +57,10 @@ def _towers(params: dict) -> dict:
 
 
 def _decayed(params: dict) -> dict:
-    """Kernels and tables; norm scales and the temperature are left alone."""
+    """Kernels and tables; norm scales, biases and the temperature are left alone."""
+    alone = ("scale", "log_temperature", "bias")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in ("scale", "log_temperature", "bias"), params
+        lambda path, _: not path[-1].key.endswith(alone), params
     )
 
 

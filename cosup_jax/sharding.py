@@ -22,6 +22,7 @@ RULES = {
     "mlp": ("tensor",),
     "layers": (),
     "head_dim": (),
+    "lora": (),
 }
 
 

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from cosup_jax import bank as bank_lib
@@ -41,10 +42,14 @@ def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
     """Random parameters; with ctx.init="gen" both towers start from the same weights."""
     key_gen, key_ctx = jax.random.split(key)
     params = {"gen": towers.gen.init(key_gen), "nsp": {}}
-    if not towers.tied and config.ctx.init == "gen":
-        params["ctx"] = {name: params["gen"][name] for name in params["gen"] if name != "head"}
-    elif not towers.tied:
+    if not towers.tied:
         params["ctx"] = towers.ctx.init(key_ctx)
+    if not towers.tied and config.ctx.init == "gen":
+        params["ctx"] = overlaid(params["ctx"], params["gen"])
+    if towers.projects:
+        shape, scale = (towers.ctx.width, towers.gen.width), towers.ctx.width**-0.5
+        key = jax.random.fold_in(key_ctx, 1)
+        params["ctx"]["projection"] = scale * jax.random.normal(key, shape)
     if config.loss.learn_temperature:
         params["nsp"]["log_temperature"] = jnp.log(jnp.float32(config.loss.temperature))
         if config.loss.contrastive == "sigmoid":
@@ -52,11 +57,38 @@ def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
     return params
 
 
+def overlaid(base: dict, other: dict) -> dict:
+    """`base`, with those of its leaves that `other` has too taken from there."""
+    return {
+        name: (overlaid(tree, other[name]) if isinstance(tree, dict) else other[name])
+        if name in other
+        else tree
+        for name, tree in base.items()
+    }
+
+
 def trainable(params: dict, config: Config) -> dict:
-    """The part of `params` that is trained: neither a frozen tower nor one that no loss reaches."""
-    unreached = not config.loss.trains_nsp
-    frozen = {"gen": config.gen.freeze, "ctx": config.ctx.freeze or unreached, "nsp": unreached}
-    return {name: tree for name, tree in params.items() if not frozen[name]}
+    """The part of `params` that is trained, towers without such a part left out.
+
+    That is what a loss reaches of a tower that is not frozen; of one with adapters these and the
+    embeddings, which the added tokens need.
+    """
+    flat = flatten_dict(params)
+    return unflatten_dict({path: x for path, x in flat.items() if _is_trained(path, config)})
+
+
+def _is_trained(path: tuple[str, ...], config: Config) -> bool:
+    tower, *_, leaf = path
+    if tower != "gen" and not config.loss.trains_nsp:
+        return False
+    if tower == "nsp" or leaf == "projection":
+        return True
+    given, part = getattr(config, tower), path[1]
+    if given.freeze or part == "frozen_blocks":
+        return False
+    if part in ("embed", "head"):
+        return not given.arch.freeze_embeddings
+    return not given.arch.lora.rank or "_lora_" in leaf
 
 
 def param_axes(towers: Towers, config: Config) -> dict:
@@ -64,6 +96,8 @@ def param_axes(towers: Towers, config: Config) -> dict:
     axes = {"gen": towers.gen.logical_axes(), "nsp": {}}
     if not towers.tied:
         axes["ctx"] = towers.ctx.logical_axes()
+    if towers.projects:
+        axes["ctx"]["projection"] = ("embed", None)
     if config.loss.learn_temperature:
         axes["nsp"]["log_temperature"] = ()
         if config.loss.contrastive == "sigmoid":
@@ -89,7 +123,7 @@ def objective(
     trained: dict, state: TrainState, batch: Batch, towers: Towers, config: Config, pad_id: int
 ) -> tuple[jax.Array, cosup.Terms]:
     """The loss of a batch at `state`, its trained parameters replaced by `trained`."""
-    params = state.params | trained
+    params = overlaid(state.params, trained)
     if config.compat == "official":
         return official.loss(params, batch, towers, pad_id, config)
     return cosup.loss(params, batch, state.bank, state.step, towers, config)
@@ -115,7 +149,7 @@ def train_step(
     good = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(grads))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     trained = keep(optax.apply_updates(trained, updates), trained)
-    params = state.params | trained
+    params = overlaid(state.params, trained)
     skipped = Skipped(
         total=state.skipped.total + ~good,
         in_a_row=jnp.where(good, 0, state.skipped.in_a_row + 1),

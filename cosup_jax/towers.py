@@ -13,11 +13,19 @@ from cosup_jax.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Towers:
-    """Gen and Ctx. `params = {"gen", "ctx", "nsp"}`; tied towers have no "ctx"."""
+    """Gen and Ctx. `params = {"gen", "ctx", "nsp"}`; tied towers have no "ctx".
+
+    Where Ctx is of another width than Gen, its parameters also hold `projection` [its D, Gen's D].
+    """
 
     gen: Transformer
     ctx: Transformer
     tied: bool = False
+
+    @property
+    def projects(self) -> bool:
+        """Whether Ctx's vectors are projected to Gen's width."""
+        return not self.tied and self.gen.width != self.ctx.width
 
     def ctx_params(self, params: dict) -> dict:
         """Parameters of Ctx, which are Gen's if the towers are tied."""
@@ -37,10 +45,25 @@ def query_vectors(hidden_BxTxD: jax.Array, batch: Batch, config: Config) -> jax.
 
 
 def passage_vectors(ctx_params: dict, batch: Batch, towers: Towers, config: Config) -> jax.Array:
-    """[U, P, D]: Ctx's hidden state at each passage's last token."""
+    """[U, P, D]: what Ctx makes of each passage, projected to Gen's width if its own is another."""
     rows = (batch.ctx_tokens_UxL, batch.ctx_segments_UxL, batch.ctx_positions_UxL)
-    hidden_UxLxD = towers.ctx.hidden(ctx_params, *rows)
-    return similarity_space(_take(hidden_UxLxD, batch.passage_ends_UxP), config)
+    pooled_UxPxD = _pool(towers.ctx.hidden(ctx_params, *rows), batch, config.ctx.pooling)
+    if "projection" in ctx_params:
+        pooled_UxPxD = pooled_UxPxD.astype(jnp.float32) @ ctx_params["projection"]
+    return similarity_space(pooled_UxPxD, config)
+
+
+def _pool(hidden_UxLxD: jax.Array, batch: Batch, pooling: str) -> jax.Array:
+    """[U, P, D]: the mean of a passage's states, the first of them, or else the last."""
+    ends_UxP = batch.passage_ends_UxP
+    if pooling == "mean":
+        slot_P = jnp.arange(1, ends_UxP.shape[1] + 1)
+        own_UxPxL = (batch.ctx_segments_UxL[:, None] == slot_P[None, :, None]).astype(jnp.float32)
+        sum_UxPxD = jnp.einsum("upl,uld->upd", own_UxPxL, hidden_UxLxD.astype(jnp.float32))
+        return sum_UxPxD / jnp.maximum(jnp.sum(own_UxPxL, axis=-1, keepdims=True), 1)
+    if pooling == "cls":
+        ends_UxP = ends_UxP - jnp.take_along_axis(batch.ctx_positions_UxL, ends_UxP, axis=1)
+    return _take(hidden_UxLxD, ends_UxP)
 
 
 def similarity_space(vectors: jax.Array, config: Config) -> jax.Array:

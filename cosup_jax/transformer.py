@@ -1,28 +1,44 @@
-"""One decoder-only transformer of the Llama family, for Gen and for Ctx.
+"""One transformer for Gen and for Ctx; what sets its families apart is in families.py.
 
-RMSNorm, rotary positions (rotate-half), grouped-query attention, SwiGLU; scanned layers. Flax Linen
-stays inside this file: from outside, `Transformer` is functions on a plain nested dict:
+Scanned layers. Flax Linen stays inside this file: from outside, `Transformer` is functions on a
+plain nested dict:
 
     embed/table [V, D]   final_norm/scale [D]   head/kernel [D, V] (untied Gen only)
     blocks/attn_norm/scale [N, D]   blocks/attn/{q [N, D, H, E], k, v [N, D, G, E], o [N, H, E, D]}
     blocks/mlp_norm/scale [N, D]    blocks/mlp/{gate, up [N, D, F], down [N, F, D]}
+
+Beside a kernel `q` may stand `q_bias` and the adapters `q_lora_a`, `q_lora_b`; beside a scale a
+bias; beside embed/table `positions` and `types`. Layers that are frozen lie in `frozen_blocks`.
 
 N layers, D width, H query heads, G kv heads, E head_dim, F mlp_width, V padded vocabulary,
 B rows, T tokens.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cosup_jax.config import ArchConfig
+from cosup_jax.config import ArchConfig, LoraConfig, RopeScaling
+from cosup_jax.families import FAMILIES
 from cosup_jax.sharding import constrain
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to it, so that any tensor axis up to 128 splits it
 _NEVER = -1e30  # logit of a padded vocabulary entry; finite, so that gradients stay finite
+
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": nn.gelu,
+}
+_AXES = {"d": "embed", "h": "q_heads", "g": "kv_heads", "e": "head_dim", "f": "mlp", "r": "lora"}
+BERT_TYPES = 2  # token types of a BERT; a passage is all of the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +55,11 @@ class Transformer:
     vocab_size: int
     has_head: bool = True
 
+    @property
+    def width(self) -> int:
+        """Features of a hidden state."""
+        return self.arch.width
+
     def init(self, key: jax.Array) -> dict:
         """Random float32 parameters."""
         return nn.meta.unbox(self._boxed(key))
@@ -52,9 +73,9 @@ class Transformer:
     def hidden(self, params: dict, tokens_BxT, segments_BxT, positions_BxT) -> jax.Array:
         """Final hidden states [B, T, D], normed, in the compute dtype.
 
-        A token sees the earlier tokens of its own segment. Segment -s marks padding that belongs
-        to segment s: it sees the segment, and nothing sees it. What stands at segment 0 is
-        meaningless and finite.
+        A token sees the earlier tokens of its own segment, in an encoder all of them. Segment -s
+        marks padding that belongs to segment s: it sees the segment, and nothing sees it. What
+        stands at segment 0 is meaningless and finite.
         """
         return self._module().apply({"params": params}, tokens_BxT, segments_BxT, positions_BxT)
 
@@ -86,26 +107,73 @@ def padded_vocab(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def attention_mask(segments_BxT: jax.Array) -> jax.Array:
+def merge_adapters(params: dict, arch: ArchConfig) -> dict:
+    """The same function without adapters: their updates added to the kernels."""
+    flat = flatten_dict(params)
+    merged = {path: leaf for path, leaf in flat.items() if "_lora_" not in path[-1]}
+    for path, a in flat.items():
+        if path[-1].endswith("_lora_a"):
+            name = (*path[:-1], path[-1].removesuffix("_lora_a"))
+            kernel, b = merged[name], flat[(*name[:-1], f"{name[-1]}_lora_b")]
+            layers, rank = len(kernel), arch.lora.rank
+            update = a.reshape(layers, -1, rank) @ b.reshape(layers, rank, -1)
+            update = (arch.lora.alpha / rank) * update.reshape(kernel.shape)
+            merged[name] = (kernel + update).astype(kernel.dtype)
+    return unflatten_dict(merged)
+
+
+def attention_mask(segments_BxT: jax.Array, causal: bool = True, window: int = 0) -> jax.Array:
     """[B, 1, T, T], True where row token t may look at token s."""
     T = segments_BxT.shape[1]
     key_BxT = segments_BxT[:, None, :]
     same = jnp.abs(segments_BxT)[:, :, None] == key_BxT  # a negative or zero key never matches > 0
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    return (same & (key_BxT > 0) & causal[None])[:, None]
+    near = jnp.ones((T, T), bool)
+    near = jnp.tril(near) if causal else near
+    near &= jnp.triu(near, 1 - window) if window else near  # segments have no gaps
+    return (same & (key_BxT > 0) & near[None])[:, None]
 
 
-def rotate(x_BxTxHxE: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
+def rotate(x_BxTxHxE: jax.Array, positions_BxT: jax.Array, arch: ArchConfig) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864), Llama's rotate-half layout, in float32."""
-    half = x_BxTxHxE.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    half = rotated_features(arch) // 2
+    frequency = arch.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if arch.rope_scaling.kind != "none":
+        frequency *= stretch(arch.rope_scaling, arch.rope_theta, half)
     angle_BxTx1xh = (
         positions_BxT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     )
     cos, sin = jnp.cos(angle_BxTx1xh), jnp.sin(angle_BxTx1xh)
-    first, second = jnp.split(x_BxTxHxE.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return rotated.astype(x_BxTxHxE.dtype)
+    if arch.rope_scaling.kind == "yarn":
+        cos, sin = cos * arch.rope_scaling.attention, sin * arch.rope_scaling.attention
+    turned, straight = jnp.split(x_BxTxHxE.astype(jnp.float32), [2 * half], axis=-1)
+    first, second = jnp.split(turned, 2, axis=-1)
+    parts = (first * cos - second * sin, second * cos + first * sin, straight)
+    return jnp.concatenate(parts, axis=-1).astype(x_BxTxHxE.dtype)
+
+
+def rotated_features(arch: ArchConfig) -> int:
+    """Leading features of a head that carry the position."""
+    return int(arch.head_dim * arch.rope_fraction)
+
+
+def stretch(scaling: RopeScaling, theta: float, half: int) -> np.ndarray:
+    """[half] factor on each rotary frequency, below 1 where positions are interpolated.
+
+    linear: arXiv 2306.15595; llama3: the Llama 3.1 release; yarn: arXiv 2309.00071.
+    """
+    s = scaling
+    if s.kind == "linear":
+        return np.full(half, 1 / s.factor, np.float32)
+    feature = np.arange(half)
+    if s.kind == "llama3":  # by how often a feature turns within the length of pretraining
+        turns = s.original * theta ** (-feature / half) / (2 * math.pi)
+        kept = (turns - s.low) / (s.high - s.low)
+    else:  # yarn: the same, linear in the feature's number, between whole features
+        at = lambda turns: half * math.log(s.original / (2 * math.pi * turns)) / math.log(theta)
+        first, last = max(math.floor(at(s.high)), 0), min(math.ceil(at(s.low)), 2 * half - 1)
+        kept = 1 - (feature - first) / max(last - first, 0.001)
+    kept = np.clip(kept, 0, 1)
+    return (kept + (1 - kept) / s.factor).astype(np.float32)
 
 
 def _attend(arch: ArchConfig, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT):
@@ -117,21 +185,60 @@ def _attend(arch: ArchConfig, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT):
     )
 
 
-def _param(module: nn.Module, name: str, shape, axes, fan_in: int, gain: float = 1.0) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.normal(gain * fan_in**-0.5), axes)
-    return module.param(name, init, shape, jnp.float32)
+def _param(module: nn.Module, name: str, shape, axes, init, dtype: str) -> jax.Array:
+    init = nn.with_logical_partitioning(init, axes)
+    return module.param(name, init, shape, jnp.dtype(dtype))
 
 
-class _RMSNorm(nn.Module):
-    eps: float
+def _linear(module: nn.Module, name: str, x, spec: str, gain: float = 1.0, bias: bool = False):
+    """x [B, T, in] -> [B, T, out] by a kernel, for spec "in->out" in letters of `_AXES`."""
+    a = module.arch
+    size = {"d": a.width, "h": a.heads, "g": a.kv_heads, "e": a.head_dim, "f": a.mlp_width}
+    size["r"] = a.lora.rank
+    shape = lambda letters: tuple(size[letter] for letter in letters)
+    axes = lambda letters: tuple(_AXES[letter] for letter in letters)
+    normal = lambda scale: nn.initializers.normal(scale)
+    zeros = nn.initializers.zeros_init()
+    inputs, outputs = spec.split("->")
+    over = inputs + outputs
+    scale = math.prod(shape(inputs)) ** -0.5
+    kernel = _param(module, name, shape(over), axes(over), normal(gain * scale), a.param_dtype)
+    y = jnp.einsum(f"bt{inputs},{over}->bt{outputs}", x, kernel.astype(x.dtype))
+    if bias:
+        bias = _param(module, f"{name}_bias", shape(outputs), axes(outputs), zeros, a.param_dtype)
+        y += constrain(bias, *[None] * len(outputs)).astype(x.dtype)[None, None]
+    if a.lora.rank and name in a.lora.kernels.split(","):
+        down, up = inputs + "r", "r" + outputs
+        lora_a = _param(module, f"{name}_lora_a", shape(down), axes(down), normal(scale), "float32")
+        lora_b = _param(module, f"{name}_lora_b", shape(up), axes(up), zeros, "float32")
+        low = jnp.einsum(f"bt{inputs},{down}->btr", x, lora_a.astype(x.dtype))
+        update = jnp.einsum(f"btr,{up}->bt{outputs}", low, lora_b.astype(x.dtype))
+        y += update * (a.lora.alpha / a.lora.rank)
+    return y
+
+
+class _Norm(nn.Module):
+    """RMSNorm, or LayerNorm where the family asks; over the last axis, in float32."""
+
+    arch: ArchConfig
+    features: str = "embed"  # the axis that is normed
 
     @nn.compact
     def __call__(self, x):
-        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
-        scale_D = constrain(self.param("scale", ones, (x.shape[-1],), jnp.float32), None)
+        a, layer = self.arch, FAMILIES[self.arch.family].norm == "layer"
+        make = lambda name, init: constrain(
+            _param(self, name, (x.shape[-1],), (self.features,), init, a.param_dtype), None
+        ).astype(jnp.float32)
+        scale_D = make("scale", nn.initializers.ones_init())
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
-        return jnp.einsum("...d,d->...d", normed, scale_D).astype(x.dtype)
+        if layer:
+            x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + a.norm_eps)
+        normed = jnp.einsum("...d,d->...d", normed, scale_D)
+        if layer:
+            bias_D = make("bias", nn.initializers.zeros_init())
+            normed += jnp.expand_dims(bias_D, range(x.ndim - 1))
+        return normed.astype(x.dtype)
 
 
 class _Attention(nn.Module):
@@ -139,32 +246,37 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD, mask_Bx1xTxT, positions_BxT):
-        a, dtype = self.arch, x_BxTxD.dtype
-        D, H, G, E = x_BxTxD.shape[-1], a.heads, a.kv_heads, a.head_dim
+        a, family = self.arch, FAMILIES[self.arch.family]
+        linear = lambda name, *args: _linear(self, name, *args, bias=name in family.biases)
         # Attention starts almost uniform, so that [Ret] first reads all of its context alike: a
         # contrastive loss that starts from sharp random attention can collapse.
-        q_DxHxE = _param(self, "q", (D, H, E), ("embed", "q_heads", "head_dim"), D, gain=0.1)
-        k_DxGxE = _param(self, "k", (D, G, E), ("embed", "kv_heads", "head_dim"), D)
-        v_DxGxE = _param(self, "v", (D, G, E), ("embed", "kv_heads", "head_dim"), D)
-        o_HxExD = _param(self, "o", (H, E, D), ("q_heads", "head_dim", "embed"), H * E, _branch(a))
-        project = lambda kernel: jnp.einsum("btd,dhe->bthe", x_BxTxD, kernel.astype(dtype))
-        q_BxTxHxE = rotate(project(q_DxHxE), positions_BxT, a.rope_theta)
-        k_BxTxGxE = rotate(project(k_DxGxE), positions_BxT, a.rope_theta)
-        out_BxTxHxE = _attend(a, q_BxTxHxE, k_BxTxGxE, project(v_DxGxE), mask_Bx1xTxT)
-        return jnp.einsum("bthe,hed->btd", out_BxTxHxE, o_HxExD.astype(dtype))
+        q_BxTxHxE = linear("q", x_BxTxD, "d->he", 0.1)
+        k_BxTxGxE = linear("k", x_BxTxD, "d->ge")
+        v_BxTxGxE = linear("v", x_BxTxD, "d->ge")
+        if family.qk_norm:
+            q_BxTxHxE = _Norm(a, "head_dim", name="q_norm")(q_BxTxHxE)
+            k_BxTxGxE = _Norm(a, "head_dim", name="k_norm")(k_BxTxGxE)
+        if family.positions == "rotary":
+            q_BxTxHxE = rotate(q_BxTxHxE, positions_BxT, a)
+            k_BxTxGxE = rotate(k_BxTxGxE, positions_BxT, a)
+        out_BxTxHxE = _attend(a, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT)
+        return linear("o", out_BxTxHxE, "he->d", _branch(a))
 
 
-class _SwiGLU(nn.Module):
+class _MLP(nn.Module):
     arch: ArchConfig
 
     @nn.compact
     def __call__(self, x_BxTxD):
-        D, F, dtype = x_BxTxD.shape[-1], self.arch.mlp_width, x_BxTxD.dtype
-        gate_DxF = _param(self, "gate", (D, F), ("embed", "mlp"), D)
-        up_DxF = _param(self, "up", (D, F), ("embed", "mlp"), D)
-        down_FxD = _param(self, "down", (F, D), ("mlp", "embed"), F, 0.1 * _branch(self.arch))
-        inner_BxTxF = nn.silu(x_BxTxD @ gate_DxF.astype(dtype)) * (x_BxTxD @ up_DxF.astype(dtype))
-        return inner_BxTxF @ down_FxD.astype(dtype)
+        a, family = self.arch, FAMILIES[self.arch.family]
+        linear = lambda name, *args: _linear(self, name, *args, bias="m" in family.biases)
+        activate = ACTIVATIONS[a.activation or family.activation]
+        if family.gated:
+            gate_BxTxF = activate(linear("gate", x_BxTxD, "d->f"))
+            inner_BxTxF = gate_BxTxF * linear("up", x_BxTxD, "d->f")
+        else:
+            inner_BxTxF = activate(linear("up", x_BxTxD, "d->f"))
+        return linear("down", inner_BxTxF, "f->d", 0.1 * _branch(a))
 
 
 class _Block(nn.Module):
@@ -172,12 +284,19 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD, mask_Bx1xTxT, positions_BxT):
-        a = self.arch
-        normed_BxTxD = _RMSNorm(a.norm_eps, name="attn_norm")(x_BxTxD)
-        x_BxTxD += _Attention(a, name="attn")(normed_BxTxD, mask_Bx1xTxT, positions_BxT)
-        x_BxTxD = constrain(x_BxTxD, "batch", None, None)
-        x_BxTxD += _SwiGLU(a, name="mlp")(_RMSNorm(a.norm_eps, name="mlp_norm")(x_BxTxD))
-        return constrain(x_BxTxD, "batch", None, None), None
+        a, kind = self.arch, FAMILIES[self.arch.family].block
+        attn_norm, mlp_norm = _Norm(a, name="attn_norm"), _Norm(a, name="mlp_norm")
+        attention, mlp = _Attention(a, name="attn"), _MLP(a, name="mlp")
+        attend = lambda x: attention(x, mask_Bx1xTxT, positions_BxT)
+        settle = lambda x: constrain(x, "batch", None, None)
+        if kind == "post":
+            x_BxTxD = settle(attn_norm(x_BxTxD + attend(x_BxTxD)))
+            return settle(mlp_norm(x_BxTxD + mlp(x_BxTxD))), None
+        attended_BxTxD = attend(attn_norm(x_BxTxD))
+        if kind == "parallel":
+            return settle(x_BxTxD + attended_BxTxD + mlp(mlp_norm(x_BxTxD))), None
+        x_BxTxD = settle(x_BxTxD + attended_BxTxD)
+        return settle(x_BxTxD + mlp(mlp_norm(x_BxTxD))), None
 
 
 class _Decoder(nn.Module):
@@ -187,37 +306,73 @@ class _Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BxT, segments_BxT, positions_BxT):
-        a, V = self.arch, self.padded_vocab
-        table_VxD = _Table((V, a.width), ("vocab", "embed"), "table", name="embed")()
-        table_VxD = constrain(table_VxD.astype(a.dtype), "vocab", None)  # gathered over fsdp once
-        x_BxTxD = constrain(table_VxD[tokens_BxT], "batch", None, None)
-        blocks = nn.scan(
-            _remat(_Block, a.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=a.layers,
-            unroll=a.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(a, name="blocks")
-        x_BxTxD, _ = blocks(x_BxTxD, attention_mask(segments_BxT), positions_BxT)
+        a, family = self.arch, FAMILIES[self.arch.family]
+        x_BxTxD = _Embedding(a, self.padded_vocab, name="embed")(tokens_BxT, positions_BxT)
+        mask_Bx1xTxT = attention_mask(segments_BxT, family.causal, a.window)
+        for name, layers in (
+            ("frozen_blocks", a.frozen_layers),
+            ("blocks", a.layers - a.frozen_layers),
+        ):
+            if layers:
+                blocks = nn.scan(
+                    _remat(_Block, a.remat),
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    in_axes=nn.broadcast,
+                    length=layers,
+                    unroll=min(a.scan_unroll, layers),
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                )(_plain(a) if name == "frozen_blocks" else a, name=name)
+                x_BxTxD, _ = blocks(x_BxTxD, mask_Bx1xTxT, positions_BxT)
         if self.has_head and not a.tie_embeddings and self.is_initializing():
-            _Table((a.width, V), ("embed", "vocab"), "kernel", name="head")()
-        x_BxTxD = _RMSNorm(a.norm_eps, name="final_norm")(x_BxTxD)
+            _Table(a, (a.width, self.padded_vocab), ("embed", "vocab"), "kernel", name="head")()
+        if family.block != "post":
+            x_BxTxD = _Norm(a, name="final_norm")(x_BxTxD)
+        return constrain(x_BxTxD, "batch", None, None)
+
+
+class _Embedding(nn.Module):
+    """Tokens, and where the family learns them positions and token types -> [B, T, D]."""
+
+    arch: ArchConfig
+    padded_vocab: int
+
+    @nn.compact
+    def __call__(self, tokens_BxT, positions_BxT):
+        a, family = self.arch, FAMILIES[self.arch.family]
+        normal = nn.initializers.normal(0.02)
+        rows = lambda name, count, axis: _param(
+            self, name, (count, a.width), (axis, "embed"), normal, a.param_dtype
+        ).astype(a.dtype)
+        table_VxD = constrain(rows("table", self.padded_vocab, "vocab"), "vocab", None)
+        x_BxTxD = constrain(table_VxD[tokens_BxT], "batch", None, None)  # gathered over fsdp once
+        if family.positions == "learned":
+            x_BxTxD += constrain(rows("positions", a.max_positions, None), None, None)[
+                positions_BxT
+            ]
+        if family.block == "post":
+            x_BxTxD += constrain(rows("types", BERT_TYPES, None), None, None)[:1, None]
+            x_BxTxD = _Norm(a, name="norm")(x_BxTxD)
         return constrain(x_BxTxD, "batch", None, None)
 
 
 class _Table(nn.Module):
-    """One matrix of embeddings, input or output, under a name of its own."""
+    """One matrix under a name of its own."""
 
+    arch: ArchConfig
     shape: tuple[int, int]
     axes: tuple[str, str]
     param_name: str
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        return self.param(self.param_name, init, self.shape, jnp.float32)
+        init = nn.initializers.normal(0.02)
+        return _param(self, self.param_name, self.shape, self.axes, init, self.arch.param_dtype)
+
+
+def _plain(arch: ArchConfig) -> ArchConfig:
+    """Layers that are frozen have no adapters."""
+    return dataclasses.replace(arch, lora=LoraConfig())
 
 
 def _branch(arch: ArchConfig) -> float:

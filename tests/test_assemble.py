@@ -10,10 +10,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from cosup_jax import assemble, hf, optim
+from cosup_jax import assemble, optim
 from cosup_jax.contract import check_match
 from cosup_jax.data import tokenizer
 from cosup_jax.errors import UserError
+from cosup_jax.hf import weights as hf
 
 WORDS = ["</s>", "a", "b", "c", "d", "e"]
 PADDING = 100.0  # what the file holds in rows that its tokenizer has no entry for
@@ -43,10 +44,28 @@ def test_a_ctx_that_starts_as_gen_has_its_shape():
     assert found.ctx.arch.width == 64 and found.ctx.arch.dtype == "bfloat16"
 
 
-def test_unlike_widths_are_refused():
-    """Bug: vectors that no dot product can compare, told by a shape error in the step."""
-    keys = {"ctx__init": "scratch", "gen__arch__width": 64, "ctx__arch__width": 32}
-    with pytest.raises(UserError, match=r"gen\.arch\.width=64 and config\.ctx\.arch\.width=32"):
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"ctx__init": "scratch", "ctx__arch__width": 32, "compat": "official"},
+            r"ctx\.arch\.width=32 differ; compat='official' has no projection",
+        ),
+        ({"gen__arch__family": "bert"}, "a bert sees what it should predict"),
+        (
+            {"gen__arch__family": "gpt2", "gen__arch__max_positions": 20},
+            "max_gen_tokens=24 is beyond the 20 positions that gen's gpt2 has learned",
+        ),
+        (
+            {"ctx__init": "scratch", "ctx__arch__family": "bert", "ctx__arch__max_positions": 8},
+            "max_ctx_tokens=10 is beyond the 8 positions that ctx's bert has learned",
+        ),
+    ],
+)
+def test_towers_that_cannot_do_it_are_refused(keys, message):
+    """Bugs: a projection in an objective that knows none; an encoder that reads its own targets;
+    positions beyond the table, which a gather would clamp in silence."""
+    with pytest.raises(UserError, match=message):
         assemble.resolve(config(**keys))
 
 

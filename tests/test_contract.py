@@ -14,7 +14,7 @@ from cosup_jax.contract import EmbeddingContract, check_match, weights_digest
 from cosup_jax.errors import UserError
 
 CONTRACT = EmbeddingContract(
-    *("eos", True, 0.05, "v1"),
+    *("eos", "", True, 0.05, "v1"),
     **{"ret": 7, "cs": 8, "ce": 9, "emb": 10, "pad": 0, "eos": 1},
     **{"max_ctx_tokens": 96, "width": 64, "tokenizer": "t", "weights": "w"},
 )

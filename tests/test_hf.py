@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
-from cosup_jax import hf
 from cosup_jax.errors import UserError
+from cosup_jax.hf import weights as hf
 
 N, D, H, G, E, F, V = 2, 8, 4, 2, 6, 12, 10
 CONFIG = {
@@ -27,6 +27,8 @@ CONFIG = {
     "rope_theta": 500.0,
     "vocab_size": V,
 }
+SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
+RELATIVE = {"model_type": "bert", "position_embedding_type": "relative_key"}
 SPLIT = {  # every axis that the mesh splits in training, and the layers
     "embed": {"table": P("tensor", "fsdp")},
     "blocks": {
@@ -226,15 +228,16 @@ def test_what_does_not_fit_is_named(tmp_path, devices):
     (tmp_path / "model.safetensors").write_bytes(b"git-lfs pointer")
     with pytest.raises(UserError, match="cannot be read"):
         hf.load_gen(tmp_path, abstract(devices))
-    with pytest.raises(UserError, match=r"absent/model\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"absent/config\.json cannot be read"):
         hf.load_gen(tmp_path / "absent", abstract(devices))
 
 
 def test_arch_of_old_and_new_config_files(tmp_path):
     """Bug: the rotary base of a transformers 5 file is not found and the default taken instead."""
     expected = {
-        **{"layers": N, "width": D, "heads": H, "kv_heads": G, "head_dim": E, "mlp_width": F},
-        **{"rope_theta": 500.0, "norm_eps": 1e-5, "tie_embeddings": False, "vocab_size": V},
+        **{"family": "llama", "layers": N, "width": D, "heads": H, "kv_heads": G, "head_dim": E},
+        **{"mlp_width": F, "activation": "silu", "rope_theta": 500.0, "norm_eps": 1e-5},
+        **{"tie_embeddings": False, "window": 0, "max_positions": 2048, "vocab_size": V},
     }
     new = {**CONFIG, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
     del new["rope_theta"]
@@ -249,13 +252,14 @@ def test_arch_of_old_and_new_config_files(tmp_path):
 @pytest.mark.parametrize(
     ("key", "change"),
     [
-        ("rope scaling 'llama3'", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
-        ("rope scaling 'linear'", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-        ("rope scaling 'yarn'", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}),
+        ("rope scaling 'dynamic'", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}),
+        ("rope scaling 'longrope'", {"rope_scaling": {"type": "longrope", "factor": 2.0}}),
+        ("rope scaling 'yarn'", {"rope_scaling": {"rope_type": "yarn", "mscale": 1.0}}),
         ("attention_bias True", {"attention_bias": True}),
-        ("hidden_act 'gelu'", {"hidden_act": "gelu"}),
-        ("sliding_window 4096", {"model_type": "mistral", "sliding_window": 4096}),
-        ("model_type 'gpt2'", {"model_type": "gpt2"}),
+        ("activation 'relu'", {"hidden_act": "relu"}),
+        ("sliding_window .* in some layers only", {"model_type": "qwen2", **SOME_WINDOWS}),
+        ("model_type 'gemma2'", {"model_type": "gemma2"}),
+        ("position_embedding_type 'relative_key'", RELATIVE),
     ],
 )
 def test_unsupported_arch_is_named(tmp_path, key, change):
@@ -268,7 +272,7 @@ def test_unsupported_arch_is_named(tmp_path, key, change):
 def test_missing_model_is_one_line(tmp_path, monkeypatch):
     """Bug: without a network the hub client retries for a minute, then prints its traceback."""
     assert hf.resolve(tmp_path) == tmp_path
-    with pytest.raises(UserError, match="no such directory; check the path"):
+    with pytest.raises(UserError, match="no such directory or file; check the path"):
         hf.resolve(tmp_path / "absent")
     monkeypatch.setattr(hf.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
@@ -276,6 +280,8 @@ def test_missing_model_is_one_line(tmp_path, monkeypatch):
     ) as error:
         hf.resolve("no/such-model")
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"absent\.gguf': no such directory or file"):
+        hf.resolve(tmp_path / "absent.gguf")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="'hidden_size' is missing"):
         hf.arch_from_hf(tmp_path)

@@ -16,8 +16,9 @@ from batches import assert_close
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from cosup_jax import hf, ntp
+from cosup_jax import ntp
 from cosup_jax.config import ArchConfig
+from cosup_jax.hf import weights as hf
 from cosup_jax.transformer import Transformer
 
 pytestmark = pytest.mark.parity

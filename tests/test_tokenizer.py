@@ -90,14 +90,24 @@ def test_padding_is_never_the_end_of_sequence():
 def test_bos_only_where_the_tokenizer_writes_one():
     """GPT-2 names a bos it never writes; Llama writes one that its weights rely on."""
     named = word_level(eos_token="</s>", bos_token="<s>")
-    assert tokenizer.Tokenizer(named).bos is None
+    assert tokenizer.Tokenizer(named).prefix == ()
     written = word_level(eos_token="</s>", bos_token="<s>")
     written.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     found = tokenizer.Tokenizer(written)
-    assert found.bos == 1
+    assert found.prefix == (1,) and found.suffix == ()
     assert found.encode("a b") == [4, 5]
+
+
+def test_a_bert_frames_its_texts():
+    """Bug: [SEP], which ends what an encoder reads, is lost, or its want of an eos is an error."""
+    bert = word_level(cls_token="<s>", sep_token="</s>", pad_token="a")
+    bert.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    found = tokenizer.Tokenizer(bert)
+    assert (found.prefix, found.suffix, found.eos) == ((1,), (2,), 2)
 
 
 def test_save_replaces_another_tokenizer(trained, tmp_path):

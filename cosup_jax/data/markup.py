@@ -71,7 +71,7 @@ def prompt_text(example: Example) -> str:
 
 def prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     """Ids from which generation starts: bos where the tokenizer has one, then the prompt."""
-    return _bos(tokenizer) + tokenizer.encode(prompt_text(example))
+    return list(tokenizer.prefix) + tokenizer.encode(prompt_text(example))
 
 
 def insertion(passage: Passage, tokenizer: Tokenizer, max_passage_tokens: int) -> list[int]:
@@ -80,15 +80,20 @@ def insertion(passage: Passage, tokenizer: Tokenizer, max_passage_tokens: int) -
 
 
 def ctx_tokens(
-    passages: Iterable[Passage], tokenizer: Tokenizer, pooling: str, max_ctx_tokens: int
+    passages: Iterable[Passage],
+    tokenizer: Tokenizer,
+    pooling: str,
+    max_ctx_tokens: int,
+    prompt: str = "",
 ) -> list[tuple[np.ndarray, int]]:
     """What Ctx reads of each passage, int32, at most `max_ctx_tokens` long, and how many are cut.
 
-    The vector is read at the last token: under pooling "eos" an eos and under "token" [Emb], which
-    the cut never removes; under "last" whatever the passage ends in.
+    The vector is read at the last token: under pooling "eos" an eos, under "token" [Emb] and under
+    "pad" a padding token, which the cut never removes; under "last" whatever the passage ends in.
+    "cls" reads the first token and "mean" all; there a text ends as the tokenizer itself ends one.
     """
-    head = _bos(tokenizer)
-    tail = {"last": [], "eos": [tokenizer.eos], "token": [tokenizer.emb]}[pooling]
+    head = list(tokenizer.prefix) + tokenizer.encode(prompt)
+    tail = ctx_tail(tokenizer, pooling)
     room = max_ctx_tokens - len(head) - len(tail)
     if room < 1:
         raise UserError(
@@ -101,6 +106,14 @@ def ctx_tokens(
     ]
 
 
+def ctx_tail(tokenizer: Tokenizer, pooling: str) -> list[int]:
+    """Ids that Ctx reads after a passage."""
+    appended = {"eos": tokenizer.eos, "token": tokenizer.emb, "pad": tokenizer.pad}
+    if pooling in appended:
+        return [appended[pooling]]
+    return [] if pooling == "last" else list(tokenizer.suffix)
+
+
 def encode(
     examples: Sequence[Sequence[Piece]], tokenizer: Tokenizer, max_passage_tokens: int
 ) -> list[Marked]:
@@ -109,7 +122,7 @@ def encode(
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     marked = []
     for pieces in examples:
-        tokens = _bos(tokenizer)
+        tokens = list(tokenizer.prefix)
         roles = [PROMPT] * len(tokens)
         ret_positions, evidence = [], []
         for piece in pieces:
@@ -203,7 +216,3 @@ def _answer(example: Example) -> str:
     if not answers:
         raise UserError(f"example {example.id!r} has neither an answer nor an output")
     return answers[0]
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos is None else [tokenizer.bos]

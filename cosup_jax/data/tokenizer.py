@@ -19,30 +19,36 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
+from cosup_jax.hf.gguf import read_tokenizer
 
 RET, CS, CE, EMB, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"
 CONNECT_S = 5  # seconds until the hub counts as out of reach
 
 
 class Tokenizer:
-    """Ids of the control tokens: `ret`, `cs`, `ce`, `emb`, `pad`, `eos`, and `bos` or None.
+    """Ids of the control tokens: `ret`, `cs`, `ce`, `emb`, `pad` and `eos`.
 
-    `bos` is set only where the tokenizer itself puts one in front of a text. Entries from
-    `pretrained_size` on are ours: no pretrained weights know them.
+    `prefix` and `suffix` are what the tokenizer itself puts around a text: a bos for Llama, [CLS]
+    and [SEP] for BERT. Entries from `pretrained_size` on are ours: no pretrained weights know them.
     """
 
     def __init__(self, fast: PreTrainedTokenizerFast):
         """Adds what `fast` lacks of `[Ret] [Cs] [Ce] [Emb]` and padding.
 
         All of them, whatever the config: settings that are compared share one vocabulary. Raises
-        UserError without eos.
+        UserError without eos; a BERT's is [SEP].
         """
+        if fast.eos_token is None:
+            fast.eos_token = fast.sep_token
         if fast.eos_token is None:
             raise UserError(
                 f"tokenizer {fast.name_or_path!r} has no end-of-sequence token; set eos_token in "
                 "its tokenizer_config.json"
             )
-        starts = fast.backend_tokenizer.encode("").ids[:1]
+        framed = fast.backend_tokenizer.encode("a")
+        inside = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
+        self.prefix = tuple(framed.ids[: inside[0]])
+        self.suffix = tuple(framed.ids[inside[-1] + 1 :])
         new = [RET, CS, CE, EMB]
         if fast.pad_token is None or fast.pad_token == fast.eos_token:
             new.append(PAD)
@@ -56,10 +62,9 @@ class Tokenizer:
         self._backend.no_truncation()
         self.ret, self.cs, self.ce, self.emb = fast.convert_tokens_to_ids([RET, CS, CE, EMB])
         self.pad, self.eos = fast.pad_token_id, fast.eos_token_id
-        self.bos = fast.bos_token_id if starts == [fast.bos_token_id] else None
         self._control = {
-            *(self.ret, self.cs, self.ce, self.emb),
-            *(self.pad, self.eos, fast.bos_token_id),
+            *(self.ret, self.cs, self.ce, self.emb, self.pad, self.eos, fast.bos_token_id),
+            *(self.prefix + self.suffix),
         }
 
     @property
@@ -70,7 +75,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the serialized tokenizer and of which ids are control tokens."""
-        ids = (self.ret, self.cs, self.ce, self.emb, self.pad, self.eos, self.bos)
+        ids = (self.ret, self.cs, self.ce, self.emb, self.pad, self.eos, self.prefix, self.suffix)
         return hashlib.sha256(f"{self._backend.to_str()}{ids}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -136,8 +141,13 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(source: str | Path) -> Tokenizer:
-    """A tokenizer directory or a hub id. Raises UserError if there is none or no network."""
+    """A tokenizer directory, a .gguf file or a hub id.
+
+    Raises UserError if there is none or no network.
+    """
     path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return Tokenizer(read_tokenizer(path))
     if path.is_dir():
         return _pretrained(str(path), str(source))
     if path.is_absolute() or str(source).startswith((".", "~")):

@@ -133,7 +133,7 @@ def tokenize(
     data, directory = config.data, Path(directory)
     datasets, weights = zip(*sources, strict=True)
     ctx_settings = (FORMAT, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
-    ctx_settings += (ctx_tokenizer.fingerprint,)
+    ctx_settings += (config.ctx.prompt, ctx_tokenizer.fingerprint)
     train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
     settings = (*ctx_settings, gen_tokenizer.fingerprint, split, train_only)
     rows = [dataset.splits.get(split, ()) for dataset in datasets]
@@ -222,14 +222,14 @@ def _passages(
     dataset: Dataset, tokenizer: Tokenizer, config: Config, rows: range, directory: Path
 ) -> None:
     """One shard of a corpus."""
-    pooling, most = config.ctx.pooling, config.data.max_ctx_tokens
+    pooling, most, prompt = config.ctx.pooling, config.data.max_ctx_tokens, config.ctx.prompt
     with ArrayWriter(directory, _CTX) as writer:
         for chunk in _chunks(rows):
             if is_prepared(dataset):
                 found = dataset.passages.encoded(chunk)
             else:
                 passages = map(dataset.passages.at, chunk)
-                found = markup.ctx_tokens(passages, tokenizer, pooling, most)
+                found = markup.ctx_tokens(passages, tokenizer, pooling, most, prompt)
             for tokens, cut in found:
                 writer.add_item("ctx", tokens=tokens)
                 writer.add("ctx_cut", [cut])

@@ -1,0 +1,172 @@
+"""What is read of the towers, and which of their parameters are trained."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from batches import ARCH, VOCAB, assert_close, config, random_batch
+from flax.traverse_util import flatten_dict
+
+from cosup_jax import optim, step
+from cosup_jax.config import LoraConfig
+from cosup_jax.data.batch import batch_shape
+from cosup_jax.towers import Towers, passage_vectors
+from cosup_jax.transformer import Transformer, merge_adapters
+
+SMALL = dataclasses.replace(ARCH, heads=4, mlp_width=64)
+NARROW = dataclasses.replace(SMALL, width=16)
+ADAPTED = dataclasses.replace(SMALL, lora=LoraConfig(rank=2, kernels="q,v,up"))
+HALF_FROZEN = dataclasses.replace(SMALL, frozen_layers=1, freeze_embeddings=True)
+
+
+def pair(gen=SMALL, ctx=SMALL) -> Towers:
+    return Towers(Transformer(gen, VOCAB), Transformer(ctx, VOCAB, has_head=False))
+
+
+def told(gen=SMALL, ctx=SMALL, **keys):
+    """A config that says of the towers what they are."""
+    found = config(ctx__init="scratch", **keys)
+    of = lambda part, arch: dataclasses.replace(part, arch=arch, init="given")
+    return dataclasses.replace(found, gen=of(found.gen, gen), ctx=of(found.ctx, ctx))
+
+
+def trained(towers: Towers, run) -> tuple:
+    """The state before and after two steps, and the metrics."""
+    tx, batch = optim.make(run, 10, 10), random_batch(0, batch_shape(run))
+    params = jax.jit(lambda key: step.init_params(key, towers, run))(jax.random.key(0))
+    state = step.init_state(params, jax.random.key(1), tx, run)
+    one = jax.jit(functools.partial(step.train_step, towers=towers, tx=tx, config=run))
+    after, _ = one(state, batch)
+    after, metrics = one(after, batch)
+    return state, after, metrics
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    after = flatten_dict(after, sep="/")
+    return {
+        name
+        for name, leaf in flatten_dict(before, sep="/").items()
+        if (np.asarray(leaf) != np.asarray(after[name])).any()
+    }
+
+
+def moments(state) -> set[str]:
+    """Parameters that the optimizer keeps anything of."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
+    keys = [[p.key for p in path if isinstance(p, jax.tree_util.DictKey)] for path in paths]
+    return {"/".join(key) for key in keys if len(key) > 1}  # one key: a count of its own
+
+
+@pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
+def test_pooling_reads_its_own_passage(pooling):
+    """Bugs: [CLS] of the row instead of the passage's, a mean over neighbours or padding, a mean
+    that is a sum."""
+    run = told(ctx__pooling=pooling, loss__normalize=False)
+    batch, towers = random_batch(0, batch_shape(run)), pair()
+    params = jax.jit(towers.ctx.init)(jax.random.key(0))
+    rows = (batch.ctx_tokens_UxL, batch.ctx_segments_UxL, batch.ctx_positions_UxL)
+    hidden_UxLxD = np.asarray(jax.jit(towers.ctx.hidden)(params, *rows))
+    found = np.asarray(jax.jit(lambda p: passage_vectors(p, batch, towers, run))(params))
+    checked = 0
+    for u, p in np.argwhere(batch.passage_valid_UxP):
+        own_TxD = hidden_UxLxD[u][batch.ctx_segments_UxL[u] == p + 1]
+        want_D = {"last": own_TxD[-1], "cls": own_TxD[0], "mean": own_TxD.mean(axis=0)}[pooling]
+        assert_close(found[u, p], want_D)
+        checked += len(own_TxD) > 2
+    assert checked > 5
+
+
+def test_a_narrower_ctx_is_projected_and_learns_to_be():
+    """Bugs: vectors of two widths meet; the projection never learns, or freezes with Ctx."""
+    towers, run = pair(ctx=NARROW), told(ctx=NARROW, ctx__freeze=True, loss__normalize=False)
+    assert towers.projects and not pair().projects
+    before, after, metrics = trained(towers, run)
+    batch = random_batch(0, batch_shape(run))
+    ctx = before.params["ctx"]
+    plain = {name: leaf for name, leaf in ctx.items() if name != "projection"}
+    wide = passage_vectors(ctx, batch, towers, run)
+    narrow = passage_vectors(plain, batch, towers, run)
+    assert wide.shape[-1] == 32 and narrow.shape[-1] == 16
+    assert_close(wide, np.asarray(narrow) @ np.asarray(ctx["projection"]), 1e-4)
+    assert changed(before.params["ctx"], after.params["ctx"]) == {"projection"}
+    assert np.isfinite(metrics["nsp/nats_per_ret"])
+
+
+def test_adapters_change_nothing_at_first_and_merge_into_the_kernels():
+    """Bugs: an update that is not zero at the start, scaled otherwise when merged, or merged into
+    another layer."""
+    towers, plain = pair(ADAPTED, ADAPTED), pair()
+    before, after, _ = trained(towers, told(ADAPTED, ADAPTED))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, VOCAB)
+    rows = (tokens, jnp.ones((2, 12), jnp.int32), jnp.broadcast_to(jnp.arange(12), (2, 12)))
+    bare = merge_adapters(before.params["gen"], ADAPTED)
+    assert not [name for name in flatten_dict(bare, sep="/") if "lora" in name]
+    assert_close(towers.gen.hidden(before.params["gen"], *rows), plain.gen.hidden(bare, *rows))
+    merged = merge_adapters(after.params["gen"], ADAPTED)
+    assert changed(bare["blocks"], merged["blocks"]) == {"attn/q", "attn/v", "mlp/up"}
+    assert_close(towers.gen.hidden(after.params["gen"], *rows), plain.gen.hidden(merged, *rows))
+
+
+@pytest.mark.parametrize(
+    ("arch", "of_gen"),
+    [
+        (ADAPTED, ("_lora_", "embed/", "head/")),
+        (HALF_FROZEN, ("/blocks/", "final_norm")),
+    ],
+    ids=["adapters", "frozen layers"],
+)
+def test_only_what_is_trained_moves_and_has_moments(arch, of_gen):
+    """Bugs: a frozen kernel decays, clips or is stepped; moments are kept for what never moves; an
+    added token's row cannot learn beside adapters."""
+    keys = {"optim__weight_decay": 0.1, "optim__clip_norm": 1e-3}
+    before, after, metrics = trained(pair(arch, arch), told(arch, arch, **keys))
+    expected = {
+        f"{tower}/{name}"
+        for tower in ("gen", "ctx")
+        for name in flatten_dict(before.params[tower], sep="/")
+        if any(part in f"/{name}" for part in of_gen)
+    }
+    assert changed(before.params, after.params) == expected
+    assert moments(before) == expected
+    assert metrics["grad/norm_gen"] > 0
+
+
+def test_frozen_layers_come_first():
+    """Bug: the layers that are frozen are not the lowest, or run last."""
+    whole, halves = Transformer(SMALL, VOCAB), Transformer(HALF_FROZEN, VOCAB)
+    params = jax.jit(whole.init)(jax.random.key(0))
+    split = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    split["frozen_blocks"] = jax.tree.map(lambda x: x[:1], params["blocks"])
+    split["blocks"] = jax.tree.map(lambda x: x[1:], params["blocks"])
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, VOCAB)
+    rows = (tokens, jnp.ones((2, 12), jnp.int32), jnp.broadcast_to(jnp.arange(12), (2, 12)))
+    assert_close(halves.hidden(split, *rows), whole.hidden(params, *rows))
+
+
+def test_freezing_saves_memory():
+    """Bug: gradients or moments of what is frozen exist in the compiled step."""
+    wide = dataclasses.replace(SMALL, width=128, mlp_width=1024, layers=4)
+    size = {}
+    for kind, arch in (
+        ("trained", wide),
+        ("adapters", dataclasses.replace(wide, lora=LoraConfig(rank=2))),
+        ("frozen", dataclasses.replace(wide, frozen_layers=3, freeze_embeddings=True)),
+    ):
+        towers = pair(arch, arch)
+        run = told(arch, arch, batch_size=2, data__ctx_rows=2)
+        tx = optim.make(run, 10, 10)
+        params = jax.eval_shape(lambda t=towers, r=run: step.init_params(jax.random.key(0), t, r))
+        state = jax.eval_shape(
+            lambda p, t=tx, r=run: step.init_state(p, jax.random.key(1), t, r), params
+        )
+        one = functools.partial(step.train_step, towers=towers, tx=tx, config=run)
+        batch = random_batch(0, batch_shape(run))
+        memory = jax.jit(one, donate_argnums=0).lower(state, batch).compile().memory_analysis()
+        kernels = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+        size[kind] = memory.argument_size_in_bytes / kernels, memory.temp_size_in_bytes / kernels
+        print(f"{kind}: arguments {size[kind][0]:.2f}, temporaries {size[kind][1]:.2f} x weights")
+    assert size["trained"][0] > 2.9 and max(size["adapters"][0], size["frozen"][0]) < 1.7
+    assert max(size["adapters"][1], size["frozen"][1]) < 0.6 * size["trained"][1]
