@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from cosup_jax import sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import ArchConfig, Config, DataConfig, sources
-from cosup_jax.contract import EmbeddingContract
+from cosup_jax.contract import EmbeddingContract, check_match
 from cosup_jax.data import markup, prepared, tokenizer
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.problems import Problems
@@ -236,6 +236,17 @@ def embedding_contract(config: Config, tokenizers: Tokenizers, digest: str) -> E
         tokenizer=tokenizers.ctx.fingerprint,
         weights=digest,
     )
+
+
+def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> EmbeddingContract:
+    """The contract of a checkpoint's vectors, from its metadata.
+
+    Raises UserError if they live in another space than this config's.
+    """
+    what = "the workdir's checkpoint"
+    saved = EmbeddingContract.from_dict(meta["contract"], what)
+    check_match(embedding_contract(config, tokenizers, saved.weights), saved, what)
+    return saved
 
 
 def wait_for_all(what: str) -> None:

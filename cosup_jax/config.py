@@ -202,6 +202,13 @@ class GenerateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Files of --mode=export."""
+
+    dtype: str = "float32"  # of the weights: float32 | bfloat16 | float16
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
     """Telemetry."""
 
@@ -232,6 +239,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     generate: GenerateConfig = GenerateConfig()
+    export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
 
 

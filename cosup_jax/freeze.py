@@ -28,6 +28,7 @@ _CHOICES = {
     "bank.kind": ("off", "passage", "dual"),
     "bank.dtype": ("float32", "bfloat16"),
     "data.bad_rows": ("refuse", "drop"),
+    "export.dtype": ("float32", "bfloat16", "float16"),
     "optim.clip": ("global", "tower"),
     "optim.schedule": ("constant", "cosine", "epoch"),
 }

@@ -24,6 +24,7 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",
     "validate": "check config and data, every bad row with file, line and reason; compiles nothing",
     "prepare": "check and tokenise all sources into WORKDIR/prepared, for any run to read",
+    "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "benchmark": "the speed of tokenising and of the input pipeline on this machine",
 }
 OPTIONS = {  # flags of one mode, whole numbers: what they are called in its function

@@ -21,9 +21,10 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "step checkpoint",
     "encode probe",
     "generate",
-    "evaluate report show preflight export",
+    "evaluate report show preflight",
     "examples assemble",
-    "train benchmark validate prepare",
+    "parity",
+    "train benchmark validate prepare export",
     "study",
     "main",
 )

@@ -92,7 +92,7 @@ def ctx_tokens(
     "pad" a padding token, which the cut never removes; under "last" whatever the passage ends in.
     "cls" reads the first token and "mean" all; there a text ends as the tokenizer itself ends one.
     """
-    head = list(tokenizer.prefix) + tokenizer.encode(prompt)
+    head = list(tokenizer.prefix)
     tail = ctx_tail(tokenizer, pooling)
     room = max_ctx_tokens - len(head) - len(tail)
     if room < 1:
@@ -100,7 +100,7 @@ def ctx_tokens(
             f"config.data.max_ctx_tokens={max_ctx_tokens} leaves no room for a passage beside "
             f"{len(head) + len(tail)} control tokens; raise it"
         )
-    encoded = tokenizer.encode_batch([passage_text(passage) for passage in passages])
+    encoded = tokenizer.encode_batch([prompt + passage_text(passage) for passage in passages])
     return [
         (np.array(head + ids[:room] + tail, np.int32), max(0, len(ids) - room)) for ids in encoded
     ]

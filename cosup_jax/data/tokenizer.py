@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import huggingface_hub
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -113,6 +113,33 @@ class Tokenizer:
             os.rename(new, directory)
         finally:
             shutil.rmtree(temporary)
+
+    def save_framed(self, directory: Path, tail: Sequence[int], max_tokens: int) -> None:
+        """Writes a tokenizer directory that puts `prefix` and `tail` around every text.
+
+        For an export: made of the serialized tokenizer alone, so that no class of transformers
+        frames texts by rules of its own.
+        """
+        backend = Backend.from_str(self._backend.to_str())
+        names = {i: backend.id_to_token(i) for i in (*self.prefix, *tail)}
+        before, after = ([names[i] for i in ids] for ids in (self.prefix, tail))
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, "$B:1", *(f"{name}:1" for name in after)],
+            special_tokens=[(name, i) for i, name in names.items()],
+        )
+        special = {
+            name: token
+            for name in ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+            if (token := getattr(self._fast, f"{name}_token"))
+        }
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            **{f"{name}_token": token for name, token in special.items()},
+            chat_template=self._fast.chat_template,
+            model_max_length=max_tokens,
+            model_input_names=["input_ids", "attention_mask"],
+        ).save_pretrained(directory)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
