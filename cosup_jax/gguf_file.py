@@ -15,7 +15,7 @@ from cosup_jax.errors import UserError
 _ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, no weight
 
 
-class _ProblemError(Exception):
+class ProblemError(Exception):
     """A UserError that does not know its file yet."""
 
 
@@ -49,7 +49,7 @@ class GgufFile:
                 name: _Tensor(self.path, tensor, *_layout(known, self.config, tensor))
                 for name, tensor in named.items()
             }
-        except _ProblemError as problem:
+        except ProblemError as problem:
             raise UserError(f"{path}: {kind}: {problem}") from problem
         self.names = frozenset(self._tensors)
 
@@ -135,7 +135,7 @@ def _hf_name(known: _Architecture, name: str) -> str:
     block, layer, part = (*stem.split("."), "", "")[:3]
     found = known.names.get(f"{block}.{{}}.{part}" if layer else stem)
     if found is None or suffix not in ("weight", "bias"):
-        raise _ProblemError(f"tensor {name} is not supported, only those of a plain text model")
+        raise ProblemError(f"tensor {name} is not supported, only those of a plain text model")
     return f"{found.format(layer)}.{suffix}"
 
 
@@ -144,14 +144,14 @@ def _config(known: _Architecture, settings: Mapping, named: Mapping) -> dict[str
     for key, stored in {**known.required, **known.optional}.items():
         value = settings.get(stored)
         if isinstance(value, list):
-            raise _ProblemError(f"{stored} differs between layers, which is not supported")
+            raise ProblemError(f"{stored} differs between layers, which is not supported")
         if key in known.required and not value:
-            raise _ProblemError(f"{stored} is missing; convert the model anew")
+            raise ProblemError(f"{stored} is missing; convert the model anew")
         if value is not None:
             config[key] = _short(value)
     embedding = f"{known.names['token_embd']}.weight"
     if embedding not in named:
-        raise _ProblemError("tensor token_embd.weight is missing; get the whole file")
+        raise ProblemError("tensor token_embd.weight is missing; get the whole file")
     config["vocab_size"] = int(named[embedding].shape[-1])
     config["tie_word_embeddings"] = f"{known.names.get('output')}.weight" not in named
     known.finish(config, settings, named)
@@ -169,7 +169,7 @@ def _layout(
     shape, swapped = known.rows[part](config)
     rows = int(stored.shape[-1])
     if rows % abs(np.prod(shape)):
-        raise _ProblemError(f"tensor {stored.name} has {rows} rows, no whole number of heads")
+        raise ProblemError(f"tensor {stored.name} has {rows} rows, no whole number of heads")
     return np.arange(rows).reshape(shape).swapaxes(*swapped).ravel(), transposed
 
 
@@ -208,7 +208,7 @@ def _rope_scaling(settings: Mapping) -> dict[str, Any]:
     stored.pop("finetuned", None)
     keys = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
     if unknown := sorted(stored.keys() - keys):
-        raise _ProblemError(f"{prefix}{unknown[0]} is not supported")
+        raise ProblemError(f"{prefix}{unknown[0]} is not supported")
     return {"rope_type": kind, **{keys[key]: _short(value) for key, value in stored.items()}}
 
 
@@ -220,7 +220,7 @@ def _llama3(config: Mapping, factors: np.ndarray) -> dict[str, Any]:
     kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     expected = 1 / ((1 - kept) / factor + kept)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise _ProblemError(
+        raise ProblemError(
             f"{_ROPE_FACTORS} is not the RoPE scaling of Llama 3.1 and 3.2, the one that is known"
         )
     return {
@@ -289,7 +289,7 @@ def _finish_neox(config: dict[str, Any], settings: Mapping, named: Mapping) -> N
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     config["rotary_pct"] = settings.get("rope.dimension_count", head_dim) / head_dim
     if _rope_scaling(settings):
-        raise _ProblemError("rope.scaling is not supported")
+        raise ProblemError("rope.scaling is not supported")
 
 
 def _head_by_head(config: Mapping) -> _Axes:

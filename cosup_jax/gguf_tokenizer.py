@@ -21,7 +21,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
-from cosup_jax.gguf_file import open_gguf
+from cosup_jax.gguf_file import ProblemError, open_gguf
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of token
 _SPACE = "\u2581"
@@ -77,60 +77,61 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises UserError for one whose way of splitting text is not known here, rather than guess it.
     """
     _, metadata = open_gguf(Path(path))
-    stored = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    kind = stored.get("model")
-    if kind not in _BUILD:
-        raise UserError(
-            f"{path}: tokenizer {kind!r} is not supported, only {', '.join(_BUILD)}; give the "
-            "directory of the original tokenizer"
-        )
-    tokens = stored.get("tokens") or []
-    if len(set(tokens)) != len(tokens) or not tokens:
-        raise UserError(f"{path}: its vocabulary is empty or has an entry twice; get the file anew")
-    types = stored.setdefault("token_type", [_NORMAL] * len(tokens))
-    roles = {role: stored[key] for role, key in _ROLES.items() if key in stored}
-    for role, index in roles.items():
-        if not 0 <= index < len(tokens):
-            raise UserError(
-                f"{path}: {role} {index} is no entry of {len(tokens)}; get the file anew"
-            )
+    prefix = "tokenizer.ggml."
+    stored = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     try:
-        backend, adds_bos = _BUILD[kind](path, stored)
-    except UserError:
-        raise
+        return _build(stored, metadata.get("tokenizer.chat_template"))
+    except ProblemError as problem:
+        raise UserError(
+            f"{path}: {problem}; give the directory of the original tokenizer"
+        ) from problem
     except Exception as error:  # tokenizers raises no narrower type
-        raise UserError(f"{path}: its tokenizer cannot be built ({error})") from error
-    for wanted in (_CONTROL, _USER_DEFINED):
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{path}: its tokenizer cannot be built ({line}); get it anew") from error
+
+
+def _build(stored: dict[str, Any], chat_template: str | None) -> PreTrainedTokenizerFast:
+    builder = _BUILDERS.get(stored.get("model"))
+    if builder is None:
+        known = ", ".join(_BUILDERS)
+        raise ProblemError(f"tokenizer {stored.get('model')!r} is not supported, only {known}")
+    tokens = stored["tokens"]
+    types = stored.setdefault("token_type", [_NORMAL] * len(tokens))
+    if len(set(tokens)) != len(tokens):
+        raise ProblemError("an entry of the vocabulary is there twice")
+    roles = {role: tokens[stored[key]] for role, key in _ROLES.items() if key in stored}
+    backend, adds_bos = builder(stored, roles)
+    for kind in (_CONTROL, _USER_DEFINED):
         backend.add_tokens(
             [
-                AddedToken(token, special=wanted == _CONTROL, normalized=False)
+                AddedToken(token, special=kind == _CONTROL, normalized=False)
                 for token, found in zip(tokens, types, strict=True)
-                if found == wanted
+                if found == kind
             ]
         )
-    ends = {
-        "add_bos_token": stored.get("add_bos_token", adds_bos),
-        "add_eos_token": stored.get("add_eos_token", False),
-    }
-    for role in ("bos_token", "eos_token"):
-        if ends[f"add_{role}"] and role not in roles:
-            raise UserError(f"{path}: {role} is to be added but is not stored; get the file anew")
+    ends = {}
+    if adds_bos is not None:
+        ends["add_bos_token"] = stored.get("add_bos_token", adds_bos)
+        ends["add_eos_token"] = stored.get("add_eos_token", False)
+    for end, wanted in ends.items():
+        if wanted and end.removeprefix("add_") not in roles:
+            raise ProblemError(f"{end} is set, but that token is not stored")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
-        **{role: tokens[index] for role, index in roles.items()},
-        **({} if kind == "bert" else ends),
+        **roles,
+        **ends,
     )
 
 
-def _byte_level(path: str | Path, stored: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
+# Each gives the tokenizer and whether bos comes first by default; None: its own template says so.
+
+
+def _byte_level(stored: Mapping[str, Any], roles: Mapping[str, str]) -> tuple[Tokenizer, bool]:
     name = stored.get("pre")
     if name not in _SPLITS:
-        raise UserError(
-            f"{path}: pre-tokenizer {name!r} is not known, only {', '.join(_SPLITS)}; give the "
-            "directory of the original tokenizer"
-        )
+        raise ProblemError(f"pre-tokenizer {name!r} is not known, only {', '.join(_SPLITS)}")
     split = _SPLITS[name]
     backend = Tokenizer(
         models.BPE(
@@ -142,37 +143,39 @@ def _byte_level(path: str | Path, stored: Mapping[str, Any]) -> tuple[Tokenizer,
     if split.normalizer is not None:
         backend.normalizer = split.normalizer
     words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_only])
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*words, spelling])
     backend.decoder = decoders.ByteLevel()
     return backend, split.add_bos
 
 
-def _sentencepiece(path: str | Path, stored: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
-    """BPE that merges the best-scored entry first, and bytes where no entry fits."""
-    tokens, types = stored["tokens"], stored["token_type"]
+def _sentencepiece(stored: Mapping[str, Any], roles: Mapping[str, str]) -> tuple[Tokenizer, bool]:
+    """BPE that builds the best-scored entry first, and falls back to bytes."""
+    tokens = stored["tokens"]
     ids = {token: index for index, token in enumerate(tokens)}
-    normal = {t for t, kind in zip(tokens, types, strict=True) if kind == _NORMAL}
+    normal = [i for i, kind in enumerate(stored["token_type"]) if kind == _NORMAL]
+    parts = {tokens[i] for i in normal}
     merges = [
-        (token[:cut], token[cut:])
-        for token in sorted(normal, key=lambda token: (-stored["scores"][ids[token]], ids[token]))
-        for cut in range(1, len(token))
-        if token[:cut] in normal and token[cut:] in normal
+        (tokens[i][:cut], tokens[i][cut:])
+        for i in sorted(normal, key=lambda i: -stored["scores"][i])
+        for cut in range(1, len(tokens[i]))
+        if tokens[i][:cut] in parts and tokens[i][cut:] in parts
     ]
-    unknown = tokens[stored["unknown_token_id"]] if "unknown_token_id" in stored else None
+    unknown = roles.get("unk_token")
     backend = Tokenizer(
         models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefix = stored.get("add_space_prefix", True)
-    backend.normalizer = normalizers.Sequence(
-        [*[normalizers.Prepend(_SPACE)][: bool(prefix)], normalizers.Replace(" ", _SPACE)]
-    )
-    plain = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*plain, *[decoders.Strip(" ", 1, 0)][: bool(prefix)]])
+    normalize = [normalizers.Replace(" ", _SPACE)]
+    decode = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if stored.get("add_space_prefix", True):
+        normalize.insert(0, normalizers.Prepend(_SPACE))
+        decode.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = normalizers.Sequence(normalize)
+    backend.decoder = decoders.Sequence(decode)
     return backend, True
 
 
-def _wordpiece(path: str | Path, stored: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
+def _wordpiece(stored: Mapping[str, Any], roles: dict[str, str]) -> tuple[Tokenizer, None]:
     """llama.cpp marks the first piece of a word, BERT all others."""
     ids, cased = {}, False
     for index, (token, kind) in enumerate(zip(stored["tokens"], stored["token_type"], strict=True)):
@@ -180,13 +183,9 @@ def _wordpiece(path: str | Path, stored: Mapping[str, Any]) -> tuple[Tokenizer, 
             cased |= token != token.lower()
             token = token[1:] if token.startswith(_SPACE) else f"##{token}"
         ids[token] = index
-    first, last = stored.get("cls_token_id", stored.get("bos_token_id")), "seperator_token_id"
-    if first is None or last not in stored or "unknown_token_id" not in stored:
-        raise UserError(
-            f"{path}: cls, sep or unk of its tokenizer is not stored; get the file anew"
-        )
-    cls, sep, unk = (stored["tokens"][i] for i in (first, stored[last], stored["unknown_token_id"]))
-    backend = Tokenizer(models.WordPiece(ids, unk_token=unk))
+    roles.setdefault("cls_token", roles.get("bos_token", "[CLS]"))
+    cls, sep = roles["cls_token"], roles.setdefault("sep_token", "[SEP]")
+    backend = Tokenizer(models.WordPiece(ids, unk_token=roles.setdefault("unk_token", "[UNK]")))
     lowercase = stored.get("normalizer.lowercase", not cased)
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -194,12 +193,12 @@ def _wordpiece(path: str | Path, stored: Mapping[str, Any]) -> tuple[Tokenizer, 
     backend.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",
         pair=f"{cls} $A {sep} $B:1 {sep}:1",
-        special_tokens=[(cls, first), (sep, stored[last])],
+        special_tokens=[(cls, ids[cls]), (sep, ids[sep])],
     )
-    return backend, False
+    return backend, None
 
 
-_BUILD: dict[str, Callable[..., tuple[Tokenizer, bool]]] = {
+_BUILDERS: dict[Any, Callable[..., tuple[Tokenizer, bool | None]]] = {
     "gpt2": _byte_level,
     "llama": _sentencepiece,
     "bert": _wordpiece,
