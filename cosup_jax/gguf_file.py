@@ -16,7 +16,7 @@ _ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, no we
 
 
 class ProblemError(Exception):
-    """A UserError that does not know its file yet."""
+    """Becomes a UserError where the file's name is known."""
 
 
 class GgufFile:
@@ -149,6 +149,8 @@ def _config(known: _Architecture, settings: Mapping, named: Mapping) -> dict[str
             raise ProblemError(f"{stored} is missing; convert the model anew")
         if value is not None:
             config[key] = _short(value)
+    if settings["embedding_length"] < settings["attention.head_count"]:
+        raise ProblemError("attention.head_count is above embedding_length; get the file anew")
     embedding = f"{known.names['token_embd']}.weight"
     if embedding not in named:
         raise ProblemError("tensor token_embd.weight is missing; get the whole file")
@@ -168,7 +170,7 @@ def _layout(
         return None, transposed
     shape, swapped = known.rows[part](config)
     rows = int(stored.shape[-1])
-    if rows % abs(np.prod(shape)):
+    if not np.prod(shape) or rows % abs(np.prod(shape)):
         raise ProblemError(f"tensor {stored.name} has {rows} rows, no whole number of heads")
     return np.arange(rows).reshape(shape).swapaxes(*swapped).ravel(), transposed
 
@@ -183,7 +185,7 @@ def _short(value: Any) -> Any:
 
 def _finish_llama(config: dict[str, Any], settings: Mapping, named: Mapping) -> None:
     heads = config["num_attention_heads"]
-    head_dim = config.setdefault("head_dim", config["hidden_size"] // heads)
+    head_dim = config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
     config.setdefault("num_key_value_heads", heads)
     config.setdefault("rope_theta", 10000.0)
     rotated = settings.get("rope.dimension_count", head_dim)

@@ -119,7 +119,6 @@ def _build(stored: dict[str, Any], chat_template: str | None) -> PreTrainedToken
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
         **roles,
         **ends,
     )
