@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType as Kind
 
 from cosup_jax.data import tokenizer as tokenizers
 from cosup_jax.errors import UserError
-from cosup_jax.gguf_file import GgufFile
-from cosup_jax.gguf_tokenizer import read_tokenizer
+from cosup_jax.hf.gguf import GgufFile
+from cosup_jax.hf.gguf_tokenizer import read_tokenizer
 
 N, D, H, G, E, F, V = 2, 64, 4, 2, 16, 96, 40
 LLAMA = {
@@ -482,7 +482,7 @@ def test_llama3_has_bos_and_whole_words(tmp_path):
     word = len(metadata["tokens"]) - 1
     fast = read_tokenizer(tokenizer_file(tmp_path / "m.gguf", metadata))
     assert fast.encode("hello") == [1, word]
-    assert tokenizers.Tokenizer(fast).bos == 1
+    assert tokenizers.Tokenizer(fast).prefix == (1,)
     without = tokenizer_file(tmp_path / "w.gguf", metadata | {"add_bos_token": False})
     assert read_tokenizer(without).encode("hello") == [word]
     other = tokenizer_file(tmp_path / "o.gguf", metadata | {"pre": "gpt-2"})
@@ -555,40 +555,52 @@ def test_sentencepiece_text_is_no_control_token(tmp_path):
     ours = tokenizers.Tokenizer(
         read_tokenizer(tokenizer_file(tmp_path / "m.gguf", sentencepiece()))
     )
-    assert ours.bos == 1
+    assert ours.prefix == (1,)
     for text in TEXTS:
         assert not {1, 2} & set(ours.encode(text))
         assert ours.decode(ours.encode(text)) == text.replace("\u2581", " ")  # one to it
 
 
-@pytest.mark.parametrize("metadata", [sentencepiece(), byte_level("llama-bpe", [" hello"])])
-def test_it_survives_saving(metadata, tmp_path):
-    """Catches what lives in the Python object only, and is lost with a checkpoint."""
-    ours = tokenizers.Tokenizer(read_tokenizer(tokenizer_file(tmp_path / "m.gguf", metadata)))
-    ours.save(tmp_path / "saved")
-    again = tokenizers.load(tmp_path / "saved")
-    assert again.fingerprint == ours.fingerprint and again.bos == ours.bos == 1
-    assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
-
-
-@pytest.mark.parametrize("cased", [False, True])
-def test_wordpiece(cased, tmp_path):
-    """Catches llama.cpp's marks, at the first piece of a word, left for BERT's, at the others."""
+def wordpiece(cased: bool) -> dict:
     hello = "\u2581Hello" if cased else "\u2581hello"
     words = [hello, "\u2581read", "ing", "\u2581,", "\u2581caf", "e"]
-    metadata = {
+    return {
         "model": "bert",
         "tokens": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words],
         "token_type": [3, 3, 3, 3, *[1] * len(words)],
         "unknown_token_id": 1,
         "bos_token_id": 2,
         "seperator_token_id": 3,
+        "padding_token_id": 0,
     }
-    fast = read_tokenizer(tokenizer_file(tmp_path / "m.gguf", metadata))
+
+
+@pytest.mark.parametrize("cased", [False, True])
+def test_wordpiece(cased, tmp_path):
+    """Catches llama.cpp's marks, at the first piece of a word, left for BERT's, at the others."""
+    fast = read_tokenizer(tokenizer_file(tmp_path / "m.gguf", wordpiece(cased)))
     assert fast.encode("Hello, reading ing") == [2, 4, 7, 5, 6, 1, 3]
     assert fast.encode("café") == ([2, 1, 3] if cased else [2, 8, 9, 3])
     assert (fast.cls_token, fast.sep_token) == ("[CLS]", "[SEP]")
     assert fast.backend_tokenizer.encode("reading", "ing").type_ids == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "frame"),
+    [
+        (sentencepiece(), ((1,), ())),
+        (byte_level("llama-bpe", [" hello"], add_eos_token=True), ((1,), (0,))),
+        (wordpiece(cased=True), ((2,), (3,))),
+    ],
+)
+def test_it_survives_saving(metadata, frame, tmp_path):
+    """Catches what lives in the Python object only, and is lost with a checkpoint."""
+    ours = tokenizers.load(tokenizer_file(tmp_path / "m.gguf", metadata))
+    ours.save(tmp_path / "saved")
+    again = tokenizers.load(tmp_path / "saved")
+    assert again.fingerprint == ours.fingerprint
+    assert (again.prefix, again.suffix) == (ours.prefix, ours.suffix) == frame
+    assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
 
 
 def test_a_tokenizer_that_is_not_known_is_refused_in_a_line(tmp_path):

@@ -21,7 +21,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
-from cosup_jax.gguf_file import ProblemError, open_gguf
+from cosup_jax.hf.gguf import ProblemError, open_gguf
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of token
 _SPACE = "\u2581"
