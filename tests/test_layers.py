@@ -13,6 +13,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "config workdir",
     "freeze",
     "hf.names hf.gguf",
+    "hf.gguf_tokenizer",
     "sharding data.* evaluation.* transformer optim telemetry contract hf.configs",
     "ntp contrast microbatch towers hf.* index data.pipeline",
     "nsp bank",
@@ -36,9 +37,8 @@ DATA_ORDERS = (  # low to high, within data/
     ("batch", "schema", "tokenizer", "markup", "tokens", "packing", "blocks", "plan"),
 )
 BANNED_IMPORTS = {"torch", "tensorflow", "clu"}
-FOREIGN_CONFIG = {
-    "hf.configs"
-}  # there `config` is HF's config.json, where an absent key has a default
+# There `config` is HF's config.json, where an absent key has a default.
+FOREIGN_CONFIG = {"hf.configs", "hf.gguf"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(
     path

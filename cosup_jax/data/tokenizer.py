@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
-from cosup_jax.hf.gguf import read_tokenizer
+from cosup_jax.hf.gguf_tokenizer import read_tokenizer
 
 RET, CS, CE, EMB, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"
 CONNECT_S = 5  # seconds until the hub counts as out of reach
