@@ -1,5 +1,6 @@
 """Pretrained weights, in a directory of safetensors, on the hub or in a GGUF file -> our tree."""
 
+import collections
 import fnmatch
 import json
 import math
@@ -186,19 +187,23 @@ def _read_leaf(path, files, name: str, tensor: Tensor, leaf, layers, old_vocab, 
     for stored, there in zip(named, found, strict=True):
         _check_shape(path, stored, tensor, list(there.get_shape()), sizes, old_vocab)
     grown = _new_rows(found[0], sizes["V"], old_vocab, name, seed) if "V" in sizes else None
-    parts: dict[tuple[range, ...], np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(ranges: tuple[range, ...]) -> np.ndarray:
+        out = np.empty([len(r) for r in ranges], leaf.dtype)
+        where = dict(zip(tensor.ours, ranges[stacked:], strict=True))
+        for i, layer in enumerate(ranges[0] if stacked else range(1)):
+            out[i if stacked else ...] = _read_part(found[layer], tensor, sizes, where, grown)
+        return out
+
+    holders = collections.defaultdict(list)  # devices with the same shard share one read
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         ranges = tuple(range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
-        if ranges not in parts:  # devices that hold the same shard share one read
-            out = np.empty([len(r) for r in ranges], leaf.dtype)
-            where = dict(zip(tensor.ours, ranges[stacked:], strict=True))
-            for i, layer in enumerate(ranges[0] if stacked else range(1)):
-                out[i if stacked else ...] = _read_part(found[layer], tensor, sizes, where, grown)
-            parts[ranges] = out
-        return parts[ranges]
-
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+        holders[ranges].append(device)
+    placed = []
+    for ranges, devices in holders.items():  # one shard on the host at a time
+        array = shard(ranges)
+        placed += jax.block_until_ready([jax.device_put(array, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
 
 
 def _read_part(found, tensor: Tensor, sizes, where: Mapping[str, range], grown=None) -> np.ndarray:
