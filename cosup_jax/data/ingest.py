@@ -20,7 +20,7 @@ from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
 from cosup_jax.data.storage import ArrayWriter, IdIndex, build_once, hash_of, map_array, span
 
-VERSION = 1  # raise it whenever a format, a check or the files below change
+VERSION = 2  # raise it whenever a format, a check or the files below change
 Records = Iterator[tuple[str, Passage | Example]]  # each with its FILE:LINE
 
 _TABLES = {Passage: "passages", Example: "examples"}
