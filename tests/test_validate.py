@@ -81,6 +81,19 @@ def test_every_bad_row_is_named_and_the_exit_code_is_2(tmp_path, capsys):
     assert "error missing_passage: 1 x" in out and "x.jsonl:4: Quito-1: evidence 'Atlantis'" in out
 
 
+def test_odd_characters_of_an_id_are_escaped(tmp_path, capsys):
+    """Bug: half a surrogate in an id is a traceback before validation.jsonl is written; an escape
+    sequence in one reaches the terminal."""
+    passages, examples = rows()
+    examples[0]["id"] = "\ud800x"
+    examples[1] |= {"id": "a\x1b[31m", "answers": []}
+    examples[2] |= {"question": "\x1b]0;Why?"}
+    code, out, findings = run(tmp_path, capsys, passages, examples, show_rows=1)
+    ids = [f["id"] for f in findings if f["kind"] in validate.ERRORS]
+    assert code == 2 and ids == [r"\ud800x", r"a\x1b[31m"]
+    assert r"x.jsonl:2: a\x1b[31m: 'answers' is empty" in out and "\x1b" not in out
+
+
 def test_what_tokens_and_training_tell(tmp_path, capsys):
     """Bug: an example that no row holds, a cut passage, an answer behind the cut, or a held-out
     question that training has seen, found out only from the scores."""
