@@ -93,6 +93,7 @@ def test_ids2text_may_lie_elsewhere(tmp_path):
         ({"output": "[k_1] [Ce] [Cs] Oslo"}, "bad_marker"),
         ({"output": f"{OUTPUT} [Cs] more [Ce]"}, "bad_marker"),
         ({"output": ""}, "empty_text"),
+        ({"output": "[k_1][Cs][Ce] [k_2] [Cs] Fish [Ce]"}, "empty_text"),
         ({"output": None}, "missing_field"),
         ({"input": "Do.## Input:\n\n ## Output:\n\n"}, "empty_text"),
         ({"input": 7}, "wrong_type"),

@@ -143,6 +143,13 @@ BAD_EXAMPLES = [
     (changed(support=[[16, 33]]), "bad_support", "(16, 33) lies outside passage"),
     (changed(support=[[5, 5]]), "bad_support", "(5, 5) lies outside passage"),
     (changed(support=[[-1, 5]]), "bad_support", "(-1, 5) lies outside passage"),
+    # Bug: blanks accepted as what to generate.
+    (changed(answers=[], output="   ", evidence=[]), "empty_text", "nothing but blanks"),
+    (changed(output="   ", evidence=[]), "empty_text", "'output' holds nothing but blanks"),
+    (changed(long_answer="  "), "empty_text", "'long_answer' holds nothing but blanks"),
+    (changed(output="[Ret:p1]"), "empty_text", "[Ret:ID] of the output grounds no text"),
+    (changed(output="so [Ret:p1][Cs]  [Ce] it"), "empty_text", "of the output grounds no text"),
+    (changed(support=[[4, 5]], answers=["x"]), "empty_text", "covers only blanks"),
     (changed(support=[[0, True]]), "wrong_type", "must be a list of [start, end]"),
     (changed(support=[[0, 1, 2]]), "wrong_type", "must be a list of [start, end]"),
     (changed(support={"p1": [0, 1]}), "wrong_type", "must be a list of [start, end]"),
