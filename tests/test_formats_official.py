@@ -123,6 +123,20 @@ def test_an_inserted_text_that_is_no_passage_is_noted(tmp_path, inserted, kept):
     assert problems.counts["other_insertion"] == (not kept)
 
 
+def test_their_text_inserts_nothing(tmp_path):
+    """Bug: a literal [Ret:1] in an answer becomes a second insertion of passage 1."""
+    for output in (f"See [Ret:1]. {OUTPUT}", OUTPUT.replace("so.", "so [Ret:2].")):
+        dataset, problems = one_row(tmp_path, output=output)
+        assert not len(dataset.examples) and dict(problems.counts) == {"bad_marker": 1}
+
+
+def test_a_span_without_an_end_is_noted(tmp_path):
+    """Bug: a forgotten [Ce] turns the rest of the answer into a grounded span, without a word."""
+    dataset, problems = one_row(tmp_path, output=OUTPUT.replace("Fish [Ce]", "Fish"))
+    assert len(dataset.examples) == 1 and dict(problems.counts) == {"open_span": 1}
+    assert "passage '2'" in problems.listed[0].reason
+
+
 def test_a_marker_may_come_again(tmp_path):
     """Catches the official trainer's assert: more [Ret] than evidence."""
     output = "[k_1] [Cs] Oslo [Ce] and [k_1] [Cs] city [Ce]"

@@ -29,6 +29,7 @@ WARNINGS = {  # such a row is used, or left out and counted
     "evidence_dropped": "a part of the provenance that cannot be used, beside one that can",
     "other_prompt": "a prompt in another form than ours; all of it is read as the question",
     "other_insertion": "an inserted text that is not its passage; the passage is inserted",
+    "open_span": "a grounded span without [Ce]; it ends where the next passage or the text does",
     "paragraph_dropped": "a paragraph that does not support its text; the text stays",
     "example_too_long": "fits no Gen row and is left out: its [Ret] or answer would be cut off",
     "passages_too_many": "more [Ret] or passages than a row or step holds: left out",
