@@ -5,8 +5,9 @@ import json
 import pytest
 from batches import config
 
-from cosup_jax import main, validate
+from cosup_jax import assemble, main, validate
 from cosup_jax.config import replace_dotted
+from cosup_jax.data import tokenizer
 from cosup_jax.data.near import NearDuplicates, shingles, similarity
 from cosup_jax.errors import UserError
 
@@ -130,6 +131,39 @@ def test_what_tokens_and_training_tell(tmp_path, capsys):
     assert of("leaked_question") == {"leak", "same words"}
     assert of("near_duplicate") == {"near"}
     assert "40% of 5 [Ret]" not in out and "29% of 7 [Ret]" in out
+
+
+def test_a_span_must_lie_before_the_cut_of_both_towers(tmp_path):
+    """Bug: a span within Gen's limit but behind Ctx's, whose prompt and eos take tokens from the
+    passage, is not told."""
+    tokens = tokenizer.train(["x"], 300)
+    both = assemble.Tokenizers(tokens, tokens)
+    passage = "abc def"  # a token a letter
+    found = [
+        validate._behind_cut(
+            passage, span, both, config(data__max_ctx_tokens=most, ctx__prompt=prompt)
+        )
+        for span, most, prompt in (
+            *(("def", 8, ""), ("def", 7, ""), ("def", 6, ""), ("def", 8, "q:"), ("abc", 6, "q:")),
+            *(("abc", 5, "q:"), ("xyz", 2, "")),
+        )
+    ]
+    assert found == ["", "Ctx", "Gen", "Ctx", "", "Ctx", ""]
+
+
+def test_training_does_not_read_what_no_row_holds(tmp_path, capsys):
+    """Bug: evidence and question of an example too long for any row reported as seen in training,
+    which never reads them."""
+    passages, examples = rows()
+    lone = {"id": "lone", "title": "", "text": "It lies alone."}
+    asked = {**examples[0], "evidence": ["lone"], "answers": ["alone"]}
+    long = {**asked, "id": "no row", "question": "why on earth? " * 100}
+    held_out = [{**long, "id": "test", "split": "test"}, {**asked, "id": "t", "split": "test"}]
+    held_out[1]["question"] = "What may lie alone?"
+    training = [example for example in examples if example["split"] == "train"]
+    _, out, findings = run(tmp_path, capsys, [*passages, lone], [*training, long, *held_out])
+    assert not {"leaked_passage", "leaked_question"} & set(kinds(findings))
+    assert "0% of 2 [Ret]" in out
 
 
 def test_findings_of_two_sources_name_their_own_rows(tmp_path, capsys):

@@ -48,6 +48,12 @@ def settings_of(config: Config) -> PlanSettings:
     )
 
 
+def left_out(store: TokenStore, config: Config) -> np.ndarray:
+    """int32: rows in the store of the examples that fit no row and that no epoch has."""
+    builder = Builder(lengths_of(store), batch_shape(config), settings_of(config), config.seed)
+    return builder.left_out
+
+
 class Plan:
     """The steps of a run, in blocks numbered through all epochs and cached beside the tokens.
 

@@ -102,9 +102,16 @@ def as_keys(identities: np.ndarray) -> np.ndarray:
     return identities[:, 0].astype(np.uint64) << np.uint64(32) | identities[:, 1]
 
 
-def seen_in(store: TokenStore, train: TokenStore) -> np.ndarray:
-    """bool, of each [Ret] of `store`: whether training reads its passage as evidence too."""
-    read = train.identities[np.unique(train.ret_passages)]
+def seen_in(store: TokenStore, train: TokenStore, left_out: np.ndarray) -> np.ndarray:
+    """bool, of each [Ret] of `store`: whether training reads its passage as evidence too.
+
+    Args:
+      left_out: rows of `train` that fit no row of the plan and are never read.
+    """
+    reads = np.ones(train.num_examples, bool)
+    reads[left_out] = False
+    passages = train.ret_passages[np.repeat(reads, np.diff(train.ret_offsets))]
+    read = train.identities[np.unique(passages)]
     return np.isin(as_keys(store.identities[store.ret_passages]), as_keys(read))
 
 
