@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from files import full_disk
 from lengths import FIVE_BLOCKS, assert_equal, random_lengths
 
-from cosup_jax.config import Config, DataConfig
+from cosup_jax.config import Config, DataConfig, replace_dotted
 from cosup_jax.data import plan as lookup
 from cosup_jax.data.blocks import Builder, PlanSettings
-from cosup_jax.data.plan import Plan
+from cosup_jax.data.plan import Plan, settings_of
+from cosup_jax.errors import UserError
 
 CONFIG = Config(
     num_epochs=1,
@@ -193,6 +195,40 @@ def test_a_block_half_written_is_no_block(new_plan, monkeypatch):
         with pytest.raises(OSError, match="killed"):
             new_plan().block(0)
     assert new_plan().block(0).steps
+
+
+def test_a_full_disk_is_one_line(new_plan):
+    """Bug: a traceback and a temporary file where there is no room for a block."""
+    plan = new_plan()
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*: File too large; check"):
+        plan.block(0)
+    assert cached(plan) == []
+
+
+def test_a_damaged_block_is_built_again(new_plan):
+    """Bug: a file that lost its end, or turned to zeros, stops every later start."""
+    expected = new_plan()._builder.block(0, 0)
+    for damage in (lambda data: data[:-30], lambda data: bytes(len(data)), lambda data: b""):
+        new_plan().block(0)
+        path = new_plan()._path(0)
+        path.write_bytes(damage(path.read_bytes()))
+        assert new_plan().locate(expected.steps) == (1, 0)
+        assert_equal(new_plan().block(0), expected)
+
+
+def test_cached_blocks_are_as_readable_as_other_files(new_plan):
+    """Bug: mode 0600, so that a colleague on the same data cannot read the plan."""
+    plan = new_plan()
+    (plan.store.directory / "plain").touch()
+    plain = (plan.store.directory / "plain").stat().st_mode
+    plan.block(0)
+    assert plan._path(0).stat().st_mode == plain
+
+
+def test_misses_follow_the_window():
+    """Bug: a step closed too early, or examples tried without end, whatever the window."""
+    found = [settings_of(replace_dotted(CONFIG, "data.window", n)).misses for n in (1, 512, 1001)]
+    assert found == [1, 64, 126]
 
 
 def test_fingerprint_names_the_cut_where_there_is_one(new_plan, monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from files import full_disk
 from test_validate import rows, write
 
 from cosup_jax import assemble, prepare
@@ -115,6 +116,14 @@ def test_a_killed_preparation_is_not_read(made, tmp_path, monkeypatch):
     monkeypatch.undo()
     prepare.prepare(plain, str(tmp_path))
     assert sources.expand(f"prepared:{tmp_path}/prepared") == [f"prepared:{tmp_path}/prepared::x"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Bug: a traceback of the writer's, and a temporary file that stays."""
+    rows = iter([{"tokens": bytes(1 << 20)}])
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*: File too large"):
+        prepared._write_records(tmp_path, "x", rows, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_manifest_tells_what_there_is(made):

@@ -7,8 +7,9 @@ import functools
 import hashlib
 import io
 import os
-import tempfile
 import threading
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from cosup_jax.config import Config
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.blocks import Block, Builder, Lengths, PlanSettings, count_blocks, utilization
+from cosup_jax.data.storage import replacing
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
 
@@ -127,10 +129,8 @@ class Plan:
 
     def _count_next(self) -> None:
         number = len(self._starts) - 1
-        path = self._path(number)
-        if path.is_file():
-            with np.load(path) as saved:  # reads this one array
-                steps = len(saved["example_offsets"]) - 1
+        if found := _read(self._path(number), ["example_offsets"]):
+            steps = len(found[0]) - 1
         else:
             steps = self._request(number).result().steps
         with self._lock:
@@ -156,23 +156,32 @@ class Plan:
 
     def _load(self, number: int) -> Block:
         path = self._path(number)
-        if not path.is_file():
-            with self._building:
-                if not path.is_file():
-                    _write(path, self._builder.block(*divmod(number, self.blocks_per_epoch)))
+        if found := _read(path, Block._fields):
+            return Block(*found)
+        with self._building:
+            if found := _read(path, Block._fields):
+                return Block(*found)
+            block = self._builder.block(*divmod(number, self.blocks_per_epoch))
+            _write(path, block._asdict())
+            return block
+
+    def _path(self, part: int | str) -> Path:
+        return self.store.directory / f"plan-{self.fingerprint[:16]}-{part}.npz"
+
+
+def _read(path: Path, names: Sequence[str]) -> list[np.ndarray] | None:
+    """Some arrays of a file; None where it is not there, or damaged, and has to be made anew."""
+    try:
         with np.load(path) as saved:
-            return Block(*(saved[name] for name in Block._fields))
+            return [saved[name] for name in names]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
-    def _path(self, number: int) -> Path:
-        return self.store.directory / f"plan-{self.fingerprint[:16]}-{number}.npz"
 
-
-def _write(path: Path, block: Block) -> None:
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **block._asdict())
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with open(handle, "wb") as file:
+    np.savez(buffer, **arrays)
+    with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(buffer.getvalue())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
-from cosup_jax.data.storage import IdIndex, hash_of
+from cosup_jax.data.storage import IdIndex, hash_of, replacing
 from cosup_jax.errors import UserError
 
 FORMAT = 1  # raise it whenever the files change
@@ -144,14 +143,21 @@ def _write_records(directory: Path, stem: str, rows: Iterator[dict], count: int)
     names = []
     for first in range(0, count, FILE_ROWS):
         name = f"{stem}-{first // FILE_ROWS:05}.array_record"
-        temporary = directory / f".{name}.part"
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        for row in itertools.islice(rows, FILE_ROWS):
-            writer.write(msgpack.packb(row))
-        writer.close()
-        os.replace(temporary, directory / name)
+        with replacing(directory / name) as temporary:
+            _write_file(temporary, itertools.islice(rows, FILE_ROWS))
         names.append(name)
     return names
+
+
+def _write_file(path: Path, rows: Iterator[dict]) -> None:
+    packed = map(msgpack.packb, rows)
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for row in packed:
+            writer.write(row)
+        writer.close()
+    except RuntimeError as error:  # of which it says no more
+        raise UserError(f"cannot write {path.parent}: {error}; free some space there") from None
 
 
 def _fact(path: Path) -> dict[str, Any]:
