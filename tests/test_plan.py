@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from files import full_disk
-from lengths import FIVE_BLOCKS, assert_equal, random_lengths
+from lengths import FIVE_BLOCKS, assert_equal, lengths_from, random_lengths
 
 from cosup_jax.config import Config, DataConfig, replace_dotted
 from cosup_jax.data import plan as lookup
@@ -223,6 +223,32 @@ def test_cached_blocks_are_as_readable_as_other_files(new_plan):
     plain = (plan.store.directory / "plain").stat().st_mode
     plan.block(0)
     assert plan._path(0).stat().st_mode == plain
+
+
+def test_a_late_resume_opens_few_files(tmp_path, monkeypatch):
+    """Bug: 8 examples for 3000 steps are 3000 epochs, and a resumed run reads a file of each."""
+    store = store_from(lengths_from([(60, [], [])] * 8, []), tmp_path)
+    assert Plan(store, CONFIG, builds_ahead=False).locate(300) == (150, 0)
+    opened, load = [], np.load
+    monkeypatch.setattr(lookup.np, "load", lambda path: opened.append(path) or load(path))
+    resumed = Plan(store, CONFIG, builds_ahead=False)
+    assert resumed.locate(300) == (150, 0) and resumed.locate(1) == (0, 1)
+    assert len(opened) <= 1 + lookup.COUNTED
+    resumed._path("starts").write_bytes(b"damaged")
+    assert Plan(store, CONFIG, builds_ahead=False).locate(300) == (150, 0)
+
+
+@pytest.mark.parametrize(("weight", "enough"), [(0.0001, False), (0.12, False), (0.125, True)])
+def test_an_epoch_of_next_to_nothing_is_refused(tmp_path, weight, enough):
+    """Bug: source@0.0001 validates, and training looks through empty epochs without end."""
+    lengths = lengths_from([(60, [], [])] * 8 + [(99, [], [])] * 8, [])
+    lengths = lengths._replace(weights=np.full(16, weight, np.float32))
+    plan = Plan(store_from(lengths, tmp_path), CONFIG, builds_ahead=False)
+    if enough:
+        assert plan.locate(5)
+        return
+    with pytest.raises(UserError, match=r"an epoch draws 0\.\d+ examples.* raise the weights"):
+        plan.locate(0)
 
 
 def test_misses_follow_the_window():

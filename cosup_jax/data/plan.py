@@ -22,6 +22,7 @@ from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
 
 VERSION = 2  # raise it whenever the same lengths give another plan
+COUNTED = 64  # blocks after which their steps are written down together
 KEPT = 4  # blocks in memory: readers straddle two, one is built ahead, the loop may lag in one
 
 
@@ -73,7 +74,9 @@ class Plan:
             decides += (self.blocks_per_epoch,)
         self.fingerprint = hashlib.sha256(repr(decides).encode()).hexdigest()
         self._builds_ahead = builds_ahead
-        self._starts = [0]  # first step of each block, as far as counted, and of the next
+        # First step of each block, as far as counted, and of the next.
+        counted = _read(self._path("starts"), ["starts"])
+        self._starts: list[int] = counted[0].tolist() if counted else [0]
         self._recent: collections.OrderedDict[int, concurrent.futures.Future[Block]] = (
             collections.OrderedDict()
         )
@@ -125,6 +128,12 @@ class Plan:
                 f"{lengths.examples.max()} tokens); raise config.data.max_gen_tokens, ret_slots, "
                 "max_positives or ctx_rows"
             )
+        drawn = float(np.delete(lengths.weights, builder.left_out).astype(np.float64).sum())
+        if drawn < 1 - 1e-6:
+            raise UserError(
+                f"an epoch draws {drawn:.2g} examples, so most have no step; raise the weights "
+                "(source@weight) in config.data.train"
+            )
         return builder
 
     def _count_next(self) -> None:
@@ -136,6 +145,8 @@ class Plan:
         with self._lock:
             if len(self._starts) == number + 1:  # else another thread was faster
                 self._starts.append(self._starts[-1] + steps)
+                if len(self._starts) % COUNTED == 1:  # a resumed run opens this file, not all
+                    _write(self._path("starts"), {"starts": np.array(self._starts)})
 
     def _request(self, number: int) -> concurrent.futures.Future[Block]:
         with self._lock:
