@@ -131,7 +131,7 @@ def _hold_out(name: str, dataset: Dataset, trained: bool, data: DataConfig) -> D
     if not data.dev_fraction:
         return dataset
     directory = prepared_directory(name)
-    if directory and prepared.manifest(directory)["settings"]["data.no_evidence_fraction"]:
+    if directory and prepared.manifest(directory)["settings"].get("data.no_evidence_fraction"):
         raise UserError(
             f"data source {name!r} holds nothing out, and its training rows were prepared with "
             "data.no_evidence_fraction; prepare it with this source in data.eval"

@@ -22,12 +22,22 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from cosup_jax.data.digests import file_digest
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
 from cosup_jax.data.storage import IdIndex, hash_of, replacing
 from cosup_jax.errors import UserError
 
 FORMAT = 1  # raise it whenever the files change
 FILE_ROWS = 262_144  # rows of a file
+_MANIFEST = {  # as far as it is read; "" is any name
+    "settings": {},
+    "sources": {
+        "": {
+            **{"version": "", "passages": 0, "splits": {"": 0}},
+            "files": {"": {"bytes": 0, "sha256": ""}},
+        }
+    },
+}
 _FIELDS = [field.name for field in dataclasses.fields(Example)]
 
 
@@ -41,16 +51,21 @@ class Encoded(NamedTuple):
     negatives: np.ndarray  # int32
 
 
-def load(directory: str, name: str) -> Dataset:
-    """One of the sources in a directory. Raises UserError if it is not there or not whole."""
+def load(directory: str, name: str, memory: Path) -> Dataset:
+    """One of the sources in a directory; `memory` is where digests of its files are kept.
+
+    Raises UserError if it is not there or not whole.
+    """
     path, about = Path(directory), manifest(directory)
     if name not in about["sources"]:
         known = ", ".join(about["sources"])
         raise UserError(f"data source 'prepared:{directory}::{name}': there is {known}")
     source = about["sources"][name]
-    for file, size in source["files"].items():
-        if not (path / file).is_file() or (path / file).stat().st_size != size["bytes"]:
+    for file, fact in source["files"].items():
+        if not (path / file).is_file() or (path / file).stat().st_size != fact["bytes"]:
             raise UserError(f"{path / file}: missing or cut off; run --mode=prepare again")
+        if file_digest(path / file, memory) != fact["sha256"]:
+            raise UserError(f"{path / file}: not what was written; run --mode=prepare again")
     ends = list(itertools.accumulate(source["splits"].values(), initial=0))
     rows = itertools.starmap(np.arange, itertools.pairwise(ends))
     splits = dict(zip(source["splits"], rows, strict=True))
@@ -68,14 +83,32 @@ def manifest(directory: str) -> dict[str, Any]:
         hint = f"you mean {inside.parent}" if inside.is_file() else "see --mode=prepare"
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: no prepared data here ({reason}); {hint}") from None
-    if found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path}: of another version of this program; run --mode=prepare again")
+    if not _alike(found, _MANIFEST):
+        raise UserError(f"{path}: damaged; run --mode=prepare again")
     return found
+
+
+def _alike(found: Any, example: Any) -> bool:
+    """Whether a JSON value is built as `example` is, whose key "" stands for any other."""
+    if not isinstance(example, dict):
+        return type(found) is type(example)
+    if not isinstance(found, dict) or not (example.keys() - {""}) <= found.keys():
+        return False
+    known = [key for key in found if key in example or "" in example]
+    return all(_alike(found[key], example.get(key, example.get(""))) for key in known)
 
 
 def check_settings(directory: str, now: Mapping[str, Any]) -> None:
     """Raises UserError unless the tokens were made as the config would make them now."""
-    for key, value in manifest(directory)["settings"].items():
+    settings = manifest(directory)["settings"]
+    if settings.keys() != now.keys():
+        raise UserError(
+            f"prepared:{directory} was made by another version of this program, which knows other "
+            "settings; run --mode=prepare again"
+        )
+    for key, value in settings.items():
         if value != now[key]:
             raise UserError(
                 f"prepared:{directory} was made with {key} {value!r:.70}, this run has "
@@ -172,7 +205,12 @@ class _Records(Sequence):
     def __init__(self, directory: Path, stem: str, files: Iterable[str], count: int):
         paths = [str(directory / file) for file in sorted(files) if file.startswith(f"{stem}-")]
         self._paths, self._count = paths, count
-        self._source = ArrayRecordDataSource(paths) if count else []
+        self._source = ArrayRecordDataSource(paths) if paths else []
+        if len(self._source) != count:
+            raise UserError(
+                f"{directory / stem}: {len(self._source)} rows where the manifest has {count}; "
+                "run --mode=prepare again"
+            )
 
     def __len__(self) -> int:
         return self._count

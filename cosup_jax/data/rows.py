@@ -6,7 +6,7 @@ import json
 import re
 import reprlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -167,18 +167,6 @@ def parse(text: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "a number too long or nesting too deep")
         raise BadRow("not_json", f"not JSON ({reason})") from None
-
-
-def digest(paths: Sequence[Path]) -> str:
-    """SHA-256 of files, names aside. Raises UserError if one cannot be read."""
-    found = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}; check the path") from None
-    return found.hexdigest()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

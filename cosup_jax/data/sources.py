@@ -10,11 +10,11 @@ import numpy as np
 
 from cosup_jax.config import DataConfig
 from cosup_jax.data import prepared, world
+from cosup_jax.data.digests import digest
 from cosup_jax.data.formats import alce, jsonl, kilt, official, selfrag, tfds
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems
-from cosup_jax.data.rows import digest
 from cosup_jax.data.schema import Dataset
 from cosup_jax.data.storage import share_of
 from cosup_jax.errors import UserError
@@ -43,17 +43,17 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
         read = lambda problems: world.records(data.world_entities, data.tfds_dir)
         return ingest("world", version, read, directory)
     if kind == "tfds":
-        version = tfds.version(where, data.tfds_dir)
+        version = tfds.version(where, data.tfds_dir, directory)
         read = lambda problems: tfds.read(where, data.tfds_dir, problems)
         return ingest(re.split("[/:]", where)[0], version, read, directory)
     if kind in FORMATS:
         format = FORMATS[kind]
-        version = digest(format.files(where))
+        version = digest(format.files(where), directory)
         # KILT tells task and split by a file's name.
         version = f"{kind}-{Path(where.split('::')[0]).name}-{version}"
         return ingest(_name(where), version, lambda p: format.read(where, p), directory, where)
     if kind == "prepared":
-        return prepared.load(*where.rsplit("::", 1)), Problems()
+        return prepared.load(*where.rsplit("::", 1), directory), Problems()
     raise UserError(f"unknown data source {source!r}; known are {KNOWN}")
 
 
