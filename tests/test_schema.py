@@ -45,7 +45,7 @@ def test_reads_every_field(tmp_path):
     full = {
         **{"id": "e2", "split": "test", "long_answer": "In Peru.", "support": [[16, 32]]},
         **{"kind": "span", "hard_negatives": ["p2"], "candidates": ["p1"], "source": "mine"},
-        "output": "[Ret:p1]Peru",
+        **{"output": "[Ret:p1]Peru", "answer_groups": [["Peru", "Perú"], ["Lima"]]},
     }
     dataset, problems = load(write(tmp_path, [EXAMPLE, {**EXAMPLE, **full}]))
     assert (dataset.name, dict(problems.counts)) == ("x", {})
@@ -60,6 +60,7 @@ def test_reads_every_field(tmp_path):
             **{"evidence": ("p1",), "split": "test", "long_answer": "In Peru."},
             **{"support": ((16, 32),), "kind": "span", "hard_negatives": ("p2",)},
             **{"candidates": ("p1",), "output": "[Ret:p1]Peru"},
+            **{"answer_groups": (("Peru", "Perú"), ("Lima",))},
         ),
     ]
     assert {split: rows.tolist() for split, rows in dataset.splits.items()} == {
@@ -150,6 +151,9 @@ BAD_EXAMPLES = [
     (changed(output="[Ret:p1]"), "empty_text", "[Ret:ID] of the output grounds no text"),
     (changed(output="so [Ret:p1][Cs]  [Ce] it"), "empty_text", "of the output grounds no text"),
     (changed(support=[[4, 5]], answers=["x"]), "empty_text", "covers only blanks"),
+    (changed(answer_groups="Peru"), "wrong_type", "'answer_groups' must be a list of lists"),
+    (changed(answer_groups=["Peru"]), "wrong_type", "'answer_groups' must be a list of lists"),
+    (changed(answer_groups=[["Peru", " "]]), "empty_text", "'answer_groups' holds an empty"),
     (changed(support=[[0, True]]), "wrong_type", "must be a list of [start, end]"),
     (changed(support=[[0, 1, 2]]), "wrong_type", "must be a list of [start, end]"),
     (changed(support={"p1": [0, 1]}), "wrong_type", "must be a list of [start, end]"),
@@ -248,6 +252,7 @@ JSON = st.recursive(
 FULL = {
     **{**EXAMPLE, "split": "train", "long_answer": "In Peru.", "support": [[16, 32]]},
     **{"kind": "span", "hard_negatives": ["p2"], "candidates": ["p1"], "output": "[Ret:p1]x[Ce]"},
+    "answer_groups": [["Peru"]],
 }
 
 

@@ -50,6 +50,13 @@ class Row:
                 raise BadRow("empty_text", f"'{name}' holds an empty string")
         return tuple(values)
 
+    def groups(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """A list of lists of texts, none of them empty; absent: none."""
+        values = self._value(name, ())
+        if not isinstance(values, (list, tuple)) or not all(isinstance(v, list) for v in values):
+            raise BadRow("wrong_type", f"'{name}' must be a list of lists of strings")
+        return tuple(Row(self.where, {name: value}).texts(name) for value in values)
+
     def key(self, name: str, default: str | None = None) -> str:
         """An id, which other formats also write as a whole number."""
         value = self._value(name, default)
