@@ -124,6 +124,7 @@ BAD_EXAMPLES = [
     (changed(split=""), "empty_text", "'split' is empty"),
     (changed(split="../../x"), "wrong_type", "split '../../x' must be a short word"),
     (changed(split="x" * 300), "wrong_type", "must be a short word"),
+    (changed(split="Train"), "wrong_type", "split 'Train' would be held out; write 'train'"),
     (changed(question="\ud800"), "not_utf8", "half a surrogate pair"),
     (EXAMPLE, "duplicate_id", "taken by an earlier line"),
     (changed(evidence=["p9"]), "missing_passage", "evidence 'p9' has no passage"),

@@ -20,6 +20,8 @@ def check_references(example: Example, passages: Passages) -> None:
     """Raises BadRow unless the example can be written as training text."""
     if not _SPLIT.fullmatch(example.split):
         raise BadRow("wrong_type", f"split {example.split!r:.60} must be a short word")
+    if example.split != "train" and example.split.lower() == "train":
+        raise BadRow("wrong_type", f"split {example.split!r} would be held out; write 'train'")
     if not example.answers and not example.long_answer and not example.output:
         raise BadRow("empty_text", "'answers' is empty")
     for field in ("long_answer", "output"):

@@ -26,6 +26,7 @@ KNOWN = (
     "prepared:DIR, official:DIR/x.pickle, selfrag:DIR/x.jsonl, kilt:DIR/x.jsonl::KNOWLEDGE, "
     "alce:DIR/x.json"
 )
+_REVISIONS = {"selfrag": 2}  # raise it whenever the same file gives as many, but other rows
 _LONGEST_NAME = 160  # bytes; file systems take 255, of which we need some
 
 
@@ -52,7 +53,7 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
         format = FORMATS[kind]
         name, version = _name(where), digest(format.files(where), directory)
         # KILT tells task and split by a file's name.
-        version = f"{kind}-{Path(where.split('::')[0]).name}-{version}"
+        version = f"{kind}{_REVISIONS.get(kind, '')}-{Path(where.split('::')[0]).name}-{version}"
         return ingest(name, version, lambda p: format.read(where, p), directory, where)
     if kind == "prepared":
         return prepared.load(*where.rsplit("::", 1), directory), Problems()
@@ -161,9 +162,8 @@ def _kind(source: str) -> tuple[str, str]:
 def _name(where: str) -> str:
     """x of DIR/x.jsonl.gz. Raises UserError if it cannot name what is made of it."""
     name = re.sub(r"(\.jsonl|\.json|\.pickle|\.pkl)?(\.gz)?$", "", Path(where.split("::")[0]).name)
-    if len(os.fsencode(name)) > _LONGEST_NAME or os.fsencode(where) != where.encode(
-        errors="replace"
-    ):
+    is_utf8 = os.fsencode(where) == where.encode(errors="replace")
+    if not is_utf8 or len(name.encode()) > _LONGEST_NAME:
         raise UserError(
             f"{printable(where)}: its path must be UTF-8, and its name at most "
             f"{_LONGEST_NAME} bytes, as files are named after it; rename the file"

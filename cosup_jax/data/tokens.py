@@ -139,10 +139,7 @@ def tokenize(
         raise UserError(f"data source {names}: no example has split {split!r}")
     data, directory = config.data, Path(directory)
     datasets, weights = zip(*sources, strict=True)
-    ctx_settings = (FORMAT, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
-    ctx_settings += (config.ctx.prompt, ctx_tokenizer.fingerprint)
-    train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
-    settings = (*ctx_settings, gen_tokenizer.fingerprint, split, train_only)
+    ctx_settings, settings = _settings(gen_tokenizer, ctx_tokenizer, config, split)
     rows = [dataset.splits.get(split, ()) for dataset in datasets]
     versions = [(dataset.name, dataset.version) for dataset in datasets]
     fingerprint = _fingerprint(settings, versions, list(map(_digest, rows)), weights)
@@ -178,6 +175,17 @@ def tokenize(
             "[Ret]; set it to False, or give examples evidence"
         )
     return store
+
+
+def _settings(
+    gen_tokenizer: Tokenizer, ctx_tokenizer: Tokenizer, config: Config, split: str
+) -> tuple[tuple, tuple]:
+    """What the tokens of a corpus, and those of a split, depend on besides the data."""
+    data = config.data
+    ctx = (FORMAT, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
+    ctx += (config.ctx.prompt, ctx_tokenizer.fingerprint)
+    train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
+    return ctx, (*ctx, gen_tokenizer.fingerprint, split, train_only)
 
 
 class _Part(NamedTuple):
