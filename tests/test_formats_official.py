@@ -229,6 +229,18 @@ def test_a_hostile_pickle_is_refused_at_once(tmp_path, attack):
         read_pickle(write(tmp_path, attack))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(b"}", b"s"), (b"}(", b"u"), (b"(", b"d")], ids=["s", "u", "d"]
+)
+def test_every_way_to_make_a_dict_checks_its_keys(tmp_path, before, after):
+    """Bug: nested tuples as keys, whose hash takes for ever, refused in one of three opcodes."""
+    key = b"K\x01\x85"
+    with pytest.raises(UserError, match="keys that are neither text nor numbers"):
+        read_pickle(write(tmp_path, b"\x80\x04" + before + key + b"K\x01" + after + b"."))
+    found = read_pickle(write(tmp_path, b"\x80\x04" + before + b"K\x02K\x01" + after + b"."))
+    assert found == {2: 1}
+
+
 def test_a_memo_at_a_far_place_takes_no_room(tmp_path):
     """Catches the unpickler in C, whose table then has 2**32 entries (this kills the machine)."""
     far = b"\x80\x04Nr" + struct.pack("<I", 2**32 - 1) + b"."
