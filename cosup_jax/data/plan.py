@@ -131,8 +131,8 @@ class Plan:
         drawn = float(np.delete(lengths.weights, builder.left_out).astype(np.float64).sum())
         if drawn < 1 - 1e-6:
             raise UserError(
-                f"an epoch draws {drawn:.2g} examples, so most have no step; raise the weights "
-                "(source@weight) in config.data.train"
+                f"an epoch draws {drawn:.2g} examples, so that most epochs have no step; raise the "
+                "weights (source@weight) in config.data.train"
             )
         return builder
 
