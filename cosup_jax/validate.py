@@ -133,14 +133,21 @@ def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: 
             kind = "passages_too_many"
             reason = f"{rets[row]} [Ret] and {len(example.hard_negatives)} hard negatives"
         found.add(kind, dataset.examples.where(number), example.id, f"left out: {reason}")
-    cut = part.asking(part.store.ctx_cut[part.store.ret_passages] > 0)
-    for dataset, number in part.examples(np.setdiff1d(cut, part.left_out)):
+    cut = _cut_in_gen(part.store, config) | (part.store.ctx_cut[part.store.ret_passages] > 0)
+    for dataset, number in part.examples(np.setdiff1d(part.asking(cut), part.left_out)):
         example = dataset.examples[number]
         for passage, span in _spans(example, dataset):
             if tower := _behind_cut(passage, span, tokenizers, config):
                 reason = f"{span!r:.60} lies behind the cut of its passage in {tower}"
                 found.add("answer_cut", dataset.examples.where(number), example.id, reason)
                 break
+
+
+def _cut_in_gen(store: TokenStore, config: Config) -> np.ndarray:
+    """bool, of each [Ret]: whether Gen's passage is as long as it may be, and so perhaps cut."""
+    owner = np.repeat(np.arange(store.num_examples), np.diff(store.ret_offsets))
+    cs = store.gen_offsets[owner] + store.ret_positions + config.data.max_ctx_tokens + 1
+    return store.gen_roles[np.minimum(cs, len(store.gen_roles) - 1)] == markup.EVIDENCE
 
 
 def _behind_cut(passage: str, span: str, tokenizers: Tokenizers, config: Config) -> str:

@@ -1,5 +1,6 @@
 """What --mode=validate finds, prints and returns; what --show draws; near duplicates."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,8 @@ from cosup_jax import assemble, main, validate
 from cosup_jax.config import replace_dotted
 from cosup_jax.data import tokenizer
 from cosup_jax.data.near import NearDuplicates, shingles, similarity
+from cosup_jax.data.problems import Problems
+from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
 
 TOWNS = ("Lima", "Quito", "Bogota", "Caracas", "Santiago", "Asuncion", "Montevideo", "Brasilia")
@@ -149,6 +152,28 @@ def test_a_span_must_lie_before_the_cut_of_both_towers(tmp_path):
         )
     ]
     assert found == ["", "Ctx", "Gen", "Ctx", "", "Ctx", ""]
+
+
+def test_a_cut_in_gen_alone_is_found(tmp_path):
+    """Bug: with two tokenizers, a span behind Gen's cut is not told where Ctx reads all of it."""
+    gen, ctx = tokenizer.train(["x"], 257), tokenizer.train(["it lies at the very end"] * 9, 280)
+    passages = [Passage("p", "", "it lies at the very end"), Passage("q", "", "it lies")]
+    ask = lambda id, answer, evidence: Example(id, "t", "Q?", (answer,), evidence)
+    examples = [ask("a", "end", ("p",)), ask("b", "it", ("p",)), ask("c", "lies", ("q",))]
+    dataset = Dataset.of("x", "1", examples, passages)
+    dataset = dataclasses.replace(dataset, examples=Placed(examples))
+    both = assemble.Tokenizers(gen, ctx)
+    small = config(data__max_ctx_tokens=20, data__max_gen_tokens=200)
+    part = validate._split("x", [(dataset, 1.0)], "train", both, small, tmp_path)
+    assert not part.store.ctx_cut.any()
+    validate._check_lengths(part, both, small, found := Problems())
+    assert [(p.kind, p.id) for p in found.listed] == [("answer_cut", "a")]
+
+
+class Placed(list):
+    """Examples that know where they stand."""
+
+    where = str
 
 
 def test_training_does_not_read_what_no_row_holds(tmp_path, capsys):
