@@ -119,6 +119,19 @@ def test_zeroed_bytes_are_found(made, copied, tmp_path):
     sources.load(f"prepared:{copied}::x", made[1].data, tmp_path)
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 2**16), (100, 200)], ids=["file", "record"])
+def test_a_record_that_cannot_be_read_is_one_line(made, copied, tmp_path, first, last):
+    """Bug: a reader's traceback for a file that went bad after its digest was remembered."""
+    name = "x.examples-00000.array_record"
+    whole = (copied / name).read_bytes()
+    (copied / name).write_bytes(whole[:first] + bytes(last - first) + whole[last:])
+    about = json.loads((copied / "manifest.json").read_text())
+    about["sources"]["x"]["files"][name] = prepared._fact(copied / name)
+    (copied / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"examples.*: damaged \(.*; run --mode=prepare again"):
+        list(sources.load(f"prepared:{copied}::x", made[1].data, tmp_path)[0].examples)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

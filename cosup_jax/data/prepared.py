@@ -9,6 +9,7 @@
     DIR/NAME_hashes, DIR/NAME_by_hash           passages by the hash of their id
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -199,16 +200,28 @@ def _fact(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+@contextlib.contextmanager
+def _intact(where: Any) -> Iterator[None]:
+    """Raises UserError for whatever is raised over damaged files."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: damaged ({reason:.100}); run --mode=prepare again") from None
+
+
 class _Records(Sequence):
     """Rows of some ArrayRecord files, unpacked when asked for; pickles as their paths."""
 
     def __init__(self, directory: Path, stem: str, files: Iterable[str], count: int):
         paths = [str(directory / file) for file in sorted(files) if file.startswith(f"{stem}-")]
         self._paths, self._count = paths, count
-        self._source = ArrayRecordDataSource(paths) if paths else []
-        if len(self._source) != count:
+        with _intact(directory / stem):
+            self._source = ArrayRecordDataSource(paths) if paths else []
+            found = len(self._source)
+        if found != count:
             raise UserError(
-                f"{directory / stem}: {len(self._source)} rows where the manifest has {count}; "
+                f"{directory / stem}: {found} rows where the manifest has {count}; "
                 "run --mode=prepare again"
             )
 
@@ -216,10 +229,15 @@ class _Records(Sequence):
         return self._count
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return msgpack.unpackb(self._source[row])
+        if row >= self._count:
+            raise IndexError(row)
+        return self.many([row])[0]
 
     def many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return list(map(msgpack.unpackb, self._source.__getitems__(rows))) if len(rows) else []
+        if not len(rows):
+            return []
+        with _intact(self.where(rows[0])):
+            return list(map(msgpack.unpackb, self._source.__getitems__(rows)))
 
     def where(self, row: int) -> str:
         return f"{self._paths[row // FILE_ROWS]}[{row % FILE_ROWS}]"
