@@ -19,7 +19,7 @@ from cosup_jax.data import markup, prepared, tokenizer
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.problems import Problems
 from cosup_jax.data.schema import Dataset
-from cosup_jax.data.sources import carve, expand, load, prepared_directory
+from cosup_jax.data.sources import carve, expand, identity, load, prepared_directory
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.families import FAMILIES
@@ -106,8 +106,13 @@ def read_sources(config: Config, directory: Path) -> Sources:
     Raises:
       UserError: a source that cannot be used.
     """
+    spelling: dict[tuple, str] = {}  # a source that is named in two ways is one
     train, held_out = (
-        [(name, weight) for source, weight in sources(text) for name in expand(source)]
+        [
+            (spelling.setdefault(identity(name), name), weight)
+            for source, weight in sources(text)
+            for name in expand(source)
+        ]
         for text in (config.data.train, config.data.eval)
     )
     trained, evaluated = ({name for name, _ in pairs} for pairs in (train, held_out))
@@ -131,7 +136,7 @@ def _hold_out(name: str, dataset: Dataset, trained: bool, data: DataConfig) -> D
     if not data.dev_fraction:
         return dataset
     directory = prepared_directory(name)
-    if directory and prepared.manifest(directory)["settings"]["data.no_evidence_fraction"]:
+    if directory and prepared.manifest(directory)["settings"].get("data.no_evidence_fraction"):
         raise UserError(
             f"data source {name!r} holds nothing out, and its training rows were prepared with "
             "data.no_evidence_fraction; prepare it with this source in data.eval"

@@ -10,6 +10,7 @@ import jax
 from cosup_jax import assemble, sharding
 from cosup_jax.config import Config
 from cosup_jax.data import pipeline, tokens
+from cosup_jax.data.batch import Batch
 from cosup_jax.data.plan import Plan
 from cosup_jax.errors import UserError
 from cosup_jax.workdir import Workdir
@@ -34,18 +35,17 @@ def benchmark(config: Config, workdir: str, steps: int = 400) -> None:
             _print("tokenising", store, lambda found: len(found.gen_tokens) + len(found.ctx_tokens))
         store = tokens.tokenize(data.train, *tokenizers, config, directory.path / "data")
         plan, rows = Plan(store, config), sharding.rows(mesh)
-        plan.locate(steps)  # planning is not what is measured
+        plan.locate(steps + 1)  # planning is not what is measured
 
-        def read(first: int, last: int) -> int:
-            count = 0
-            for batch in pipeline.batches(store, plan, config, rows, rows, first, last):
-                jax.block_until_ready(batch)
-                count += int((batch.gen_segments_BxT > 0).sum())
-                count += int((batch.ctx_segments_UxL > 0).sum())
-            return count
+        reader = pipeline.batches(store, plan, config, rows, rows, 0, steps + 2)
+        for _ in range(2):  # starts Grain and its workers, and compiles what it needs
+            jax.block_until_ready(next(reader))
+        _print(f"reading {steps} batches", lambda: sum(map(_tokens, reader)), int)
 
-        read(0, 2)  # starts Grain and compiles what it needs
-        _print(f"reading {steps} batches", lambda: read(2, steps + 2), int)
+
+def _tokens(batch: Batch) -> int:
+    jax.block_until_ready(batch)
+    return int((batch.gen_segments_BxT > 0).sum()) + int((batch.ctx_segments_UxL > 0).sum())
 
 
 def _print(what: str, run: Callable, tokens_of: Callable) -> None:
@@ -60,6 +60,6 @@ def _print(what: str, run: Callable, tokens_of: Callable) -> None:
 
 
 def _core_s() -> float:
-    """User and system time of this process and of workers that have ended."""
+    """User and system time of this process and of workers that have ended, their start included."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in used)

@@ -17,6 +17,7 @@ from cosup_jax.data.batch import BatchShape, batch_shape
 from cosup_jax.data.blocks import canonical
 from cosup_jax.data.markup import EVIDENCE, TARGET, passage_text
 from cosup_jax.data.pipeline import PackedExamples, PackedPassages, pack_examples, pack_passages
+from cosup_jax.data.plan import left_out
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.storage import Chosen
@@ -77,7 +78,7 @@ def held_out_sets(
     Raises:
       UserError: a source holds nothing out, or two sets have one name.
     """
-    found = []
+    found, unread = [], left_out(train, config)
     for name, (dataset, split) in eval_sets(datasets).items():
         asked = _ask(name, dataset, split, tokenizers, config, directory)
         if asked is None:
@@ -85,7 +86,7 @@ def held_out_sets(
         rows, store, packed = asked
         examples = [dataset.examples[row] for row in rows]
         corpus = Corpus(dataset, store, batch_shape(config))
-        seen = tokens.seen_in(store, train)
+        seen = tokens.seen_in(store, train, unread)
         found.append(HeldOut(name, dataset, examples, store, packed, corpus, seen))
     return found
 
@@ -106,13 +107,13 @@ def _ask(
             return None
         part = dataclasses.replace(dataset, splits={split: chosen})
         store = tokens.tokenize([(part, 1.0)], *tokenizers, config, directory, split=split)
-        packed, left_out = pack_examples(
+        packed, too_long = pack_examples(
             store, batch_shape(config), config.data.packing, config.loss.mask_evidence
         )
-        if not len(left_out):
+        if not len(too_long):
             return chosen, store, list(packed)
-        unfit = np.append(unfit, chosen[left_out])
-        _log.warning("%s: %d questions drawn fit no row, others stand in", name, len(left_out))
+        unfit = np.append(unfit, chosen[too_long])
+        _log.warning("%s: %d questions drawn fit no row, others stand in", name, len(too_long))
 
 
 def baselines(sets: Sequence[HeldOut], train: TokenStore, config: Config) -> dict[str, Any]:

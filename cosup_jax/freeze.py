@@ -182,6 +182,8 @@ def _check(config: Config) -> None:
             f"config.batch_size={config.batch_size} is no multiple of config.micro_batches="
             f"{config.micro_batches}"
         )
+    if config.seed >= 2**63:
+        raise UserError(f"config.seed={config.seed} is no 64-bit number; take a smaller one")
     for name in ("no_evidence_fraction", "dev_fraction"):
         if getattr(config.data, name) > 1:
             raise UserError(f"config.data.{name} is a share: at most 1")

@@ -10,6 +10,7 @@ from cosup_jax.data.batch import Batch
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.pipeline import host_batch
 from cosup_jax.data.plan import Plan
+from cosup_jax.data.problems import printable
 from cosup_jax.data.schema import Dataset, Passage
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.data.tokens import TokenStore, as_keys
@@ -38,7 +39,7 @@ def row(
     lines = [f"row {row} of step {step}: {used} of {batch.gen_tokens_BxT.shape[1]} tokens"]
     for segment in range(1, batch.gen_segments_BxT.max() + 1):
         lines.append(f"  example {segment}")
-        for kind, first, ids in _runs(batch, segment, tokenizer):
+        for kind, first, ids in _runs(batch, segment):
             lines.append(_line(kind, tokenizer.decode(ids)))
             if kind == "[Ret]":
                 slot = int(np.flatnonzero(batch.ret_positions_BxR[0] == first)[0])
@@ -46,7 +47,7 @@ def row(
     return "\n".join(lines) + "\n"
 
 
-def _runs(batch: Batch, segment: int, tokenizer: Tokenizer) -> Iterator[tuple[str, int, list[int]]]:
+def _runs(batch: Batch, segment: int) -> Iterator[tuple[str, int, list[int]]]:
     """(kind, position, tokens) of stretches alike: read only, to be predicted, or a [Ret]."""
     here = np.flatnonzero(batch.gen_segments_BxT[0] == segment)
     ids = batch.gen_tokens_BxT[0, here]
@@ -82,7 +83,7 @@ def _passage(key: np.uint64, store: TokenStore, datasets: Sequence[Dataset]) -> 
 
 
 def _line(kind: str, text: str) -> str:
-    text = text.replace("\n", "\\n")
+    text = printable(text)
     if kind in _COLOURS and sys.stdout.isatty():
         text = f"{_COLOURS[kind]}{text}{_PLAIN}"
     return f"    {kind:8} | {text}"

@@ -13,10 +13,8 @@ from cosup_jax import assemble, show
 from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.config import Config
 from cosup_jax.data import markup, tokens
-from cosup_jax.data.batch import batch_shape
-from cosup_jax.data.blocks import Builder
 from cosup_jax.data.near import NearDuplicates
-from cosup_jax.data.plan import Plan, lengths_of, settings_of
+from cosup_jax.data.plan import Plan, left_out
 from cosup_jax.data.problems import ERRORS, KINDS, Problems
 from cosup_jax.data.schema import Dataset, Example
 from cosup_jax.data.sources import eval_sets
@@ -37,6 +35,10 @@ class _Split(NamedTuple):
         """Data set, and row in it, of some rows of the store."""
         for row in rows:
             yield self.datasets[self.store.sources[row]], int(self.store.gen_rows[row])
+
+    def read(self) -> Iterator[tuple[Dataset, int]]:
+        """Data set, and row in it, of every example that fits."""
+        return self.examples(np.setdiff1d(np.arange(self.store.num_examples), self.left_out))
 
     def asking(self, rets: np.ndarray) -> np.ndarray:
         """Rows of the store, ascending, that have one of the [Ret] (bool, of each)."""
@@ -117,8 +119,7 @@ def _split(
     workdir: Path,
 ) -> _Split:
     store = tokens.tokenize(sources, *tokenizers, config, workdir / "data", split)
-    builder = Builder(lengths_of(store), batch_shape(config), settings_of(config), config.seed)
-    return _Split(name, [dataset for dataset, _ in sources], store, builder.left_out)
+    return _Split(name, [dataset for dataset, _ in sources], store, left_out(store, config))
 
 
 def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: Problems) -> None:
@@ -132,15 +133,33 @@ def _check_lengths(part: _Split, tokenizers: Tokenizers, config: Config, found: 
             kind = "passages_too_many"
             reason = f"{rets[row]} [Ret] and {len(example.hard_negatives)} hard negatives"
         found.add(kind, dataset.examples.where(number), example.id, f"left out: {reason}")
-    cut = part.asking(part.store.ctx_cut[part.store.ret_passages] > 0)
-    for dataset, number in part.examples(np.setdiff1d(cut, part.left_out)):
+    cut = _cut_in_gen(part.store, config) | (part.store.ctx_cut[part.store.ret_passages] > 0)
+    for dataset, number in part.examples(np.setdiff1d(part.asking(cut), part.left_out)):
         example = dataset.examples[number]
         for passage, span in _spans(example, dataset):
-            kept = tokenizers.gen.encode(passage)[: config.data.max_ctx_tokens]
-            if span in passage and span not in tokenizers.gen.decode(kept):
-                reason = f"{span!r:.60} lies behind the cut of its passage"
+            if tower := _behind_cut(passage, span, tokenizers, config):
+                reason = f"{span!r:.60} lies behind the cut of its passage in {tower}"
                 found.add("answer_cut", dataset.examples.where(number), example.id, reason)
                 break
+
+
+def _cut_in_gen(store: TokenStore, config: Config) -> np.ndarray:
+    """bool, of each [Ret]: whether Gen's passage is as long as it may be, and so perhaps cut."""
+    owner = np.repeat(np.arange(store.num_examples), np.diff(store.ret_offsets))
+    cs = store.gen_offsets[owner] + store.ret_positions + config.data.max_ctx_tokens + 1
+    return store.gen_roles[np.minimum(cs, len(store.gen_roles) - 1)] == markup.EVIDENCE
+
+
+def _behind_cut(passage: str, span: str, tokenizers: Tokenizers, config: Config) -> str:
+    """The tower that does not read all of a span that the passage has; "" where both do."""
+    if span not in passage:
+        return ""
+    until = passage[: passage.index(span) + len(span)]
+    most, pooling, prompt = config.data.max_ctx_tokens, config.ctx.pooling, config.ctx.prompt
+    if len(tokenizers.gen.encode(until)) > most:
+        return "Gen"
+    room = markup.ctx_room(tokenizers.ctx, pooling, most)
+    return "Ctx" if len(tokenizers.ctx.encode(prompt + until)) > room else ""
 
 
 def _check_passages(dataset: Dataset, part: _Split, found: Problems) -> None:
@@ -166,7 +185,8 @@ def _spans(example: Example, dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 def _check_leaks(part: _Split, train: _Split, found: Problems) -> None:
     """Passages that training reads as evidence too, by identity."""
-    for dataset, number in part.examples(part.asking(tokens.seen_in(part.store, train.store))):
+    seen = tokens.seen_in(part.store, train.store, train.left_out)
+    for dataset, number in part.examples(part.asking(seen)):
         example = dataset.examples[number]
         reason = "training reads a passage of its evidence, the same up to the cut"
         found.add("leaked_passage", dataset.examples.where(number), example.id, reason)
@@ -176,7 +196,7 @@ def _check_copies(held_out: list[_Split], train: _Split, found: Problems) -> Non
     """Held-out questions that training asks in the same, or almost the same words."""
     questions = lambda part: (
         (dataset.examples.where(number), dataset.examples[number])
-        for dataset, number in part.examples(range(part.store.num_examples))
+        for dataset, number in part.read()
     )
     near = NearDuplicates({_plain(e.question): None for _, e in questions(train)})
     for part in held_out:
@@ -215,7 +235,7 @@ def _split_rows(train: _Split, plan: Plan, held_out: Sequence[_Split]) -> list[l
         if part is train:
             rest = [f"{used['gen_tokens']:.1%}", f"{used['ctx_tokens']:.1%}", ""]
         else:
-            seen = tokens.seen_in(part.store, train.store)
+            seen = tokens.seen_in(part.store, train.store, train.left_out)
             share = f"{seen.mean():.0%} of {len(seen):,} [Ret]" if len(seen) else "no [Ret]"
             rest = ["", "", share]
         rows.append([part.name, *(f"{n:,}" for n in count), *rest])

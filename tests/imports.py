@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from cosup_jax.data import ingest, markup, rows
+from cosup_jax.data import digests, ingest, markup
 from cosup_jax.data.problems import Problems
 from cosup_jax.data.schema import Dataset
 
@@ -27,7 +27,7 @@ WRONG = st.sampled_from([None, 1.5, True, [], {}, [1], {"a": "b"}, ""])  # no te
 
 def imported(format: ModuleType, where: Any, directory: Path) -> tuple[Dataset, Problems]:
     """Read and checked anew; `where` as the format takes it."""
-    version = rows.digest(format.files(str(where)))
+    version = digests.digest(format.files(str(where)), directory)
     read = lambda problems: format.read(str(where), problems)
     return ingest.ingest(f"set{next(_numbers)}", version, read, directory)
 

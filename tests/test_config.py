@@ -72,6 +72,7 @@ def test_unknown_key_is_refused():
         ("num_steps", 3.5, "int"),
         ("num_epochs", 1, "exactly one"),
         ("bank.kind", "on", "off"),
+        ("seed", 2**63, "64-bit"),
         ("micro_batches", 5, "multiple"),
         ("gen.arch.head_dim", 47, "even"),
         ("gen.init", "gen", "circular"),

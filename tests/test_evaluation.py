@@ -1,5 +1,7 @@
 """The numbers of an evaluation, each against one worked out by hand."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -91,12 +93,14 @@ def _insert(row: int) -> list[int]:
 
 
 def test_scores_are_given_for_seen_and_unseen_passages(tmp_path):
-    """Bug: a score on passages that training has read passed off as one on new ones."""
+    """Bugs: a score on passages that training has read passed off as one on new ones; what no row
+    of training holds counted as read."""
     passages = [Passage(f"p{i}", "", f"town {i} lies by river {i}") for i in range(6)]
     ask = lambda i, split: Example(
         f"{split}{i}", "open_qa", f"town {i}?", (f"river {i}",), (f"p{i}",), split=split
     )
     examples = [ask(i, "train") for i in range(3)] + [ask(i, "test") for i in range(6)]
+    examples.append(dataclasses.replace(ask(3, "train"), question="too long? " * 40))
     dataset = Dataset.of("towns", "1", examples, passages)
     small = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_width": 64}
     keys = {f"gen__arch__{name}": value for name, value in small.items()}

@@ -69,6 +69,25 @@ def test_items_become_questions_to_rank(tmp_path):
     ]
 
 
+def test_what_scores_need_is_kept(tmp_path):
+    """Bug: sub-questions, aliases and claims melted into one list, from which neither ASQA's
+    recall nor QAMPARI's nor ELI5's can be computed."""
+    dataset, _ = read(tmp_path, ASQA, QAMPARI, ELI5)
+    assert [example.answer_groups for example in dataset.examples] == [
+        (("Oslo", "in Oslo"), ("1048", "Oslo")),
+        (("Oslo", "Christiania"), ("Bergen",)),
+        (("It is so.",),),
+    ]
+
+
+def test_the_first_text_of_an_id_stays(tmp_path):
+    """Bug: a third file that agrees with the first is told to differ from it."""
+    docs = [[{**DOCS[0], "text": text}] for text in ("one", "two", "one")]
+    items = [QAMPARI | {"id": f"q{i}", "docs": found} for i, found in enumerate(docs)]
+    dataset, problems = read(tmp_path, *items)
+    assert dict(problems.counts) == {"duplicate_id": 1} and dataset.passages["7"].text == "one"
+
+
 def test_two_texts_under_one_id_are_noted(tmp_path):
     """Catches a question ranked over a text that its file does not have."""
     other = QAMPARI | {"docs": [DOCS[0] | {"text": "Oslo is a town."}]}
@@ -111,6 +130,7 @@ def test_an_annotation_that_is_null_is_none(tmp_path):
         ({"qa_pairs": [{"short_answers": "Oslo"}]}, "wrong_type"),
         ({"answers": [["a", 3]]}, "wrong_type"),
         ({"answers": "Oslo"}, "wrong_type"),
+        ({"claims": "a", "qa_pairs": None}, "wrong_type"),
         ({"sample_id": 1.5}, "wrong_type"),
     ],
 )

@@ -107,29 +107,56 @@ def test_a_row_without_provenance_stays(tmp_path, provenance):
 
 
 @pytest.mark.parametrize(
-    ("entry", "kind"),
+    ("entry", "expected"),
     [
-        (cited("99"), "missing_passage"),
-        (cited(start=4, end=4), "missing_passage"),
-        (cited(start=0, end=0), "missing_passage"),
-        (cited(start=1, end=10**12), "missing_passage"),
-        (cited(start=3, end=1), "missing_passage"),
-        (cited(start=-1), "wrong_type"),
-        (cited(start="1"), "wrong_type"),
-        (cited(start=True), "wrong_type"),
-        (cited(end=None), "missing_field"),
-        ({"wikipedia_id": "10", "title": "Oslo"}, "missing_field"),
-        (cited(None), "missing_field"),
-        (cited(["10"]), "wrong_type"),
-        ("10", "wrong_type"),
+        ({"wikipedia_id": "10", "title": "Oslo"}, ("10-1",)),
+        (cited(start=0, end=0), ("10-1",)),
+        (cited(start=-1, end=-1), ("10-1",)),
+        (cited(start=3, end=-1), ("10-1",)),
+        (cited(start=2, end=2), ("10-3",)),
     ],
+    ids=["page", "title", "not found", "end not found", "heading"],
 )
+def test_what_kilt_itself_writes_is_evidence(tmp_path, entry, expected):
+    """Bug: rows of entity linking, answers found in a title and -1 refused: whole files of KILT."""
+    dataset, problems = read(tmp_path, GOOD | {"output": [{"answer": "a", "provenance": [entry]}]})
+    assert not problems.counts and dataset.examples[0].evidence == expected
+
+
+UNUSABLE = [
+    (cited("99"), "missing_passage"),
+    (cited(start=4, end=4), "missing_passage"),
+    (cited(start=1, end=5), "missing_passage"),
+    (cited(start=1, end=10**12), "missing_passage"),
+    (cited(start=3, end=1), "missing_passage"),
+    (cited(start=-2), "wrong_type"),
+    (cited(start="1"), "wrong_type"),
+    (cited(start=True), "wrong_type"),
+    (cited(end=None), "missing_field"),
+    (cited(None), "missing_field"),
+    (cited(["10"]), "wrong_type"),
+]
+
+
+@pytest.mark.parametrize(("entry", "kind"), [*UNUSABLE, ("10", "wrong_type")])
 def test_a_bad_provenance_is_named(tmp_path, entry, kind):
     """Catches a gold passage that is another paragraph, or silently none."""
-    row = GOOD | {"output": [{"answer": "a", "provenance": [cited(), entry]}]}
+    row = GOOD | {"output": [{"answer": "a", "provenance": [entry]}]}
     dataset, problems = read(tmp_path, row)
     assert len(dataset.examples) == 0 and dict(problems.counts) == {kind: 1}
     assert problems.first_error[1:3] == (f"{tmp_path}/nq-dev-kilt.jsonl:1", "q1")
+
+
+@pytest.mark.parametrize("beside", ["in one output", "in another output"])
+def test_one_bad_entry_does_not_cost_the_good_ones(tmp_path, beside):
+    """Bug: a single entry that cannot be used drops the row, good evidence and all."""
+    for number, (entry, _) in enumerate(UNUSABLE):
+        first, *others = [[entry, cited()]] if beside == "in one output" else [[entry], [cited()]]
+        outputs = [{"answer": "a", "provenance": part} for part in (first, *others)]
+        (directory := tmp_path / str(number)).mkdir()
+        dataset, problems = read(directory, GOOD | {"output": outputs})
+        assert dataset.examples[0].evidence == ("10-1",)
+        assert dict(problems.counts) == {"evidence_dropped": 1}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +194,7 @@ def test_a_bad_row_is_named(tmp_path, fields, kind):
 def test_a_bad_page_is_named(tmp_path, page, kind):
     """Catches a page that is lost, and with it, unsaid, the evidence of its questions."""
     dataset, problems = read(tmp_path, GOOD, pages=[PAGES[0], page])
-    assert dict(problems.counts) == {kind: 1, "missing_passage": 1}
+    assert dict(problems.counts) == {kind: 1, "evidence_dropped": 1}
     assert problems.listed[0].where == f"{tmp_path}/pages.json:2" and len(dataset.passages) == 2
 
 
@@ -203,8 +230,7 @@ def test_both_files_are_needed(tmp_path):
 def test_no_mutation_gets_through_or_crashes(tmp_path_factory, data):
     """Catches an exception that is no UserError, and a broken field read as if it were none."""
     directory = tmp_path_factory.mktemp("kilt")
-    entry = ("output", 1, "provenance", 0)
-    needed = [("input",), ("output",), ("output", 1, "provenance", 1), (*entry, "end_paragraph_id")]
+    needed = [("input",), ("output",)]
     broken = replaced(GOOD, data.draw(st.sampled_from(needed)), data.draw(WRONG))
     page = replaced(PAGES[1], data.draw(st.sampled_from(paths(PAGES[1]))), data.draw(JUNK))
     row = replaced(GOOD, data.draw(st.sampled_from(paths(GOOD))), data.draw(JUNK))

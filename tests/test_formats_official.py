@@ -93,6 +93,7 @@ def test_ids2text_may_lie_elsewhere(tmp_path):
         ({"output": "[k_1] [Ce] [Cs] Oslo"}, "bad_marker"),
         ({"output": f"{OUTPUT} [Cs] more [Ce]"}, "bad_marker"),
         ({"output": ""}, "empty_text"),
+        ({"output": "[k_1][Cs][Ce] [k_2] [Cs] Fish [Ce]"}, "empty_text"),
         ({"output": None}, "missing_field"),
         ({"input": "Do.## Input:\n\n ## Output:\n\n"}, "empty_text"),
         ({"input": 7}, "wrong_type"),
@@ -120,6 +121,20 @@ def test_an_inserted_text_that_is_no_passage_is_noted(tmp_path, inserted, kept):
     dataset, problems = one_row(tmp_path, output=output, evidence=[1])
     assert training_text(dataset)[0][1][1] == "Oslo :: Oslo is a city."
     assert problems.counts["other_insertion"] == (not kept)
+
+
+def test_their_text_inserts_nothing(tmp_path):
+    """Bug: a literal [Ret:1] in an answer becomes a second insertion of passage 1."""
+    for output in (f"See [Ret:1]. {OUTPUT}", OUTPUT.replace("so.", "so [Ret:2].")):
+        dataset, problems = one_row(tmp_path, output=output)
+        assert not len(dataset.examples) and dict(problems.counts) == {"bad_marker": 1}
+
+
+def test_a_span_without_an_end_is_noted(tmp_path):
+    """Bug: a forgotten [Ce] turns the rest of the answer into a grounded span, without a word."""
+    dataset, problems = one_row(tmp_path, output=OUTPUT.replace("Fish [Ce]", "Fish"))
+    assert len(dataset.examples) == 1 and dict(problems.counts) == {"open_span": 1}
+    assert "passage '2'" in problems.listed[0].reason
 
 
 def test_a_marker_may_come_again(tmp_path):
@@ -212,6 +227,18 @@ def test_a_hostile_pickle_is_refused_at_once(tmp_path, attack):
     """Catches memory claimed on a file's word, and a hash that takes longer than a life."""
     with pytest.raises(UserError, match=r"this pickle holds|not a whole pickle"):
         read_pickle(write(tmp_path, attack))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(b"}", b"s"), (b"}(", b"u"), (b"(", b"d")], ids=["s", "u", "d"]
+)
+def test_every_way_to_make_a_dict_checks_its_keys(tmp_path, before, after):
+    """Bug: nested tuples as keys, whose hash takes for ever, refused in one of three opcodes."""
+    key = b"K\x01\x85"
+    with pytest.raises(UserError, match="keys that are neither text nor numbers"):
+        read_pickle(write(tmp_path, b"\x80\x04" + before + key + b"K\x01" + after + b"."))
+    found = read_pickle(write(tmp_path, b"\x80\x04" + before + b"K\x02K\x01" + after + b"."))
+    assert found == {2: 1}
 
 
 def test_a_memo_at_a_far_place_takes_no_room(tmp_path):

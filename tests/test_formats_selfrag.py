@@ -72,6 +72,22 @@ def test_only_what_a_paragraph_supports_is_grounded(tmp_path, output, expected, 
     assert reasons == dropped and not problems.errors
 
 
+@pytest.mark.parametrize(
+    ("paragraph", "passage"),
+    [
+        ("\nOne.\nTwo.", ("", "One.\nTwo.")),
+        (" \n One.", ("", "One.")),
+        ("Oslo\n", ("", "Oslo")),
+        (" Oslo \n One.\nTwo. ", ("Oslo", "One.\nTwo.")),
+    ],
+)
+def test_a_title_may_be_empty(tmp_path, paragraph, passage):
+    """Bug: where a title is empty, the first line of the text becomes one."""
+    output = f"<paragraph>{paragraph}</paragraph>[Relevant]Yes.[Fully supported]"
+    (found,) = one_row(tmp_path, output=output)[0].passages.values()
+    assert (found.title, found.text) == passage
+
+
 def test_the_same_paragraph_is_one_passage(tmp_path):
     """Catches a passage that is its own in-batch negative, and ids that change between runs."""
     other = {**GOOD, "id": "nq_1", "output": f"{OSLO}[Relevant]Yes.[Partially supported]"}

@@ -96,7 +96,7 @@ def prepare(tmp_path, monkeypatch):
 def read(name, place, cache):
     """A prepared data set, ingested."""
     read = lambda problems: format.read(name, place, problems)
-    return ingest.ingest("set", format.version(name, place), read, cache)
+    return ingest.ingest("set", format.version(name, place, Path(place)), read, cache)
 
 
 def test_squad(prepare, tmp_path):
@@ -223,9 +223,11 @@ def test_what_is_not_prepared_is_told_how_to(prepare, name):
     """Catches a download on every host, a traceback of TFDS, and another version than asked for."""
     place = prepare("nq", NQ, train=[{"question": "Who?", "answer": ["A"]}])
     with pytest.raises(UserError, match=f"tfds build {name} --file_format=array_record") as error:
-        format.version(name, place)
+        format.version(name, place, Path(place))
     assert "\n" not in str(error.value)
-    assert format.version("nq:1.0.0", place) == format.version("nq", place)
+    assert format.version("nq:1.0.0", place, Path(place)) == format.version(
+        "nq", place, Path(place)
+    )
 
 
 def test_another_file_format_is_told_how_to_prepare(prepare):
@@ -234,7 +236,7 @@ def test_another_file_format_is_told_how_to_prepare(prepare):
     (about,) = Path(place).rglob("dataset_info.json")
     about.write_text(about.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match="is not prepared as ArrayRecord"):
-        format.version("nq", place)
+        format.version("nq", place, Path(place))
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "array_record"])
@@ -254,16 +256,16 @@ def test_damaged_files_are_told(prepare, name, keep):
 def test_a_name_that_is_none_is_refused(name, tmp_path):
     """Catches a path outside the data directory."""
     with pytest.raises(UserError, match=r"write tfds:NAME"):
-        format.version(name, str(tmp_path))
+        format.version(name, str(tmp_path), tmp_path)
 
 
 def test_the_version_follows_the_content(prepare):
     """Catches a data set prepared anew that is taken for the old one."""
     rows = [{"question": "Who?", "answer": [answer]} for answer in "AB"]
     place = prepare("nq", NQ, train=rows[:1])
-    before = format.version("nq", place)
+    before = format.version("nq", place, Path(place))
     shutil.rmtree(place)
-    assert format.version("nq", prepare("nq", NQ, train=rows[1:])) != before
+    assert format.version("nq", prepare("nq", NQ, train=rows[1:]), Path(place)) != before
 
 
 SCHEMAS = [

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lengths import FIVE_BLOCKS, assert_equal, random_lengths
+from files import full_disk
+from lengths import FIVE_BLOCKS, assert_equal, lengths_from, random_lengths
 
-from cosup_jax.config import Config, DataConfig
+from cosup_jax.config import Config, DataConfig, replace_dotted
 from cosup_jax.data import plan as lookup
 from cosup_jax.data.blocks import Builder, PlanSettings
-from cosup_jax.data.plan import Plan
+from cosup_jax.data.plan import Plan, settings_of
+from cosup_jax.errors import UserError
 
 CONFIG = Config(
     num_epochs=1,
@@ -193,6 +195,66 @@ def test_a_block_half_written_is_no_block(new_plan, monkeypatch):
         with pytest.raises(OSError, match="killed"):
             new_plan().block(0)
     assert new_plan().block(0).steps
+
+
+def test_a_full_disk_is_one_line(new_plan):
+    """Bug: a traceback and a temporary file where there is no room for a block."""
+    plan = new_plan()
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*: File too large; check"):
+        plan.block(0)
+    assert cached(plan) == []
+
+
+def test_a_damaged_block_is_built_again(new_plan):
+    """Bug: a file that lost its end, or turned to zeros, stops every later start."""
+    expected = new_plan()._builder.block(0, 0)
+    for damage in (lambda data: data[:-30], lambda data: bytes(len(data)), lambda data: b""):
+        new_plan().block(0)
+        path = new_plan()._path(0)
+        path.write_bytes(damage(path.read_bytes()))
+        assert new_plan().locate(expected.steps) == (1, 0)
+        assert_equal(new_plan().block(0), expected)
+
+
+def test_cached_blocks_are_as_readable_as_other_files(new_plan):
+    """Bug: mode 0600, so that a colleague on the same data cannot read the plan."""
+    plan = new_plan()
+    (plan.store.directory / "plain").touch()
+    plain = (plan.store.directory / "plain").stat().st_mode
+    plan.block(0)
+    assert plan._path(0).stat().st_mode == plain
+
+
+def test_a_late_resume_opens_few_files(tmp_path, monkeypatch):
+    """Bug: 8 examples for 3000 steps are 3000 epochs, and a resumed run reads a file of each."""
+    store = store_from(lengths_from([(60, [], [])] * 8, []), tmp_path)
+    assert Plan(store, CONFIG, builds_ahead=False).locate(300) == (150, 0)
+    opened, load = [], np.load
+    monkeypatch.setattr(lookup.np, "load", lambda path: opened.append(path) or load(path))
+    resumed = Plan(store, CONFIG, builds_ahead=False)
+    assert resumed.locate(300) == (150, 0) and resumed.locate(1) == (0, 1)
+    assert len(opened) <= 1 + lookup.COUNTED
+    resumed._path("starts").write_bytes(b"damaged")
+    assert Plan(store, CONFIG, builds_ahead=False).locate(300) == (150, 0)
+
+
+@pytest.mark.parametrize(("weight", "enough"), [(0.0001, False), (0.12, False), (0.125, True)])
+def test_an_epoch_of_next_to_nothing_is_refused(tmp_path, weight, enough):
+    """Bug: source@0.0001 validates, and training looks through empty epochs without end."""
+    lengths = lengths_from([(60, [], [])] * 8 + [(99, [], [])] * 8, [])
+    lengths = lengths._replace(weights=np.full(16, weight, np.float32))
+    plan = Plan(store_from(lengths, tmp_path), CONFIG, builds_ahead=False)
+    if enough:
+        assert plan.locate(5)
+        return
+    with pytest.raises(UserError, match=r"an epoch draws 0\.\d+ examples.* raise the weights"):
+        plan.locate(0)
+
+
+def test_misses_follow_the_window():
+    """Bug: a step closed too early, or examples tried without end, whatever the window."""
+    found = [settings_of(replace_dotted(CONFIG, "data.window", n)).misses for n in (1, 512, 1001)]
+    assert found == [1, 64, 126]
 
 
 def test_fingerprint_names_the_cut_where_there_is_one(new_plan, monkeypatch):

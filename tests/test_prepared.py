@@ -1,10 +1,12 @@
 """Prepared data: the tokens that a run would have made itself, refused where they are not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from files import full_disk
 from test_validate import rows, write
 
 from cosup_jax import assemble, prepare
@@ -99,6 +101,77 @@ def test_what_is_missing_or_damaged_is_named(made, tmp_path):
         sources.expand(f"prepared:{copy}")
 
 
+@pytest.fixture
+def copied(made, tmp_path):
+    """A copy of the prepared data, to be damaged."""
+    shutil.copytree(made[2], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_zeroed_bytes_are_found(made, copied, tmp_path):
+    """Bug: the SHA-256 of the manifest is compared with nothing, and zeros are trained on."""
+    for name in ("x.examples-00001.array_record", "x.passages-00000.array_record", "x_by_hash"):
+        whole = (copied / name).read_bytes()
+        (copied / name).write_bytes(bytes(len(whole)))
+        with pytest.raises(UserError, match=rf"{name}: not what was written; run --mode=prepare"):
+            sources.load(f"prepared:{copied}::x", made[1].data, tmp_path)
+        (copied / name).write_bytes(whole)
+    sources.load(f"prepared:{copied}::x", made[1].data, tmp_path)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 2**16), (100, 200)], ids=["file", "record"])
+def test_a_record_that_cannot_be_read_is_one_line(made, copied, tmp_path, first, last):
+    """Bug: a reader's traceback for a file that went bad after its digest was remembered."""
+    name = "x.examples-00000.array_record"
+    whole = (copied / name).read_bytes()
+    (copied / name).write_bytes(whole[:first] + bytes(last - first) + whole[last:])
+    about = json.loads((copied / "manifest.json").read_text())
+    about["sources"]["x"]["files"][name] = prepared._fact(copied / name)
+    (copied / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"examples.*: damaged \(.*; run --mode=prepare again"):
+        list(sources.load(f"prepared:{copied}::x", made[1].data, tmp_path)[0].examples)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((), [], "another version"),
+        (("sources",), None, "damaged"),
+        (("sources", "x"), 3, "damaged"),
+        (("sources", "x", "splits", "train"), "12", "damaged"),
+        (("sources", "x", "splits", "train"), 13, "16 rows where the manifest has 17"),
+        (("sources", "x", "passages"), 7, "8 rows where the manifest has 7"),
+        (("sources", "x", "files", "x_hashes"), {"bytes": 1}, "damaged"),
+        (("settings",), [], "damaged"),
+        (("settings", "data.new"), 1, "another version of this program, which knows other set"),
+        (("settings", "template"), ..., "another version of this program, which knows other set"),
+    ],
+)
+def test_a_damaged_manifest_is_one_line(made, copied, tmp_path, path, value, message):
+    """Bug: a traceback for a manifest that somebody has edited, or that another version wrote."""
+    about = inner = {"": json.loads((copied / "manifest.json").read_text())}
+    *outer, key = ("", *path)
+    for name in outer:
+        inner = inner[name]
+    if value is ...:
+        del inner[key]
+    else:
+        inner[key] = value
+    (copied / "manifest.json").write_text(json.dumps(about[""]))
+    config = replace_dotted(made[1], "data.train", f"prepared:{copied}::x")
+    with pytest.raises(UserError, match=message) as error:
+        read(replace_dotted(config, "data.eval", f"prepared:{copied}::x"), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_has_no_ret_is_left_to_the_run(made, tmp_path):
+    """Bug: data.drop_without_ret of the preparation leaves fewer rows than the manifest counts."""
+    plain = replace_dotted(made[0], "data.drop_without_ret", True)
+    prepare.prepare(plain, str(tmp_path))
+    about = prepared.manifest(str(tmp_path / "prepared"))
+    assert about["sources"]["x"]["splits"] == {"train": 12, "test": 4}
+
+
 def test_a_killed_preparation_is_not_read(made, tmp_path, monkeypatch):
     """Bug: old tokens beside new ones after a second preparation was stopped half way."""
     plain = made[0]
@@ -115,6 +188,14 @@ def test_a_killed_preparation_is_not_read(made, tmp_path, monkeypatch):
     monkeypatch.undo()
     prepare.prepare(plain, str(tmp_path))
     assert sources.expand(f"prepared:{tmp_path}/prepared") == [f"prepared:{tmp_path}/prepared::x"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Bug: a traceback of the writer's, and a temporary file that stays."""
+    rows = iter([{"tokens": bytes(1 << 20)}])
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*: File too large"):
+        prepared._write_records(tmp_path, "x", rows, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_manifest_tells_what_there_is(made):

@@ -45,7 +45,7 @@ def test_reads_every_field(tmp_path):
     full = {
         **{"id": "e2", "split": "test", "long_answer": "In Peru.", "support": [[16, 32]]},
         **{"kind": "span", "hard_negatives": ["p2"], "candidates": ["p1"], "source": "mine"},
-        "output": "[Ret:p1]Peru",
+        **{"output": "[Ret:p1]Peru", "answer_groups": [["Peru", "Perú"], ["Lima"]]},
     }
     dataset, problems = load(write(tmp_path, [EXAMPLE, {**EXAMPLE, **full}]))
     assert (dataset.name, dict(problems.counts)) == ("x", {})
@@ -60,6 +60,7 @@ def test_reads_every_field(tmp_path):
             **{"evidence": ("p1",), "split": "test", "long_answer": "In Peru."},
             **{"support": ((16, 32),), "kind": "span", "hard_negatives": ("p2",)},
             **{"candidates": ("p1",), "output": "[Ret:p1]Peru"},
+            **{"answer_groups": (("Peru", "Perú"), ("Lima",))},
         ),
     ]
     assert {split: rows.tolist() for split, rows in dataset.splits.items()} == {
@@ -123,6 +124,7 @@ BAD_EXAMPLES = [
     (changed(split=""), "empty_text", "'split' is empty"),
     (changed(split="../../x"), "wrong_type", "split '../../x' must be a short word"),
     (changed(split="x" * 300), "wrong_type", "must be a short word"),
+    (changed(split="Train"), "wrong_type", "split 'Train' would be held out; write 'train'"),
     (changed(question="\ud800"), "not_utf8", "half a surrogate pair"),
     (EXAMPLE, "duplicate_id", "taken by an earlier line"),
     (changed(evidence=["p9"]), "missing_passage", "evidence 'p9' has no passage"),
@@ -143,6 +145,16 @@ BAD_EXAMPLES = [
     (changed(support=[[16, 33]]), "bad_support", "(16, 33) lies outside passage"),
     (changed(support=[[5, 5]]), "bad_support", "(5, 5) lies outside passage"),
     (changed(support=[[-1, 5]]), "bad_support", "(-1, 5) lies outside passage"),
+    # Bug: blanks accepted as what to generate.
+    (changed(answers=[], output="   ", evidence=[]), "empty_text", "nothing but blanks"),
+    (changed(output="   ", evidence=[]), "empty_text", "'output' holds nothing but blanks"),
+    (changed(long_answer="  "), "empty_text", "'long_answer' holds nothing but blanks"),
+    (changed(output="[Ret:p1]"), "empty_text", "[Ret:ID] of the output grounds no text"),
+    (changed(output="so [Ret:p1][Cs]  [Ce] it"), "empty_text", "of the output grounds no text"),
+    (changed(support=[[4, 5]], answers=["x"]), "empty_text", "covers only blanks"),
+    (changed(answer_groups="Peru"), "wrong_type", "'answer_groups' must be a list of lists"),
+    (changed(answer_groups=["Peru"]), "wrong_type", "'answer_groups' must be a list of lists"),
+    (changed(answer_groups=[["Peru", " "]]), "empty_text", "'answer_groups' holds an empty"),
     (changed(support=[[0, True]]), "wrong_type", "must be a list of [start, end]"),
     (changed(support=[[0, 1, 2]]), "wrong_type", "must be a list of [start, end]"),
     (changed(support={"p1": [0, 1]}), "wrong_type", "must be a list of [start, end]"),
@@ -241,6 +253,7 @@ JSON = st.recursive(
 FULL = {
     **{**EXAMPLE, "split": "train", "long_answer": "In Peru.", "support": [[16, 32]]},
     **{"kind": "span", "hard_negatives": ["p2"], "candidates": ["p1"], "output": "[Ret:p1]x[Ce]"},
+    "answer_groups": [["Peru"]],
 }
 
 

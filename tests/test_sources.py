@@ -101,6 +101,29 @@ def test_something_is_always_held_out():
     assert len(dataset.splits["dev"]) == 1 and len(dataset.splits["train"]) == 4
 
 
+def test_what_cannot_be_carved_is_said_so():
+    """Bug: where all examples read one passage, training is left without any, and the message is
+    about something else."""
+    examples = [Example(f"{i}", "t", "Q?", ("A",), ("p",)) for i in range(5)]
+    dataset = Dataset.of("one", "1", examples, [Passage("p", "", "text")])
+    with pytest.raises(UserError, match=r"one: .* would leave none to train on; give some rows"):
+        sources.carve(dataset, 0.05)
+
+
+@pytest.mark.parametrize("stem", ["x" * 238, "x\udcff"], ids=["long", "not UTF-8"])
+def test_a_name_that_cannot_name_files_is_refused(tmp_path, stem):
+    """Bug: a traceback of the file system's, or of the terminal's, for an odd file name."""
+    write(tmp_path, "a")
+    for ending in ("jsonl", "passages.jsonl"):
+        try:
+            (tmp_path / f"{stem}.{ending}").symlink_to(tmp_path / f"a.{ending}")
+        except OSError:
+            pytest.skip("the file system refuses the name itself")
+    with pytest.raises(UserError, match="rename the file") as error:
+        sources.load(f"{tmp_path}/{stem}.jsonl", DataConfig(), tmp_path / "data")
+    str(error.value).encode()
+
+
 def test_a_set_that_is_only_evaluated_is_evaluated_whole(tmp_path):
     """Catches a test file without splits of which one row in twenty is used."""
     write(tmp_path, "a", "b")
@@ -118,6 +141,22 @@ def test_a_set_with_a_split_is_left_as_it_is(tmp_path):
     found = assemble.read_sources(config(data__train=path, data__eval=path), tmp_path / "data")
     assert {k: len(v) for k, v in found.held_out[0].splits.items()} == {"train": 1, "test": 1}
     assert found.train[0][0] is found.held_out[0]
+
+
+@pytest.mark.parametrize("spelling", ["./a.jsonl", "{}/a.jsonl", "../{name}/a.jsonl", "link.jsonl"])
+def test_a_source_is_one_however_it_is_spelt(tmp_path, monkeypatch, spelling):
+    """Bug: train=a.jsonl and eval=./a.jsonl evaluate all that is trained on, as if held out."""
+    write(tmp_path, "a")
+    rows = [{**ROW, "id": f"{i}", "evidence": []} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for ending in ("jsonl", "passages.jsonl"):
+        (tmp_path / f"link.{ending}").symlink_to(tmp_path / f"a.{ending}")
+    monkeypatch.chdir(tmp_path)
+    other = spelling.format(tmp_path, name=tmp_path.name)
+    keys = {"data__train": "a.jsonl", "data__eval": other}
+    found = assemble.read_sources(config(data__dev_fraction=0.3, **keys), tmp_path / "data")
+    assert found.train[0][0] is found.held_out[0] and list(found.problems) == ["a.jsonl"]
+    assert set(found.held_out[0].splits) == {"train", "dev"}
 
 
 def test_eval_sets_are_named_by_split_and_leave_train_out():

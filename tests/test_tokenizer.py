@@ -1,6 +1,7 @@
 """Control tokens, determinism and persistence of the tokenizer."""
 
 import pytest
+from files import full_disk
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -127,3 +128,11 @@ def test_missing_tokenizers_are_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             tokenizer.load(source)
         assert "\n" not in str(caught.value) and str(source) in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, trained):
+    """Bug: an exception of Rust's, or an OSError, as a traceback; half a tokenizer that stays."""
+    for free in (10, 1024):
+        with full_disk(free), pytest.raises(UserError, match=r"cannot write .*: File too large"):
+            trained.save(tmp_path / "here")
+    assert not list(tmp_path.iterdir())

@@ -113,6 +113,18 @@ def test_store_is_reused_only_where_nothing_changed(tmp_path, bpe):
     assert not left, "a temporary directory stayed behind"
 
 
+def test_each_tokenizer_and_the_template_count(tmp_path, bpe, monkeypatch):
+    """Bug: tokens of another Gen tokenizer, or of an older template, used again."""
+    other, config = tokenizer.train(["something else"], 300), Config(num_steps=1)
+    tokenize = lambda gen, ctx: tokens.tokenize([(DATASET, 1.0)], gen, ctx, config, tmp_path)
+    stores = [tokenize(*pair) for pair in ((bpe, bpe), (other, bpe), (bpe, other), (other, other))]
+    monkeypatch.setattr(markup, "VERSION", markup.VERSION + 1)
+    stores.append(tokenize(bpe, bpe))
+    assert len({store.fingerprint for store in stores}) == 5
+    corpora = {(store.directory / "about.json").read_text().split("corpus-")[1] for store in stores}
+    assert len(corpora) == 3  # of two tokenizers, and of another template
+
+
 def test_share_without_evidence_is_a_function_of_the_id(tmp_path, bpe):
     """A draw that moves with order or seed changes the data under a resumed run."""
     many = [dataclasses.replace(EXAMPLES[0], id=f"e{i}") for i in range(400)]

@@ -1,13 +1,17 @@
 """What --mode=validate finds, prints and returns; what --show draws; near duplicates."""
 
+import dataclasses
 import json
 
 import pytest
 from batches import config
 
-from cosup_jax import main, validate
+from cosup_jax import assemble, main, validate
 from cosup_jax.config import replace_dotted
+from cosup_jax.data import tokenizer
 from cosup_jax.data.near import NearDuplicates, shingles, similarity
+from cosup_jax.data.problems import Problems
+from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
 
 TOWNS = ("Lima", "Quito", "Bogota", "Caracas", "Santiago", "Asuncion", "Montevideo", "Brasilia")
@@ -81,6 +85,19 @@ def test_every_bad_row_is_named_and_the_exit_code_is_2(tmp_path, capsys):
     assert "error missing_passage: 1 x" in out and "x.jsonl:4: Quito-1: evidence 'Atlantis'" in out
 
 
+def test_odd_characters_of_an_id_are_escaped(tmp_path, capsys):
+    """Bug: half a surrogate in an id is a traceback before validation.jsonl is written; an escape
+    sequence in one reaches the terminal."""
+    passages, examples = rows()
+    examples[0]["id"] = "\ud800x"
+    examples[1] |= {"id": "a\x1b[31m", "answers": []}
+    examples[2] |= {"question": "\x1b]0;Why?"}
+    code, out, findings = run(tmp_path, capsys, passages, examples, show_rows=1)
+    ids = [f["id"] for f in findings if f["kind"] in validate.ERRORS]
+    assert code == 2 and ids == [r"\ud800x", r"a\x1b[31m"]
+    assert r"x.jsonl:2: a\x1b[31m: 'answers' is empty" in out and "\x1b" not in out
+
+
 def test_what_tokens_and_training_tell(tmp_path, capsys):
     """Bug: an example that no row holds, a cut passage, an answer behind the cut, or a held-out
     question that training has seen, found out only from the scores."""
@@ -117,6 +134,61 @@ def test_what_tokens_and_training_tell(tmp_path, capsys):
     assert of("leaked_question") == {"leak", "same words"}
     assert of("near_duplicate") == {"near"}
     assert "40% of 5 [Ret]" not in out and "29% of 7 [Ret]" in out
+
+
+def test_a_span_must_lie_before_the_cut_of_both_towers(tmp_path):
+    """Bug: a span within Gen's limit but behind Ctx's, whose prompt and eos take tokens from the
+    passage, is not told."""
+    tokens = tokenizer.train(["x"], 300)
+    both = assemble.Tokenizers(tokens, tokens)
+    passage = "abc def"  # a token a letter
+    found = [
+        validate._behind_cut(
+            passage, span, both, config(data__max_ctx_tokens=most, ctx__prompt=prompt)
+        )
+        for span, most, prompt in (
+            *(("def", 8, ""), ("def", 7, ""), ("def", 6, ""), ("def", 8, "q:"), ("abc", 6, "q:")),
+            *(("abc", 5, "q:"), ("xyz", 2, "")),
+        )
+    ]
+    assert found == ["", "Ctx", "Gen", "Ctx", "", "Ctx", ""]
+
+
+def test_a_cut_in_gen_alone_is_found(tmp_path):
+    """Bug: with two tokenizers, a span behind Gen's cut is not told where Ctx reads all of it."""
+    gen, ctx = tokenizer.train(["x"], 257), tokenizer.train(["it lies at the very end"] * 9, 280)
+    passages = [Passage("p", "", "it lies at the very end"), Passage("q", "", "it lies")]
+    ask = lambda id, answer, evidence: Example(id, "t", "Q?", (answer,), evidence)
+    examples = [ask("a", "end", ("p",)), ask("b", "it", ("p",)), ask("c", "lies", ("q",))]
+    dataset = Dataset.of("x", "1", examples, passages)
+    dataset = dataclasses.replace(dataset, examples=Placed(examples))
+    both = assemble.Tokenizers(gen, ctx)
+    small = config(data__max_ctx_tokens=20, data__max_gen_tokens=200)
+    part = validate._split("x", [(dataset, 1.0)], "train", both, small, tmp_path)
+    assert not part.store.ctx_cut.any()
+    validate._check_lengths(part, both, small, found := Problems())
+    assert [(p.kind, p.id) for p in found.listed] == [("answer_cut", "a")]
+
+
+class Placed(list):
+    """Examples that know where they stand."""
+
+    where = str
+
+
+def test_training_does_not_read_what_no_row_holds(tmp_path, capsys):
+    """Bug: evidence and question of an example too long for any row reported as seen in training,
+    which never reads them."""
+    passages, examples = rows()
+    lone = {"id": "lone", "title": "", "text": "It lies alone."}
+    asked = {**examples[0], "evidence": ["lone"], "answers": ["alone"]}
+    long = {**asked, "id": "no row", "question": "why on earth? " * 100}
+    held_out = [{**long, "id": "test", "split": "test"}, {**asked, "id": "t", "split": "test"}]
+    held_out[1]["question"] = "What may lie alone?"
+    training = [example for example in examples if example["split"] == "train"]
+    _, out, findings = run(tmp_path, capsys, [*passages, lone], [*training, long, *held_out])
+    assert not {"leaked_passage", "leaked_question"} & set(kinds(findings))
+    assert "0% of 2 [Ret]" in out
 
 
 def test_findings_of_two_sources_name_their_own_rows(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What only an example and its corpus together can tell: references, markers, spans, answers."""
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -19,8 +20,13 @@ def check_references(example: Example, passages: Passages) -> None:
     """Raises BadRow unless the example can be written as training text."""
     if not _SPLIT.fullmatch(example.split):
         raise BadRow("wrong_type", f"split {example.split!r:.60} must be a short word")
+    if example.split != "train" and example.split.lower() == "train":
+        raise BadRow("wrong_type", f"split {example.split!r} would be held out; write 'train'")
     if not example.answers and not example.long_answer and not example.output:
         raise BadRow("empty_text", "'answers' is empty")
+    for field in ("long_answer", "output"):
+        if (text := getattr(example, field)) and not text.strip():
+            raise BadRow("empty_text", f"'{field}' holds nothing but blanks; leave it out")
     for field in ("evidence", "hard_negatives", "candidates"):
         for id in getattr(example, field):
             if id not in passages:
@@ -60,9 +66,14 @@ def _check_support(example: Example, passages: Passages) -> None:
     if count != expected:
         raise BadRow("bad_support", f"'support' has {count} spans for {expected} evidence ids")
     for id, span in zip(example.evidence, example.support, strict=True):
-        length = len(passages[id].text)
-        if span is not None and not 0 <= span[0] < span[1] <= length:
-            raise BadRow("bad_support", f"support {span} lies outside passage {id!r} of {length}")
+        if span is None:
+            continue
+        text = passages[id].text
+        if not 0 <= span[0] < span[1] <= len(text):
+            where = f"passage {id!r} of {len(text)}"
+            raise BadRow("bad_support", f"support {span} lies outside {where}")
+        if not text[slice(*span)].strip():
+            raise BadRow("empty_text", f"support {span} of passage {id!r} covers only blanks")
 
 
 def _check_output(example: Example, passages: Passages) -> None:
@@ -82,6 +93,9 @@ def _check_output(example: Example, passages: Passages) -> None:
     if inserted != evidence:
         raise BadRow("order_mismatch", f"output inserts {inserted}, evidence is {evidence}")
     try:
-        markup.pieces(example, passages)
+        pieces = markup.pieces(example, passages)
     except UserError as error:
         raise BadRow("bad_marker", str(error)) from None
+    for piece, span in itertools.pairwise(pieces):
+        if piece.control == "cs" and not span.text.strip():
+            raise BadRow("empty_text", "a [Ret:ID] of the output grounds no text: write its span")

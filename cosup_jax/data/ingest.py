@@ -18,9 +18,17 @@ from tqdm import tqdm
 from cosup_jax.data.checks import check_references, passage_warnings, warnings
 from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
-from cosup_jax.data.storage import ArrayWriter, IdIndex, build_once, hash_of, map_array, span
+from cosup_jax.data.storage import (
+    ArrayWriter,
+    IdIndex,
+    build_once,
+    hash_of,
+    map_array,
+    span,
+    write_array,
+)
 
-VERSION = 1  # raise it whenever a format, a check or the files below change
+VERSION = 2  # raise it whenever a format, a check or the files below change
 Records = Iterator[tuple[str, Passage | Example]]  # each with its FILE:LINE
 
 _TABLES = {Passage: "passages", Example: "examples"}
@@ -91,7 +99,7 @@ def _note_copies(directory: Path, problems: Problems) -> None:
             place, id, *_ = rows[row]
             problems.add("duplicate_id", place, id, "this id is taken by an earlier line")
         kept = np.setdiff1d(np.arange(len(rows)), copies)
-        kept.astype("<i8").tofile(directory / f"{table}_kept")
+        write_array(directory / f"{table}_kept", kept, "<i8")
         if table == "passages":
             IdIndex.write(directory, "corpus", hashes[kept])
 
@@ -112,8 +120,8 @@ def _check_examples(directory: Path, problems: Problems) -> list[str]:
             problems.add(kind, place, example.id, reason)
         good.append(row)
         split_of.append(splits.setdefault(example.split, len(splits)))
-    np.array(good, "<i8").tofile(directory / "examples_kept")
-    np.array(split_of, "<i4").tofile(directory / "examples_split")
+    write_array(directory / "examples_kept", good, "<i8")
+    write_array(directory / "examples_split", split_of, "<i4")
     return list(splits)
 
 

@@ -92,18 +92,23 @@ def ctx_tokens(
     "pad" a padding token, which the cut never removes; under "last" whatever the passage ends in.
     "cls" reads the first token and "mean" all; there a text ends as the tokenizer itself ends one.
     """
-    head = list(tokenizer.prefix)
-    tail = ctx_tail(tokenizer, pooling)
-    room = max_ctx_tokens - len(head) - len(tail)
-    if room < 1:
-        raise UserError(
-            f"config.data.max_ctx_tokens={max_ctx_tokens} leaves no room for a passage beside "
-            f"{len(head) + len(tail)} control tokens; raise it"
-        )
+    head, tail = list(tokenizer.prefix), ctx_tail(tokenizer, pooling)
+    room = ctx_room(tokenizer, pooling, max_ctx_tokens)
     encoded = tokenizer.encode_batch([prompt + passage_text(passage) for passage in passages])
     return [
         (np.array(head + ids[:room] + tail, np.int32), max(0, len(ids) - room)) for ids in encoded
     ]
+
+
+def ctx_room(tokenizer: Tokenizer, pooling: str, max_ctx_tokens: int) -> int:
+    """Tokens that Ctx has for prompt and passage. Raises UserError if that is none."""
+    control = len(tokenizer.prefix) + len(ctx_tail(tokenizer, pooling))
+    if control >= max_ctx_tokens:
+        raise UserError(
+            f"config.data.max_ctx_tokens={max_ctx_tokens} leaves no room for a passage beside "
+            f"{control} control tokens; raise it"
+        )
+    return max_ctx_tokens - control
 
 
 def ctx_tail(tokenizer: Tokenizer, pooling: str) -> list[int]:

@@ -97,6 +97,13 @@ class CtxRows:
     def add(self, passages: Sequence[int]) -> bool:
         """Places all of them, or none."""
         new = [passage for passage in passages if passage not in self.row_of]
+        if self._add(new):
+            return True
+        # What does not fit empty rows is left out for ever: not for its order alone.
+        return not self.row_of and self._add(sorted(new, key=self.tokens.__getitem__, reverse=True))
+
+    def _add(self, new: Sequence[int]) -> bool:
+        """As `add`, of passages that are not there yet, in this order."""
         for count, passage in enumerate(new):
             if not self._place(passage):
                 for placed in new[:count]:

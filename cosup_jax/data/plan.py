@@ -7,8 +7,9 @@ import functools
 import hashlib
 import io
 import os
-import tempfile
 import threading
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ import numpy as np
 from cosup_jax.config import Config
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.blocks import Block, Builder, Lengths, PlanSettings, count_blocks, utilization
+from cosup_jax.data.storage import replacing
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
 
 VERSION = 2  # raise it whenever the same lengths give another plan
+COUNTED = 64  # blocks after which their steps are written down together
 KEPT = 4  # blocks in memory: readers straddle two, one is built ahead, the loop may lag in one
 
 
@@ -48,6 +51,12 @@ def settings_of(config: Config) -> PlanSettings:
     )
 
 
+def left_out(store: TokenStore, config: Config) -> np.ndarray:
+    """int32: rows in the store of the examples that fit no row and that no epoch has."""
+    builder = Builder(lengths_of(store), batch_shape(config), settings_of(config), config.seed)
+    return builder.left_out
+
+
 class Plan:
     """The steps of a run, in blocks numbered through all epochs and cached beside the tokens.
 
@@ -65,7 +74,9 @@ class Plan:
             decides += (self.blocks_per_epoch,)
         self.fingerprint = hashlib.sha256(repr(decides).encode()).hexdigest()
         self._builds_ahead = builds_ahead
-        self._starts = [0]  # first step of each block, as far as counted, and of the next
+        # First step of each block, as far as counted, and of the next.
+        counted = _read(self._path("starts"), ["starts"])
+        self._starts: list[int] = counted[0].tolist() if counted else [0]
         self._recent: collections.OrderedDict[int, concurrent.futures.Future[Block]] = (
             collections.OrderedDict()
         )
@@ -117,19 +128,25 @@ class Plan:
                 f"{lengths.examples.max()} tokens); raise config.data.max_gen_tokens, ret_slots, "
                 "max_positives or ctx_rows"
             )
+        drawn = float(np.delete(lengths.weights, builder.left_out).astype(np.float64).sum())
+        if drawn < 1 - 1e-6:
+            raise UserError(
+                f"an epoch draws {drawn:.2g} examples, so that most epochs have no step; raise the "
+                "weights (source@weight) in config.data.train"
+            )
         return builder
 
     def _count_next(self) -> None:
         number = len(self._starts) - 1
-        path = self._path(number)
-        if path.is_file():
-            with np.load(path) as saved:  # reads this one array
-                steps = len(saved["example_offsets"]) - 1
+        if found := _read(self._path(number), ["example_offsets"]):
+            steps = len(found[0]) - 1
         else:
             steps = self._request(number).result().steps
         with self._lock:
             if len(self._starts) == number + 1:  # else another thread was faster
                 self._starts.append(self._starts[-1] + steps)
+                if len(self._starts) % COUNTED == 1:  # a resumed run opens this file, not all
+                    _write(self._path("starts"), {"starts": np.array(self._starts)})
 
     def _request(self, number: int) -> concurrent.futures.Future[Block]:
         with self._lock:
@@ -150,23 +167,32 @@ class Plan:
 
     def _load(self, number: int) -> Block:
         path = self._path(number)
-        if not path.is_file():
-            with self._building:
-                if not path.is_file():
-                    _write(path, self._builder.block(*divmod(number, self.blocks_per_epoch)))
+        if found := _read(path, Block._fields):
+            return Block(*found)
+        with self._building:
+            if found := _read(path, Block._fields):
+                return Block(*found)
+            block = self._builder.block(*divmod(number, self.blocks_per_epoch))
+            _write(path, block._asdict())
+            return block
+
+    def _path(self, part: int | str) -> Path:
+        return self.store.directory / f"plan-{self.fingerprint[:16]}-{part}.npz"
+
+
+def _read(path: Path, names: Sequence[str]) -> list[np.ndarray] | None:
+    """Some arrays of a file; None where it is not there, or damaged, and has to be made anew."""
+    try:
         with np.load(path) as saved:
-            return Block(*(saved[name] for name in Block._fields))
+            return [saved[name] for name in names]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
-    def _path(self, number: int) -> Path:
-        return self.store.directory / f"plan-{self.fingerprint[:16]}-{number}.npz"
 
-
-def _write(path: Path, block: Block) -> None:
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **block._asdict())
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with open(handle, "wb") as file:
+    np.savez(buffer, **arrays)
+    with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(buffer.getvalue())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)

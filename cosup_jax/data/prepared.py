@@ -9,11 +9,11 @@
     DIR/NAME_hashes, DIR/NAME_by_hash           passages by the hash of their id
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +23,22 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from cosup_jax.data.digests import file_digest
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
-from cosup_jax.data.storage import IdIndex, hash_of
+from cosup_jax.data.storage import IdIndex, hash_of, replacing
 from cosup_jax.errors import UserError
 
 FORMAT = 1  # raise it whenever the files change
 FILE_ROWS = 262_144  # rows of a file
+_MANIFEST = {  # as far as it is read; "" is any name
+    "settings": {},
+    "sources": {
+        "": {
+            **{"version": "", "passages": 0, "splits": {"": 0}},
+            "files": {"": {"bytes": 0, "sha256": ""}},
+        }
+    },
+}
 _FIELDS = [field.name for field in dataclasses.fields(Example)]
 
 
@@ -42,16 +52,21 @@ class Encoded(NamedTuple):
     negatives: np.ndarray  # int32
 
 
-def load(directory: str, name: str) -> Dataset:
-    """One of the sources in a directory. Raises UserError if it is not there or not whole."""
+def load(directory: str, name: str, memory: Path) -> Dataset:
+    """One of the sources in a directory; `memory` is where digests of its files are kept.
+
+    Raises UserError if it is not there or not whole.
+    """
     path, about = Path(directory), manifest(directory)
     if name not in about["sources"]:
         known = ", ".join(about["sources"])
         raise UserError(f"data source 'prepared:{directory}::{name}': there is {known}")
     source = about["sources"][name]
-    for file, size in source["files"].items():
-        if not (path / file).is_file() or (path / file).stat().st_size != size["bytes"]:
+    for file, fact in source["files"].items():
+        if not (path / file).is_file() or (path / file).stat().st_size != fact["bytes"]:
             raise UserError(f"{path / file}: missing or cut off; run --mode=prepare again")
+        if file_digest(path / file, memory) != fact["sha256"]:
+            raise UserError(f"{path / file}: not what was written; run --mode=prepare again")
     ends = list(itertools.accumulate(source["splits"].values(), initial=0))
     rows = itertools.starmap(np.arange, itertools.pairwise(ends))
     splits = dict(zip(source["splits"], rows, strict=True))
@@ -69,14 +84,32 @@ def manifest(directory: str) -> dict[str, Any]:
         hint = f"you mean {inside.parent}" if inside.is_file() else "see --mode=prepare"
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: no prepared data here ({reason}); {hint}") from None
-    if found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path}: of another version of this program; run --mode=prepare again")
+    if not _alike(found, _MANIFEST):
+        raise UserError(f"{path}: damaged; run --mode=prepare again")
     return found
+
+
+def _alike(found: Any, example: Any) -> bool:
+    """Whether a JSON value is built as `example` is, whose key "" stands for any other."""
+    if not isinstance(example, dict):
+        return type(found) is type(example)
+    if not isinstance(found, dict) or not (example.keys() - {""}) <= found.keys():
+        return False
+    known = [key for key in found if key in example or "" in example]
+    return all(_alike(found[key], example.get(key, example.get(""))) for key in known)
 
 
 def check_settings(directory: str, now: Mapping[str, Any]) -> None:
     """Raises UserError unless the tokens were made as the config would make them now."""
-    for key, value in manifest(directory)["settings"].items():
+    settings = manifest(directory)["settings"]
+    if settings.keys() != now.keys():
+        raise UserError(
+            f"prepared:{directory} was made by another version of this program, which knows other "
+            "settings; run --mode=prepare again"
+        )
+    for key, value in settings.items():
         if value != now[key]:
             raise UserError(
                 f"prepared:{directory} was made with {key} {value!r:.70}, this run has "
@@ -144,14 +177,21 @@ def _write_records(directory: Path, stem: str, rows: Iterator[dict], count: int)
     names = []
     for first in range(0, count, FILE_ROWS):
         name = f"{stem}-{first // FILE_ROWS:05}.array_record"
-        temporary = directory / f".{name}.part"
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        for row in itertools.islice(rows, FILE_ROWS):
-            writer.write(msgpack.packb(row))
-        writer.close()
-        os.replace(temporary, directory / name)
+        with replacing(directory / name) as temporary:
+            _write_file(temporary, itertools.islice(rows, FILE_ROWS))
         names.append(name)
     return names
+
+
+def _write_file(path: Path, rows: Iterator[dict]) -> None:
+    packed = map(msgpack.packb, rows)
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for row in packed:
+            writer.write(row)
+        writer.close()
+    except RuntimeError as error:  # of which it says no more
+        raise UserError(f"cannot write {path.parent}: {error}; free some space there") from None
 
 
 def _fact(path: Path) -> dict[str, Any]:
@@ -160,22 +200,44 @@ def _fact(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+@contextlib.contextmanager
+def _intact(where: Any) -> Iterator[None]:
+    """Raises UserError for whatever is raised over damaged files."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: damaged ({reason:.100}); run --mode=prepare again") from None
+
+
 class _Records(Sequence):
     """Rows of some ArrayRecord files, unpacked when asked for; pickles as their paths."""
 
     def __init__(self, directory: Path, stem: str, files: Iterable[str], count: int):
         paths = [str(directory / file) for file in sorted(files) if file.startswith(f"{stem}-")]
         self._paths, self._count = paths, count
-        self._source = ArrayRecordDataSource(paths) if count else []
+        with _intact(directory / stem):
+            self._source = ArrayRecordDataSource(paths) if paths else []
+            found = len(self._source)
+        if found != count:
+            raise UserError(
+                f"{directory / stem}: {found} rows where the manifest has {count}; "
+                "run --mode=prepare again"
+            )
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return msgpack.unpackb(self._source[row])
+        if row >= self._count:
+            raise IndexError(row)
+        return self.many([row])[0]
 
     def many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return list(map(msgpack.unpackb, self._source.__getitems__(rows))) if len(rows) else []
+        if not len(rows):
+            return []
+        with _intact(self.where(rows[0])):
+            return list(map(msgpack.unpackb, self._source.__getitems__(rows)))
 
     def where(self, row: int) -> str:
         return f"{self._paths[row // FILE_ROWS]}[{row % FILE_ROWS}]"

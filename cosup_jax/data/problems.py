@@ -26,8 +26,10 @@ WARNINGS = {  # such a row is used, or left out and counted
     "unknown_field": "a field that is ignored and looks like a typing error",
     "no_answer": "a question without an answer: left out",
     "no_provenance": "a question without evidence: its answer is learnt without a passage",
+    "evidence_dropped": "a part of the provenance that cannot be used, beside one that can",
     "other_prompt": "a prompt in another form than ours; all of it is read as the question",
     "other_insertion": "an inserted text that is not its passage; the passage is inserted",
+    "open_span": "a grounded span without [Ce]; it ends where the next passage or the text does",
     "paragraph_dropped": "a paragraph that does not support its text; the text stays",
     "example_too_long": "fits no Gen row and is left out: its [Ret] or answer would be cut off",
     "passages_too_many": "more [Ret] or passages than a row or step holds: left out",
@@ -60,6 +62,12 @@ class BadRow(Exception):
         self.kind, self.reason = kind, reason
 
 
+def printable(text: str) -> str:
+    """As any terminal and file takes it: half surrogates, controls, line breaks are escaped."""
+    escaped = lambda letter: letter.encode("unicode_escape").decode()
+    return "".join(letter if letter.isprintable() else escaped(letter) for letter in text)
+
+
 @dataclasses.dataclass
 class Problems:
     """Findings about one source. Counts are complete; of each kind the first `keep` are kept."""
@@ -74,7 +82,8 @@ class Problems:
             raise KeyError(kind)
         self.counts[kind] += 1
         if self.counts[kind] <= self.keep:
-            self.listed.append(Problem(kind, where, id, " ".join(reason.split())))
+            found = (where, id, " ".join(reason.split()))
+            self.listed.append(Problem(kind, *map(printable, found)))
 
     @property
     def errors(self) -> int:

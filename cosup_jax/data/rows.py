@@ -6,7 +6,7 @@ import json
 import re
 import reprlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +49,13 @@ class Row:
             if not value.strip():
                 raise BadRow("empty_text", f"'{name}' holds an empty string")
         return tuple(values)
+
+    def groups(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """A list of lists of texts, none of them empty; absent: none."""
+        values = self._value(name, ())
+        if not isinstance(values, (list, tuple)) or not all(isinstance(v, list) for v in values):
+            raise BadRow("wrong_type", f"'{name}' must be a list of lists of strings")
+        return tuple(Row(self.where, {name: value}).texts(name) for value in values)
 
     def key(self, name: str, default: str | None = None) -> str:
         """An id, which other formats also write as a whole number."""
@@ -167,18 +174,6 @@ def parse(text: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "a number too long or nesting too deep")
         raise BadRow("not_json", f"not JSON ({reason})") from None
-
-
-def digest(paths: Sequence[Path]) -> str:
-    """SHA-256 of files, names aside. Raises UserError if one cannot be read."""
-    found = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}; check the path") from None
-    return found.hexdigest()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

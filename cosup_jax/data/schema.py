@@ -31,6 +31,7 @@ class Example:
     hard_negatives: tuple[str, ...] = ()  # passage ids
     candidates: tuple[str, ...] = ()  # passage ids this question is ranked over
     output: str = ""  # what to generate, with [Ret:ID] where passage ID is inserted
+    answer_groups: tuple[tuple[str, ...], ...] = ()  # one answer of each is wanted; for scores
 
     @classmethod
     def of(cls, fields: Sequence) -> "Example":

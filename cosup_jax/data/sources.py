@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,11 +11,11 @@ import numpy as np
 
 from cosup_jax.config import DataConfig
 from cosup_jax.data import prepared, world
+from cosup_jax.data.digests import digest
 from cosup_jax.data.formats import alce, jsonl, kilt, official, selfrag, tfds
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
-from cosup_jax.data.problems import Problems
-from cosup_jax.data.rows import digest
+from cosup_jax.data.problems import Problems, printable
 from cosup_jax.data.schema import Dataset
 from cosup_jax.data.storage import share_of
 from cosup_jax.errors import UserError
@@ -25,6 +26,8 @@ KNOWN = (
     "prepared:DIR, official:DIR/x.pickle, selfrag:DIR/x.jsonl, kilt:DIR/x.jsonl::KNOWLEDGE, "
     "alce:DIR/x.json"
 )
+_REVISIONS = {"selfrag": 2}  # raise it whenever the same file gives as many, but other rows
+_LONGEST_NAME = 160  # bytes; file systems take 255, of which we need some
 
 
 def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Problems]:
@@ -43,17 +46,17 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
         read = lambda problems: world.records(data.world_entities, data.tfds_dir)
         return ingest("world", version, read, directory)
     if kind == "tfds":
-        version = tfds.version(where, data.tfds_dir)
+        version = tfds.version(where, data.tfds_dir, directory)
         read = lambda problems: tfds.read(where, data.tfds_dir, problems)
         return ingest(re.split("[/:]", where)[0], version, read, directory)
     if kind in FORMATS:
         format = FORMATS[kind]
-        version = digest(format.files(where))
+        name, version = _name(where), digest(format.files(where), directory)
         # KILT tells task and split by a file's name.
-        version = f"{kind}-{Path(where.split('::')[0]).name}-{version}"
-        return ingest(_name(where), version, lambda p: format.read(where, p), directory, where)
+        version = f"{kind}{_REVISIONS.get(kind, '')}-{Path(where.split('::')[0]).name}-{version}"
+        return ingest(name, version, lambda p: format.read(where, p), directory, where)
     if kind == "prepared":
-        return prepared.load(*where.rsplit("::", 1)), Problems()
+        return prepared.load(*where.rsplit("::", 1), directory), Problems()
     raise UserError(f"unknown data source {source!r}; known are {KNOWN}")
 
 
@@ -78,6 +81,18 @@ def expand(source: str) -> list[str]:
     return ["::".join([prefix + path, *rest]) for path in found]
 
 
+def identity(source: str) -> tuple[str, ...]:
+    """The same for every spelling of a source: x.jsonl, ./x.jsonl, a link to it.
+
+    Raises UserError if its files are not there.
+    """
+    kind, where = _kind(source)
+    if kind in FORMATS:
+        return kind, *map(os.path.realpath, FORMATS[kind].files(where))
+    directory, _, name = where.rpartition("::")
+    return (kind, os.path.realpath(directory), name) if kind == "prepared" else (source,)
+
+
 def carve(dataset: Dataset, fraction: float) -> Dataset:
     """Holds out a `dev` split of a data set that has nothing but training rows, by passage.
 
@@ -93,6 +108,12 @@ def carve(dataset: Dataset, fraction: float) -> Dataset:
                 shares[id] = share_of(passage_text(dataset.passages[id]))
         lowest[i] = min([shares[id] for id in example.evidence] or [share_of(example.id)])
     held_out = lowest <= max(fraction, lowest.min())
+    if held_out.all():
+        raise UserError(
+            f"data source {dataset.name}: all rows read the passage that would be held out, which "
+            "would leave none to train on; give some rows a split such as 'dev', or evaluate on "
+            "another source"
+        )
     splits = {"train": rows[~held_out], "dev": rows[held_out]}
     return dataclasses.replace(dataset, splits=splits, version=f"{dataset.version}+dev{fraction}")
 
@@ -139,5 +160,12 @@ def _kind(source: str) -> tuple[str, str]:
 
 
 def _name(where: str) -> str:
-    """x of DIR/x.jsonl.gz."""
-    return re.sub(r"(\.jsonl|\.json|\.pickle|\.pkl)?(\.gz)?$", "", Path(where.split("::")[0]).name)
+    """x of DIR/x.jsonl.gz. Raises UserError if it cannot name what is made of it."""
+    name = re.sub(r"(\.jsonl|\.json|\.pickle|\.pkl)?(\.gz)?$", "", Path(where.split("::")[0]).name)
+    is_utf8 = os.fsencode(where) == where.encode(errors="replace")
+    if not is_utf8 or len(name.encode()) > _LONGEST_NAME:
+        raise UserError(
+            f"{printable(where)}: its path must be UTF-8, and its name at most "
+            f"{_LONGEST_NAME} bytes, as files are named after it; rename the file"
+        )
+    return name

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from cosup_jax.workdir import writing
 
 # Some network file systems lock nothing; then two processes may build the same, and one wins.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -22,10 +25,15 @@ def build_once(target: Path, build: Callable[[Path], None], wait: bool = True) -
 
     It appears whole or not at all: a kill leaves a temporary name behind, which the next builder
     removes. Where another process is building it we wait, or, without `wait`, do not. Returns
-    whether the directory is there.
+    whether the directory is there. Raises UserError where the disk is full.
     """
     if target.is_dir():
         return True
+    with writing(target):
+        return _build_once(target, build, wait)
+
+
+def _build_once(target: Path, build: Callable[[Path], None], wait: bool) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f".{target.name}.lock"), wait) as lock:
         if lock == "taken" or target.is_dir():
@@ -68,6 +76,28 @@ def locked(path: Path, wait: bool = True) -> Iterator[str]:
                 raise
             found = "none"
         yield found
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of `path` whole, or is removed.
+
+    Whoever has the old one mapped keeps it. Raises UserError where the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with writing(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_array(path: Path, values: Any, dtype: np.dtype | str) -> None:
+    """A flat array file, for `map_array`. Raises UserError where the disk is full."""
+    with replacing(path) as temporary:
+        # ndarray.tofile does not tell why it failed.
+        temporary.write_bytes(np.ascontiguousarray(values, dtype).data)
 
 
 def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
@@ -164,8 +194,8 @@ class IdIndex:
     def write(directory: Path, stem: str, hashes: np.ndarray) -> None:
         """`hashes` (uint64) of the ids, in the order of rows."""
         order = np.argsort(hashes, kind="stable")
-        hashes[order].astype("<u8").tofile(directory / f"{stem}_hashes")
-        order.astype("<i8").tofile(directory / f"{stem}_by_hash")
+        write_array(directory / f"{stem}_hashes", hashes[order], "<u8")
+        write_array(directory / f"{stem}_by_hash", order, "<i8")
 
     def find(self, id: str, id_at: Callable[[int], str]) -> int:
         """The row of an id; `id_at` reads a row's. Raises KeyError if no row has it."""

@@ -6,6 +6,7 @@ passage or a question is encoded as ordinary characters. Control tokens exist as
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import urllib.error
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
 from cosup_jax.hf.gguf_tokenizer import read_tokenizer
+from cosup_jax.workdir import writing
 
 RET, CS, CE, EMB, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"
 CONNECT_S = 5  # seconds until the hub counts as out of reach
@@ -96,23 +98,32 @@ class Tokenizer:
         """Writes a tokenizer directory that `transformers` reads, whole or not at all.
 
         A tokenizer that is already there is left alone if it is the same, replaced otherwise.
+        Raises UserError where the disk is full.
         """
         directory = Path(directory)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        new, old = temporary / "new", temporary / "old"
-        self._fast.save_pretrained(new)
+        with writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+            try:
+                self._save(directory, temporary / "new", temporary / "old")
+            finally:
+                shutil.rmtree(temporary)
+
+    def _save(self, directory: Path, new: Path, old: Path) -> None:
+        try:
+            self._fast.save_pretrained(new)
+        except Exception as error:  # in tokenizers' words alone
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+            raise
         for file in new.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
-        try:
-            if directory.is_dir() and any(directory.iterdir()):
-                if load(directory).fingerprint == self.fingerprint:
-                    return
-                os.rename(directory, old)
-            os.rename(new, directory)
-        finally:
-            shutil.rmtree(temporary)
+        if directory.is_dir() and any(directory.iterdir()):
+            if load(directory).fingerprint == self.fingerprint:
+                return
+            os.rename(directory, old)
+        os.rename(new, directory)
 
     def save_framed(self, directory: Path, tail: Sequence[int], max_tokens: int) -> None:
         """Writes a tokenizer directory that puts `prefix` and `tail` around every text.

@@ -102,9 +102,16 @@ def as_keys(identities: np.ndarray) -> np.ndarray:
     return identities[:, 0].astype(np.uint64) << np.uint64(32) | identities[:, 1]
 
 
-def seen_in(store: TokenStore, train: TokenStore) -> np.ndarray:
-    """bool, of each [Ret] of `store`: whether training reads its passage as evidence too."""
-    read = train.identities[np.unique(train.ret_passages)]
+def seen_in(store: TokenStore, train: TokenStore, left_out: np.ndarray) -> np.ndarray:
+    """bool, of each [Ret] of `store`: whether training reads its passage as evidence too.
+
+    Args:
+      left_out: rows of `train` that fit no row of the plan and are never read.
+    """
+    reads = np.ones(train.num_examples, bool)
+    reads[left_out] = False
+    passages = train.ret_passages[np.repeat(reads, np.diff(train.ret_offsets))]
+    read = train.identities[np.unique(passages)]
     return np.isin(as_keys(store.identities[store.ret_passages]), as_keys(read))
 
 
@@ -132,10 +139,7 @@ def tokenize(
         raise UserError(f"data source {names}: no example has split {split!r}")
     data, directory = config.data, Path(directory)
     datasets, weights = zip(*sources, strict=True)
-    ctx_settings = (FORMAT, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
-    ctx_settings += (config.ctx.prompt, ctx_tokenizer.fingerprint)
-    train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
-    settings = (*ctx_settings, gen_tokenizer.fingerprint, split, train_only)
+    ctx_settings, settings = _settings(gen_tokenizer, ctx_tokenizer, config, split)
     rows = [dataset.splits.get(split, ()) for dataset in datasets]
     versions = [(dataset.name, dataset.version) for dataset in datasets]
     fingerprint = _fingerprint(settings, versions, list(map(_digest, rows)), weights)
@@ -171,6 +175,17 @@ def tokenize(
             "[Ret]; set it to False, or give examples evidence"
         )
     return store
+
+
+def _settings(
+    gen_tokenizer: Tokenizer, ctx_tokenizer: Tokenizer, config: Config, split: str
+) -> tuple[tuple, tuple]:
+    """What the tokens of a corpus, and those of a split, depend on besides the data."""
+    data = config.data
+    ctx = (FORMAT, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
+    ctx += (config.ctx.prompt, ctx_tokenizer.fingerprint)
+    train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
+    return ctx, (*ctx, gen_tokenizer.fingerprint, split, train_only)
 
 
 class _Part(NamedTuple):

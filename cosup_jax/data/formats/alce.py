@@ -4,9 +4,9 @@ ALCE holds no gold passages, in its oracle files neither: they only order what w
 `candidates` is what an item brings, and `evidence` is empty. Everything is held out as "test".
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.rows import Row, content_id, existing, read_json
@@ -59,33 +59,26 @@ def _example(item: Row, number: int, passages: list[Passage]) -> Example:
     if not passages:
         raise BadRow("missing_field", "'docs' is empty")
     id = "sample_id" if item.fields.get("sample_id") is not None else "id"
-    answers, long_answer = _answers(item), item.text("answer", default="", empty=True).strip()
-    if not answers and not long_answer:
+    groups, long_answer = _groups(item), item.text("answer", default="", empty=True).strip()
+    if not any(groups) and not long_answer:
         raise BadRow("missing_field", "neither 'answer' nor 'answers' nor 'qa_pairs' has an answer")
     is_list = item.fields.get("answers") is not None  # QAMPARI, whose `answer` is the list as text
     return Example(
         id=item.key(id, default=str(number)),
         task="open_qa" if is_list else "long_form",
         question=item.text("question").strip(),
-        answers=answers,
+        answers=tuple(dict.fromkeys(itertools.chain(*groups))),
         evidence=(),
         split="test",
         long_answer=long_answer,
         kind="text",
         candidates=tuple(dict.fromkeys(passage.id for passage in passages)),
+        # ELI5 asks whether each claim is made.
+        answer_groups=groups or tuple((claim,) for claim in item.texts("claims", default=())),
     )
 
 
-def _answers(item: Row) -> tuple[str, ...]:
-    """Every short answer: of ASQA's sub-questions, or QAMPARI's list, aliases among them."""
-    found: dict[str, None] = {}
-    if item.fields.get("qa_pairs") is not None:
-        for pair in item.rows("qa_pairs"):
-            found |= dict.fromkeys(pair.texts("short_answers"))
-    groups = item.fields.get("answers", [])
-    if groups is not None and not isinstance(groups, list):
-        raise BadRow("wrong_type", "'answers' must be a list")
-    for group in groups or ():
-        aliases: Any = group if isinstance(group, list) else [group]
-        found |= dict.fromkeys(Row(item.where, {"answers": aliases}).texts("answers"))
-    return tuple(found)
+def _groups(item: Row) -> tuple[tuple[str, ...], ...]:
+    """Short answers of ASQA's sub-questions, QAMPARI's answers, each with its aliases."""
+    pairs = item.rows("qa_pairs") if item.fields.get("qa_pairs") is not None else []
+    return (*(pair.texts("short_answers") for pair in pairs), *item.groups("answers"))

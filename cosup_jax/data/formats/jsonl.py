@@ -60,6 +60,7 @@ def _example(row: Row) -> Example:
         hard_negatives=row.texts("hard_negatives", default=()),
         candidates=row.texts("candidates", default=()),
         output=row.text("output", default="", empty=True),
+        answer_groups=row.groups("answer_groups"),
     )
 
 

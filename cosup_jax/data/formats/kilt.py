@@ -5,6 +5,7 @@ source (5.9 million pages, 35 GB) is read once, page by page; what stays in memo
 paragraphs the pages have that some question points to.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage | Exampl
                 yield row.where, Passage(f"{id}-{number}", title, text)
     for row in read_lines(questions, problems):
         try:
-            example = _example(row, questions.name, pages)
+            example = _example(row, questions.name, pages, problems)
         except BadRow as error:
             problems.add(error.kind, row.where, _name(row), error.reason)
             continue
@@ -73,10 +74,12 @@ def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage | Exampl
 
 
 def _page_ids(row: Row) -> Iterator[str]:
-    """Of the provenance, as far as a row has any."""
+    """Of every provenance, as far as a row has any."""
     try:
-        for cited in _provenance(row.rows("output")):
-            yield cited.key("wikipedia_id")
+        for entries in _provenances(row.rows("output")):
+            for cited in entries:
+                with contextlib.suppress(BadRow):
+                    yield cited.key("wikipedia_id")
     except BadRow:
         return  # noted when the row is read for good
 
@@ -92,7 +95,7 @@ def _paragraphs(page: Row) -> list[str]:
     return ["" if skip else text.strip() for skip, text in zip(heading, texts, strict=True)]
 
 
-def _example(row: Row, name: str, pages: _Pages) -> Example:
+def _example(row: Row, name: str, pages: _Pages, problems: Problems) -> Example:
     if "output" not in row.fields:
         raise BadRow("missing_field", "'output' is missing; take a KILT file with answers")
     outputs = row.rows("output")
@@ -100,47 +103,78 @@ def _example(row: Row, name: str, pages: _Pages) -> Example:
     task = next((task for start, task in _TASKS.items() if name.startswith(start)), "open_qa")
     answers = tuple(answer for answer in dict.fromkeys(answers) if answer)
     split = _SPLIT.search(name)
-    cited = [id for entry in _provenance(outputs) for id in _passage_ids(entry, pages)]
-    return Example(
+    evidence, unusable = _evidence(outputs, pages)
+    example = Example(
         id=row.key("id"),
         task=task,
         question=row.text("input").strip(),
         answers=answers,
-        evidence=tuple(dict.fromkeys(cited)),
+        evidence=evidence,
         split=split[1] if split else "train",
         kind={"fact_check": "label", "long_form": "text", "dialog": "text"}.get(task, ""),
     )
+    for error in unusable:
+        problems.add("evidence_dropped", row.where, example.id, error.reason)
+    return example
 
 
-def _provenance(outputs: list[Row]) -> list[Row]:
-    """Of the first output that has any: the outputs are alternatives."""
-    found = (output for output in outputs if output.fields.get("provenance"))
-    first = next(found, None)
-    return first.rows("provenance") if first else []
+def _provenances(outputs: list[Row]) -> Iterator[list[Row]]:
+    """Of each output that has one."""
+    return (output.rows("provenance") for output in outputs if output.fields.get("provenance"))
+
+
+def _evidence(outputs: list[Row], pages: _Pages) -> tuple[tuple[str, ...], list[BadRow]]:
+    """Of the first output where any can be used, as outputs are alternatives; and what cannot be.
+
+    Raises BadRow if there is a provenance, and none of it can be used.
+    """
+    unusable: list[BadRow] = []
+    for entries in _provenances(outputs):
+        found: list[str] = []
+        for cited in entries:
+            try:
+                found += _passage_ids(cited, pages)
+            except BadRow as error:
+                unusable.append(error)
+        if found:
+            return tuple(dict.fromkeys(found)), unusable
+    if unusable:
+        raise unusable[0]
+    return (), []
 
 
 def _passage_ids(cited: Row, pages: _Pages) -> list[str]:
-    """Of the paragraphs from start to end; the title and headings among them are left out."""
+    """Of the paragraphs from start to end, without the title and headings among them.
+
+    Where these are all there is, of the first paragraph below.
+    """
     id = cited.key("wikipedia_id")
-    start, end = (_paragraph(cited, f"{edge}_paragraph_id") for edge in ("start", "end"))
+    start, end = _range(cited)
     if id not in pages:
         raise BadRow("missing_passage", f"page {id!r} is not in the knowledge source")
     kept = pages[id]
     if not start <= end < len(kept):
         raise BadRow("missing_passage", f"page {id!r} has no paragraphs {start} to {end}")
-    found = [f"{id}-{number}" for number in range(start, end + 1) if kept[number]]
-    if not found:
-        raise BadRow("missing_passage", f"page {id!r} has but headings from {start} to {end}")
-    return found
+    numbers = [number for number in range(start, end + 1) if kept[number]]
+    if not numbers:
+        numbers = [kept.find(1, end)]
+    if numbers == [-1]:
+        raise BadRow("missing_passage", f"page {id!r} has no paragraph from {start} on")
+    return [f"{id}-{number}" for number in numbers]
 
 
-def _paragraph(cited: Row, name: str) -> int:
-    value = cited.fields.get(name)
-    if value is None:
-        raise BadRow("missing_field", f"a provenance has no '{name}'")
-    if type(value) is not int or value < 0:
-        raise BadRow("wrong_type", f"'{name}' must be the number of a paragraph")
-    return value
+def _range(cited: Row) -> tuple[int, int]:
+    """First and last paragraph; the title, 0, stands for a page of which no more is known."""
+    names = ("start_paragraph_id", "end_paragraph_id")
+    edges = [cited.fields.get(name) for name in names]
+    if edges == [None, None]:  # entity linking cites pages
+        return 0, 0
+    for name, value in zip(names, edges, strict=True):
+        if value is None:
+            raise BadRow("missing_field", f"a provenance has no '{name}'")
+        if type(value) is not int or value < -1:
+            raise BadRow("wrong_type", f"'{name}' must be the number of a paragraph")
+    return (0, 0) if -1 in edges else tuple(edges)  # KILT writes -1 for what it did not find
 
 
 def _name(row: Row) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cosup_jax.data import markup
 from cosup_jax.data.formats import prompts
 from cosup_jax.data.formats.plain_pickle import read_pickle
 from cosup_jax.data.problems import BadRow, Problems
@@ -93,7 +94,7 @@ def _example(id: str, row: Row, texts: dict[str, str], problems: Problems) -> Ex
     task, question = prompts.split(prompt)
     if not question:
         raise BadRow("empty_text", "'input' holds no question")
-    output, differing = _output(row.text("output"), texts)
+    output, differing, unclosed = _output(row.text("output"), texts)
     example = Example(
         id=id,
         task=task,
@@ -107,21 +108,31 @@ def _example(id: str, row: Row, texts: dict[str, str], problems: Problems) -> Ex
         problems.add("other_prompt", row.where, id, f"'input' has no {prompts.INPUT!r}")
     for passage in differing:
         problems.add("other_insertion", row.where, id, f"not the text of passage {passage!r}")
+    for passage in unclosed:
+        problems.add("open_span", row.where, id, f"no [Ce] ends the span of passage {passage!r}")
     return example
 
 
-def _output(official: str, texts: dict[str, str]) -> tuple[str, list[str]]:
-    """In our markup, which inserts passages itself; and whose text was not what stood there."""
+def _output(official: str, texts: dict[str, str]) -> tuple[str, list[str], list[str]]:
+    """In our markup, which inserts passages itself.
+
+    Also the passages whose text was not what stood there, and those whose span has no [Ce].
+    """
     first, *rest = _MARKER.split(official)
-    ours, differing = [first], []
+    ours, differing, unclosed = [first], [], []
     for id, stretch in zip(rest[::2], rest[1::2], strict=True):
         inserted, mark, after = stretch.partition("[Cs]")
         if not mark or "[Ce]" in inserted:
             raise BadRow("bad_marker", f"no [Cs] follows [k_{id}] and its passage")
         if id in texts and not _is_passage(inserted, texts[id]):
             differing.append(id)
+        if "[Ce]" not in after:
+            unclosed.append(id)
         ours += [f"[Ret:{id}]", _BLANKS.sub(r"\1", mark + after)]
-    return "".join(ours), differing
+    output = "".join(ours)
+    if markup.inserted_ids(output) != rest[::2]:
+        raise BadRow("bad_marker", "a [Ret:ID] in its own text would insert a passage")
+    return output, differing, unclosed
 
 
 def _is_passage(inserted: str, text: str) -> bool:

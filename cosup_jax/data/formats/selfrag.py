@@ -103,8 +103,8 @@ def _output(theirs: str) -> tuple[str, list[Passage], list[str]]:
 
 
 def _passage(paragraph: str) -> Passage:
-    title, _, text = paragraph.strip().partition("\n")
-    title, text = (title.strip(), text.strip()) if text else ("", title.strip())
+    title, _, text = map(str.strip, paragraph.partition("\n"))
+    title, text = (title, text) if text else ("", title)
     if not text:
         raise BadRow("empty_text", "a supporting paragraph is empty")
     return Passage(content_id(title, text), title, text)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from cosup_jax.data.digests import digest
 from cosup_jax.data.formats.tfds_schemas import SCHEMAS, Convert
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, digest
+from cosup_jax.data.rows import Row
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.errors import UserError
 
@@ -21,11 +22,11 @@ _BATCH = 1024  # rows read at once; one at a time is slow
 _NAME = re.compile(r"(?P<name>\w+)(?:/(?P<config>\w[\w.+-]*))?(?::(?P<version>\d+\.\d+\.\d+))?")
 
 
-def version(where: str, data_dir: str) -> str:
-    """Of the content. Raises UserError if it is not prepared."""
+def version(where: str, data_dir: str, memory: Path) -> str:
+    """Of the content; `memory` keeps digests. Raises UserError if it is not prepared."""
     builder = _builder(where, data_dir)
     files = sorted(path for path in Path(builder.data_dir).rglob("*") if path.is_file())
-    return f"{builder.info.full_name}+{digest(files)}"
+    return f"{builder.info.full_name}+{digest(files, memory)}"
 
 
 def read(where: str, data_dir: str, problems: Problems) -> Iterator[tuple[str, Passage | Example]]:
