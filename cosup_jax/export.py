@@ -60,8 +60,11 @@ def export(config: Config, workdir: str) -> None:
             checkpointer.close()
             checks = _compare(new, trained, merged, _sample(data, tokenizers, config), config)
             (new / "parity.json").write_text(json.dumps(checks, indent=2) + "\n")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"cannot write {new}: {error}; check the free space") from error
+        except BaseException as error:
+            shutil.rmtree(new, ignore_errors=True)
+            if isinstance(error, (OSError, safetensors.SafetensorError)):
+                raise UserError(f"cannot write {new}: {error}; check the free space") from error
+            raise
         _put(new, target)
         print(f"done: {target}/gen, {target}/ctx, {target}/params", flush=True)
 

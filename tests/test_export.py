@@ -1,0 +1,194 @@
+"""Two unlike pretrained towers in, trained together, exported, and read back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cosup_jax import config as config_lib
+from cosup_jax import export, train
+from cosup_jax.checkpoint import restore_params
+from cosup_jax.config import ArchConfig
+from cosup_jax.errors import UserError
+from cosup_jax.freeze import freeze
+from cosup_jax.hf import saving, weights
+from cosup_jax.transformer import Transformer
+
+TOWNS = ["ulm", "bonn", "kiel", "jena", "trier", "fulda", "worms", "celle"]
+RIVERS = ["danube", "rhine", "schwentine", "saale", "mosel", "fuld", "ried", "aller"]
+WORDS = ["lies", "on", "the", ".", "where", "?", "town", "::", "##", "input:", "output:"]
+SHAPE = {"layers": 2, "heads": 2, "head_dim": 8, "mlp_width": 32, "max_positions": 128}
+LLAMA = ArchConfig(family="llama", width=16, kv_heads=1, tie_embeddings=False, **SHAPE)
+BERT = ArchConfig(family="bert", width=24, kv_heads=2, **{**SHAPE, "head_dim": 12})
+
+
+def pretrained(directory, arch: ArchConfig, seed: int):
+    """A Hugging Face directory with random weights and a tokenizer of the family's kind."""
+    bert = arch.family == "bert"
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"] if bert else ["<unk>", "</s>"]
+    words = special + WORDS + TOWNS + RIVERS
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, special[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bert:
+        frame = [("[CLS]", 1), ("[SEP]", 2)]
+        backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, frame)
+        names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        names["pad_token"] = "[PAD]"
+    else:
+        names = {"unk_token": "<unk>", "eos_token": "</s>"}
+    directory.mkdir()
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(directory)
+    model = Transformer(arch, len(words), has_head=not bert)
+    params = jax.tree.map(lambda x: 4 * x, jax.jit(model.init)(jax.random.key(seed)))
+    saving.save(directory, params, arch, len(words), has_head=not bert)
+    return directory
+
+
+def data(directory) -> str:
+    """A town, the river it lies on, and questions about it."""
+    rows, passages = [], []
+    for town, river in zip(TOWNS, RIVERS, strict=True):
+        passages.append({"id": town, "title": town, "text": f"{town} lies on the {river} ."})
+        question = f"where lies {town} ?"
+        row = {"id": town, "task": "open_qa", "question": question, "answers": [river]}
+        rows.append(row | {"evidence": [town], "split": "test" if town == "celle" else "train"})
+    for name, found in (("towns.jsonl", rows), ("towns.passages.jsonl", passages)):
+        (directory / name).write_text("\n".join(map(json.dumps, found)) + "\n")
+    return str(directory / "towns.jsonl")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained workdir: an adapted Llama, and a BERT of another width and vocabulary."""
+    home = tmp_path_factory.mktemp("export")
+    source = data(home)
+    keys = {
+        "num_steps": 2,
+        "batch_size": 8,
+        "gen.init": str(pretrained(home / "llama", LLAMA, 0)),
+        "ctx.init": str(pretrained(home / "bert", BERT, 1)),
+        "gen.arch.lora.rank": 2,
+        "ctx.arch.frozen_layers": 1,
+        "ctx.pooling": "mean",
+        "ctx.prompt": "town :: ",
+        "data.train": source,
+        "data.eval": source,
+        "data.max_gen_tokens": 64,
+        "data.max_ctx_tokens": 12,
+        "data.ctx_rows": 8,
+        "data.ctx_row_tokens": 24,
+        "generate.max_tokens": 64,
+        "generate.examples": 0,
+        "log.probe_every_steps": 0,
+    }
+    config = freeze(config_lib.make(keys, {}))
+    train.train(config, str(home / "run"))
+    export.export(config, str(home / "run"))
+    return config, home
+
+
+def test_unlike_towers_train_and_the_report_says_how_close_the_export_is(run):
+    """Bugs: width, tokenizer or family of the one tower is taken for the other's; an export is not
+    compared, or with itself."""
+    _, home = run
+    lines = [json.loads(line) for line in (home / "run/metrics.jsonl").open()]
+    assert all(np.isfinite(line.get("loss/total", 0.0)) for line in lines)
+    report = json.loads((home / "run/export/parity.json").read_text())
+    names = [check["what"] for check in report["checks"]]
+    assert names[:4] == [
+        f"{what}, {how}"
+        for how in ("adapters merged", "read back")
+        for what in ("gen logits", "passage vectors")
+    ]
+    assert all(check["largest"] > 0 for check in report["checks"])
+    assert 0 < report["checks"][0]["difference"] < 1e-4  # another order of sums, no more
+
+
+@pytest.mark.parity
+def test_those_who_serve_it_agree(run):
+    """Bugs: a name or a shape that only our reader understands; another pooling or prompt."""
+    _, home = run
+    report = json.loads((home / "run/export/parity.json").read_text())
+    names = [check["what"] for check in report["checks"]]
+    assert names[4:] == ["gen logits, transformers", "passage vectors, sentence-transformers"]
+    assert report["not_asked"] == {}
+    for check in report["checks"]:
+        print(f"{check['what']}: {check['difference']:.1e} of {check['largest']:.2f}")
+
+
+def test_gen_is_a_causal_lm_of_the_tokenizers_size(run):
+    """Bugs: the padded vocabulary is exported; token ids or frozen layers are lost."""
+    _, home = run
+    gen = home / "run/export/gen"
+    config = json.loads((gen / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(gen)
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["vocab_size"] == len(tokenizer) and len(tokenizer) % 128
+    assert config["eos_token_id"] == tokenizer.eos_token_id == 1
+    assert config["pad_token_id"] == tokenizer.pad_token_id
+    files = weights._Files(gen)
+    shape = files.tensor("embed_tokens.weight").get_shape()
+    assert shape == [len(tokenizer), 16] and "layers.1.mlp.up_proj.weight" in files.names
+    assert not [name for name in files.names if "lora" in name]
+
+
+def test_ctx_reads_texts_as_in_training(run):
+    """Bugs: [CLS] and [SEP] are lost or doubled; the wrong pooling; the projection is transposed or
+    left out; the prompt is not named."""
+    _, home = run
+    ctx = home / "run/export/ctx"
+    tokenizer = AutoTokenizer.from_pretrained(ctx)
+    ids = tokenizer("ulm :: danube")["input_ids"]
+    tokens = ["[CLS]", "ulm", "::", "danube", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(ids) == tokens
+    read = lambda name: json.loads((ctx / name).read_text())
+    assert [m["type"].split(".")[-1] for m in read("modules.json")] == [
+        *("Transformer", "Pooling", "Dense", "Normalize")
+    ]
+    pooling = read("1_Pooling/config.json")
+    assert [key for key, on in pooling.items() if on is True and "mode" in key] == [
+        "pooling_mode_mean_tokens"
+    ]
+    dense = read("2_Dense/config.json")
+    assert (dense["in_features"], dense["out_features"]) == (24, 16)
+    about = read("config_sentence_transformers.json")
+    assert about["prompts"][about["default_prompt_name"]] == "town :: "
+    assert read("contract.json")["pooling"] == "mean"
+
+
+def test_params_are_an_orbax_checkpoint(run):
+    """Bug: export/params is half-written, or is another step's."""
+    _, home = run
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = jax.ShapeDtypeStruct((24, 16), np.float32, sharding=place)
+    found = restore_params(home / "run/export/params", {"ctx": {"projection": shape}})
+    assert found.step == 2 and found.meta["contract"]["pooling"] == "mean"
+    assert np.abs(flatten_dict(found.state)["ctx", "projection"]).max() > 0
+
+
+@pytest.mark.parametrize("fault", ["a kernel", "the disk"])
+def test_a_bad_export_leaves_the_old_one(run, monkeypatch, fault):
+    """Bugs: a model that computes something else is exported; a full disk is a traceback, or costs
+    the export that was there."""
+    config, home = run
+    before = (home / "run/export/parity.json").read_text()
+    (home / "run/export/mine").write_text("kept")
+    assemble = saving._assemble
+
+    def broken(pieces, vocab_size):
+        if fault == "the disk":
+            raise OSError(28, "No space left on device")
+        return assemble(pieces, vocab_size) * 1.01
+
+    monkeypatch.setattr(saving, "_assemble", broken)
+    message = {"a kernel": "nothing is exported", "the disk": "No space left"}[fault]
+    with pytest.raises(UserError, match=message):
+        export.export(config, str(home / "run"))
+    assert (home / "run/export/parity.json").read_text() == before
+    assert (home / "run/export/mine").read_text() == "kept"
+    assert not (home / "run/.export.new").exists()
