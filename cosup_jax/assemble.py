@@ -269,7 +269,7 @@ def _fresh(config: Config, towers: Towers, tx, pretrained: dict | None = None) -
 
 def _read(load_tower: Callable, init: str, abstract: dict, config: Config) -> dict:
     """Pretrained weights; what their own tokenizer lacks starts anew, as our added tokens do."""
-    old_vocab = tokenizer.load(init).pretrained_size
+    old_vocab = _pretrained_tokenizer(init).pretrained_size
     return load_tower(weights.resolve(init), abstract, old_vocab, config.seed)
 
 
@@ -290,7 +290,7 @@ def _with_shape(config: Config, tower: str, shape: dict) -> Config:
 def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Tokenizer:
     init = getattr(config, tower).init
     if init != "scratch":
-        return tokenizer.load(init)
+        return _pretrained_tokenizer(init)
     for source in data.problems:
         if directory := prepared_directory(source):
             return tokenizer.load(Path(directory) / "tokenizer" / tower)
@@ -301,6 +301,11 @@ def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Toke
         tokenizer.train(_texts(data), config.data.vocab_size).save(directory)
     wait_for_all("tokenizer")
     return tokenizer.load(directory)
+
+
+def _pretrained_tokenizer(init: str) -> Tokenizer:
+    rows = weights.arch_from_hf(weights.resolve(init))["vocab_size"]
+    return tokenizer.load(init, rows)
 
 
 def _texts(data: Sources) -> Iterator[str]:

@@ -119,10 +119,13 @@ def test_pooled_token_survives_the_cut(bpe):
     for pooling, expected in (
         ("eos", [*whole[:7], bpe.eos]),
         ("token", [*whole[:7], bpe.emb]),
+        ("pad", [*whole[:7], bpe.pad]),
         ("last", whole[:8]),
+        ("mean", whole[:8]),
     ):
         ((cut, lost),) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 8)
-        assert cut.tolist() == expected and lost == len(whole) - (8 if pooling == "last" else 7)
+        kept = 8 if pooling in ("last", "mean") else 7
+        assert cut.tolist() == expected and lost == len(whole) - kept
     for pooling, token in (("eos", bpe.eos), ("token", bpe.emb)):
         ((uncut, none),) = markup.ctx_tokens([PASSAGES["p"]], bpe, pooling, 500)
         assert uncut.tolist() == [*whole, token] and none == 0

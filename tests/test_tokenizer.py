@@ -111,6 +111,18 @@ def test_a_bert_frames_its_texts():
     assert (found.prefix, found.suffix, found.eos) == ((1,), (2,), 2)
 
 
+def test_the_papers_checkpoints_are_read_by_their_layout():
+    """Bug: beside a plain Llama 2 tokenizer the released rows for [Cs], [Ce] and [Ret] are taken
+    for one another, or start anew."""
+    words = ["<unk>", "<s>", "</s>", "a", *(f"w{i}" for i in range(31996))]
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    llama2 = lambda: PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    found = tokenizer.Tokenizer(llama2(), weight_rows=32004)
+    assert (found.pad, found.cs, found.ce, found.ret) == (32000, 32001, 32002, 32003)
+    assert found.pretrained_size == found.emb == 32004
+    assert tokenizer.Tokenizer(llama2(), weight_rows=32000).pretrained_size == 32000
+
+
 def test_save_replaces_another_tokenizer(trained, tmp_path):
     """A workdir that kept an older tokenizer would decode with the wrong vocabulary."""
     tokenizer.train(TEXTS, 280).save(tmp_path / "t")

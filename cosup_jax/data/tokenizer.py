@@ -24,6 +24,8 @@ from cosup_jax.hf.gguf_tokenizer import read_tokenizer
 from cosup_jax.workdir import writing
 
 RET, CS, CE, EMB, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"
+LLAMA2_ENTRIES = 32000
+RELEASED = ("<PAD>", CS, CE, RET)  # kaist-ai/cosupervision-*: ids 32000 to 32003
 CONNECT_S = 5  # seconds until the hub counts as out of reach
 
 
@@ -34,12 +36,19 @@ class Tokenizer:
     and [SEP] for BERT. Entries from `pretrained_size` on are ours: no pretrained weights know them.
     """
 
-    def __init__(self, fast: PreTrainedTokenizerFast):
+    def __init__(self, fast: PreTrainedTokenizerFast, weight_rows: int = 0):
         """Adds what `fast` lacks of `[Ret] [Cs] [Ce] [Emb]` and padding.
 
         All of them, whatever the config: settings that are compared share one vocabulary. Raises
         UserError without eos; a BERT's is [SEP].
+
+        Args:
+          weight_rows: of the table of pretrained weights that go with it. Llama 2's tokenizer
+            beside the rows of the paper's released checkpoints gets their tokens in their order.
         """
+        if (len(fast), weight_rows) == (LLAMA2_ENTRIES, LLAMA2_ENTRIES + len(RELEASED)):
+            fast.pad_token = RELEASED[0]
+            fast.add_tokens([AddedToken(t, special=True, normalized=False) for t in RELEASED])
         if fast.eos_token is None:
             fast.eos_token = fast.sep_token
         if fast.eos_token is None:
@@ -178,23 +187,23 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS))
 
 
-def load(source: str | Path) -> Tokenizer:
-    """A tokenizer directory, a .gguf file or a hub id.
+def load(source: str | Path, weight_rows: int = 0) -> Tokenizer:
+    """A tokenizer directory, a .gguf file or a hub id; `weight_rows` as for Tokenizer.
 
     Raises UserError if there is none or no network.
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
-        return Tokenizer(read_tokenizer(path))
+        return Tokenizer(read_tokenizer(path), weight_rows)
     if path.is_dir():
-        return _pretrained(str(path), str(source))
+        return _pretrained(str(path), str(source), weight_rows)
     if path.is_absolute() or str(source).startswith((".", "~")):
         raise UserError(f"tokenizer {str(source)!r}: no such directory; check the path")
     _check_reachable(str(source))
-    return _pretrained(str(source), str(source))
+    return _pretrained(str(source), str(source), weight_rows)
 
 
-def _pretrained(name: str, source: str) -> Tokenizer:
+def _pretrained(name: str, source: str, weight_rows: int) -> Tokenizer:
     try:
         fast = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
@@ -202,7 +211,7 @@ def _pretrained(name: str, source: str) -> Tokenizer:
         raise UserError(f"tokenizer {source!r} cannot be loaded: {reason}") from error
     if not fast.is_fast:
         raise UserError(f"tokenizer {source!r} has no tokenizer.json; only fast ones are supported")
-    return Tokenizer(fast)
+    return Tokenizer(fast, weight_rows)
 
 
 def _check_reachable(repository: str) -> None:
