@@ -113,6 +113,30 @@ def test_generation_sees_what_training_saw(bpe):
     assert marked.tokens[: len(seen)].tolist() == seen
 
 
+@pytest.mark.parametrize(
+    ("answer", "kind", "span"),
+    [
+        ("no", "", None),
+        ("91", "", None),
+        ("1914", "", "1914"),
+        ("the north", "", "the north"),
+        ("(so he says)", "", "(so he says)"),
+        ("true", "label", None),
+        ("true", "span", "true"),
+        ("乌尔姆", "", "乌尔姆"),
+    ],
+)
+def test_an_answer_is_found_as_whole_words(answer, kind, span):
+    """Bug: "no" is found in "north", "91" in "1914", a label anywhere, and the answer is then not
+    written; or no answer is found in a script without blanks."""
+    text = "He knows the north (so he says) since 1914, it is true: 他住在乌尔姆市."
+    example = Example("e", "open_qa", "?", (answer,), ("n",), kind=kind)
+    body = markup.pieces(example, {"n": Passage("n", "", text)})[4:]
+    written = [piece.text or f"<{piece.control}>" for piece in body]
+    whole = [text, "<ce>", answer, "<eos>"]
+    assert written == ([span, "<ce>", "<eos>"] if span else whole)
+
+
 def test_pooled_token_survives_the_cut(bpe):
     """Pooling reads the last token: cut away, a long passage would be pooled at a random word."""
     whole = bpe.encode("Paris :: Paris lies on the Seine. It is big.")

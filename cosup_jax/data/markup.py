@@ -18,7 +18,7 @@ from cosup_jax.data.schema import Example, Passage
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 
-VERSION = 2  # raise it whenever the same example gives other pieces
+VERSION = 3  # raise it whenever the same example gives other pieces
 
 # Roles of a token, uint8. EVIDENCE, from the token after [Ret] to [Cs], is a target unless
 # loss.mask_evidence.
@@ -32,6 +32,8 @@ INSTRUCTIONS = {
     "long_form": "Explain.\n\n",
 }
 
+# Letters of scripts that put blanks between words, and digits.
+_WORD = "[0-9A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff]"
 _INSERTION = re.compile(r"\[Ret:([^\]]*)\]")
 
 
@@ -168,8 +170,8 @@ def pieces(
 
 def _evidence_pieces(example: Example, passages: Mapping[str, Passage]) -> list[Piece]:
     evidence = [passages[id] for id in example.evidence]
-    if len(evidence) == 1:
-        known = [answer for answer in _answers(example) if answer in evidence[0].text]
+    if len(evidence) == 1 and example.kind != "label":
+        known = [answer for answer in _answers(example) if stands_in(answer, evidence[0].text)]
         if known:
             return [*_inserted(evidence[0]), Piece(TARGET, known[0]), Piece(TARGET, control="ce")]
     body = []
@@ -210,6 +212,13 @@ def _inserted(passage: Passage) -> list[Piece]:
         Piece(EVIDENCE, passage_text(passage), passage=passage.id),
         Piece(EVIDENCE, control="cs"),
     ]
+
+
+def stands_in(answer: str, text: str) -> bool:
+    """Whether an answer stands in a text as whole words: "no" does not in "north"."""
+    before = f"(?<!{_WORD})" if re.match(_WORD, answer) else ""
+    after = f"(?!{_WORD})" if re.match(_WORD, answer[-1:]) else ""
+    return re.search(before + re.escape(answer) + after, text) is not None
 
 
 def _answers(example: Example) -> tuple[str, ...]:
