@@ -30,6 +30,7 @@ from cosup_jax.transformer import Transformer
 
 _ARCH = [field.name for field in dataclasses.fields(ArchConfig)]
 _SHAPE = _ARCH[: _ARCH.index("dtype")]  # what weights determine
+_LAYOUT = ("param_dtype", "lora", "frozen_layers", "freeze_embeddings")  # of a tower's parameters
 
 
 class Sources(NamedTuple):
@@ -62,7 +63,8 @@ def resolve(config: Config) -> Config:
     """
     config = _with_shape(config, "gen", _shape_of(config, "gen"))
     if config.ctx.init == "gen" or config.tie_ctx_to_gen:
-        shape = {name: getattr(config.gen.arch, name) for name in _SHAPE}
+        same = (*_SHAPE, *_LAYOUT) if config.tie_ctx_to_gen else _SHAPE
+        shape = {name: getattr(config.gen.arch, name) for name in same}
         config = _with_shape(config, "ctx", shape)
     else:
         config = _with_shape(config, "ctx", _shape_of(config, "ctx"))

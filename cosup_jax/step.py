@@ -45,7 +45,9 @@ def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
     if not towers.tied:
         params["ctx"] = towers.ctx.init(key_ctx)
     if not towers.tied and config.ctx.init == "gen":
-        params["ctx"] = overlaid(params["ctx"], params["gen"])
+        # Adapters are each tower's own, of a rank of its own.
+        shared = {p: x for p, x in flatten_dict(params["gen"]).items() if "_lora_" not in p[-1]}
+        params["ctx"] = overlaid(params["ctx"], unflatten_dict(shared))
     if towers.projects:
         shape, scale = (towers.ctx.width, towers.gen.width), towers.ctx.width**-0.5
         key = jax.random.fold_in(key_ctx, 1)

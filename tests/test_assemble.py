@@ -44,6 +44,14 @@ def test_a_ctx_that_starts_as_gen_has_its_shape():
     assert found.ctx.arch.width == 64 and found.ctx.arch.dtype == "bfloat16"
 
 
+def test_a_tied_ctx_has_all_of_gens_parameters():
+    """Bug: Ctx reads Gen's parameters as a tower without adapters, which then do nothing there."""
+    keys = {"tie_ctx_to_gen": True, "gen__arch__lora__rank": 4, "ctx__arch__dtype": "bfloat16"}
+    found = assemble.resolve(config(**keys))
+    assert found.ctx.arch.lora.rank == 4 and found.ctx.arch.dtype == "bfloat16"
+    assert assemble.resolve(config(gen__arch__lora__rank=4)).ctx.arch.lora.rank == 0
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

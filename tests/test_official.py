@@ -97,7 +97,8 @@ def setting():
     return t, c, batch, params, jax.jit(jax.value_and_grad(objective))(params)
 
 
-@pytest.mark.parametrize("W", [2, 4])  # one rank: test_golden.py
+# One rank: test_golden.py.
+@pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_the_rank_by_rank_computation(setting, W):
     """Bugs: PAD targets counted to the wrong length, pooling at the row's own end, gradient through
     other ranks, one mean over all ranks. One rank has no [Ret]."""

@@ -52,6 +52,7 @@ def _batches(c, mesh, count: int):
     return [jax.device_put(random_batch(seed, shape), sharding.rows(mesh)) for seed in range(count)]
 
 
+@pytest.mark.slow
 def test_overfits_a_batch():
     """Bug: a gradient that points nowhere, targets off by one, an optimizer that skips a tower."""
     c = config(

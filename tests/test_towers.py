@@ -33,6 +33,10 @@ def told(gen=SMALL, ctx=SMALL, **keys):
     return dataclasses.replace(found, gen=of(found.gen, gen), ctx=of(found.ctx, ctx))
 
 
+DECAYED = {"optim__weight_decay": 0.1, "optim__clip_norm": 1e-3}
+
+
+@functools.cache
 def trained(towers: Towers, run) -> tuple:
     """The state before and after two steps, and the metrics."""
     tx, batch = optim.make(run, 10, 10), random_batch(0, batch_shape(run))
@@ -99,7 +103,7 @@ def test_adapters_change_nothing_at_first_and_merge_into_the_kernels():
     """Bugs: an update that is not zero at the start, scaled otherwise when merged, or merged into
     another layer."""
     towers, plain = pair(ADAPTED, ADAPTED), pair()
-    before, after, _ = trained(towers, told(ADAPTED, ADAPTED))
+    before, after, _ = trained(towers, told(ADAPTED, ADAPTED, **DECAYED))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, VOCAB)
     rows = (tokens, jnp.ones((2, 12), jnp.int32), jnp.broadcast_to(jnp.arange(12), (2, 12)))
     bare = merge_adapters(before.params["gen"], ADAPTED)
@@ -121,8 +125,7 @@ def test_adapters_change_nothing_at_first_and_merge_into_the_kernels():
 def test_only_what_is_trained_moves_and_has_moments(arch, of_gen):
     """Bugs: a frozen kernel decays, clips or is stepped; moments are kept for what never moves; an
     added token's row cannot learn beside adapters."""
-    keys = {"optim__weight_decay": 0.1, "optim__clip_norm": 1e-3}
-    before, after, metrics = trained(pair(arch, arch), told(arch, arch, **keys))
+    before, after, metrics = trained(pair(arch, arch), told(arch, arch, **DECAYED))
     expected = {
         f"{tower}/{name}"
         for tower in ("gen", "ctx")
@@ -132,6 +135,18 @@ def test_only_what_is_trained_moves_and_has_moments(arch, of_gen):
     assert changed(before.params, after.params) == expected
     assert moments(before) == expected
     assert metrics["grad/norm_gen"] > 0
+
+
+def test_a_ctx_that_starts_as_gen_has_adapters_of_its_own():
+    """Bug: Gen's adapters, of another rank, land in Ctx; or Ctx does not start as Gen."""
+    wider = dataclasses.replace(SMALL, lora=LoraConfig(rank=3, kernels="q"))
+    run = told(ADAPTED, wider)
+    run = dataclasses.replace(run, ctx=dataclasses.replace(run.ctx, init="gen"))
+    make = lambda key: step.init_params(key, pair(ADAPTED, wider), run)
+    params = jax.jit(make)(jax.random.key(0))
+    attn = {tower: params[tower]["blocks"]["attn"] for tower in ("gen", "ctx")}
+    assert attn["ctx"]["q_lora_a"].shape[-1] == 3 and "v_lora_a" not in attn["ctx"]
+    np.testing.assert_array_equal(attn["ctx"]["q"], attn["gen"]["q"])
 
 
 def test_frozen_layers_come_first():
@@ -146,6 +161,7 @@ def test_frozen_layers_come_first():
     assert_close(halves.hidden(split, *rows), whole.hidden(params, *rows))
 
 
+@pytest.mark.slow
 def test_freezing_saves_memory():
     """Bug: gradients or moments of what is frozen exist in the compiled step."""
     wide = dataclasses.replace(SMALL, width=128, mlp_width=1024, layers=4)
