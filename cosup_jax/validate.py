@@ -64,6 +64,12 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
         print(_table(_source_rows(datasets)))
         try:
             shown = _check_tokens(config, data, datasets, directory.path, found, show_rows)
+        except UserError as error:
+            if not found.errors:
+                raise
+            raise UserError(
+                f"{found.errors} bad rows, and the others do not do: {error}"
+            ) from error
         finally:  # whatever stops us, what was found is said
             print(_findings(found, limit))
             lines = (json.dumps(problem._asdict()) for problem in found.listed)

@@ -168,6 +168,15 @@ def test_store_pickles_as_a_path(tmp_path, bpe):
     assert pickle.loads(packed).gen_tokens.tolist() == store.gen_tokens.tolist()
 
 
+@pytest.mark.parametrize("name", ["about.json", "gen_tokens", "gen_offsets", "ret_passages"])
+def test_damaged_tokens_are_one_line(tmp_path, bpe, name):
+    """Bug: a cut file of the cache is a traceback, or read as far as it goes."""
+    path = build(tmp_path, bpe).directory / name
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="is damaged; delete it, the next run makes it again"):
+        build(tmp_path, bpe)
+
+
 def test_a_killed_writer_leaves_nothing_that_counts(tmp_path, bpe, monkeypatch):
     """Half a store, or half a shard, under its final name would be opened by the next run."""
 

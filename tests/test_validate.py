@@ -10,7 +10,8 @@ from cosup_jax import assemble, main, validate
 from cosup_jax.config import replace_dotted
 from cosup_jax.data import tokenizer
 from cosup_jax.data.near import NearDuplicates, shingles, similarity
-from cosup_jax.data.problems import Problems
+from cosup_jax.data.problems import BadRow, Problems
+from cosup_jax.data.rows import parse
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
 
@@ -50,8 +51,9 @@ def run(path, capsys, *rows, **options):
     code = 0
     try:
         validate.validate(write(path, *rows), str(path / "work"), **options)
-    except UserError:
+    except UserError as error:
         code = 2
+        print(error)
     lines = (path / "work" / "validation.jsonl").read_text().splitlines()
     return code, capsys.readouterr().out, [json.loads(line) for line in lines]
 
@@ -224,6 +226,16 @@ def test_nothing_good_is_told_row_by_row(tmp_path, capsys):
     code, out, findings = run(tmp_path, capsys, passages, examples)
     assert code == 2 and len(findings) == 16 and kinds(findings) == ["missing_field"]
     assert "error missing_field: 16 x" in out
+    assert "16 bad rows, and the others do not do: " in out
+
+
+def test_an_array_is_told_what_a_line_is():
+    """Bug: a JSON array in a .jsonl file is hundreds of times "Expecting value", and no more."""
+    for line in (b"[\n", b'{"id": "q1"},\n', b"]\n"):
+        with pytest.raises(BadRow, match="a line is one object, with no"):
+            parse(line)
+    with pytest.raises(BadRow, match=r"not JSON \(Invalid control character\)$"):
+        parse(b'{"id": "q1\n')
 
 
 def test_a_row_is_shown_as_the_model_reads_it(tmp_path, capsys):

@@ -24,6 +24,7 @@ from cosup_jax.data.storage import (
     build_once,
     hash_of,
     map_array,
+    read_about,
     span,
     write_array,
 )
@@ -56,7 +57,7 @@ def ingest(
     key = hashlib.sha256(repr((VERSION, name, version, place)).encode()).hexdigest()[:16]
     target = directory / f"{name}-{key}"
     build_once(target, lambda temporary: _build(temporary, name, read))
-    about = json.loads((target / "about.json").read_text())
+    about = read_about(target)
     split_of = map_array(target / "examples_split", "<i4")
     splits = {split: np.flatnonzero(split_of == i) for i, split in enumerate(about["splits"])}
     dataset = Dataset(name, version, _Examples(target), _Corpus(target), splits)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from cosup_jax.errors import UserError
 from cosup_jax.workdir import writing
 
 # Some network file systems lock nothing; then two processes may build the same, and one wins.
@@ -98,6 +100,19 @@ def write_array(path: Path, values: Any, dtype: np.dtype | str) -> None:
     with replacing(path) as temporary:
         # ndarray.tofile does not tell why it failed.
         temporary.write_bytes(np.ascontiguousarray(values, dtype).data)
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """DIRECTORY/about.json of what `build_once` made. UserError if that was damaged since."""
+    try:
+        return json.loads((directory / "about.json").read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(directory) from error
+
+
+def damaged(directory: Path) -> UserError:
+    """Of a directory that was whole once."""
+    return UserError(f"{directory} is damaged; delete it, the next run makes it again")
 
 
 def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:

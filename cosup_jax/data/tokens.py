@@ -23,7 +23,16 @@ from cosup_jax.config import Config, DataConfig
 from cosup_jax.data import markup
 from cosup_jax.data.prepared import Encoded, is_prepared
 from cosup_jax.data.schema import Dataset
-from cosup_jax.data.storage import ArrayWriter, Ragged, build_once, map_array, share_of, span
+from cosup_jax.data.storage import (
+    ArrayWriter,
+    Ragged,
+    build_once,
+    damaged,
+    map_array,
+    read_about,
+    share_of,
+    span,
+)
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 
@@ -60,7 +69,7 @@ class TokenStore:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        about = json.loads((self.directory / "about.json").read_text())
+        about = read_about(self.directory)
         self.fingerprint: str = about["fingerprint"]
         self.dropped: int = about["dropped"]  # examples left out by data.drop_without_ret
         for name, dtype in (_GEN | _PER_SOURCE).items():
@@ -72,6 +81,14 @@ class TokenStore:
         self.ctx = Ragged(self.ctx_tokens, self.ctx_offsets)  # int32 [n], by passage row
         self.num_examples = len(self.gen_offsets) - 1
         self.num_passages = len(self.ctx_offsets) - 1
+        for values, offsets in (
+            (self.gen_tokens, self.gen_offsets),
+            (self.gen_roles, self.gen_offsets),
+            (self.ret_passages, self.ret_offsets),
+            (self.ctx_tokens, self.ctx_offsets),
+        ):
+            if not len(offsets) or len(values) != offsets[-1]:
+                raise damaged(self.directory)
 
     def __reduce__(self):
         return TokenStore, (self.directory,)
