@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 from test_train import tiny  # noqa: F401, a fixture
 
 from cosup_jax import main as main_lib
 
 
+@pytest.mark.slow
 def test_a_run_of_bad_steps_ends(tiny, tmp_path, capsys):  # noqa: F811
     """Bug: a diverged run that goes on for days, that saves its NaN, or ends in a traceback."""
     workdir = tmp_path / "run"

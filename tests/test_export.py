@@ -92,6 +92,7 @@ def run(tmp_path_factory):
     return config, home
 
 
+@pytest.mark.slow
 def test_unlike_towers_train_and_the_report_says_how_close_the_export_is(run):
     """Bugs: width, tokenizer or family of the one tower is taken for the other's; an export is not
     compared, or with itself."""
@@ -121,6 +122,7 @@ def test_those_who_serve_it_agree(run):
         print(f"{check['what']}: {check['difference']:.1e} of {check['largest']:.2f}")
 
 
+@pytest.mark.slow
 def test_gen_is_a_causal_lm_of_the_tokenizers_size(run):
     """Bugs: the padded vocabulary is exported; token ids or frozen layers are lost."""
     _, home = run
@@ -137,6 +139,7 @@ def test_gen_is_a_causal_lm_of_the_tokenizers_size(run):
     assert not [name for name in files.names if "lora" in name]
 
 
+@pytest.mark.slow
 def test_ctx_reads_texts_as_in_training(run):
     """Bugs: [CLS] and [SEP] are lost or doubled; the wrong pooling; the projection is transposed or
     left out; the prompt is not named."""
@@ -161,6 +164,7 @@ def test_ctx_reads_texts_as_in_training(run):
     assert read("contract.json")["pooling"] == "mean"
 
 
+@pytest.mark.slow
 def test_params_are_an_orbax_checkpoint(run):
     """Bug: export/params is half-written, or is another step's."""
     _, home = run
@@ -171,6 +175,7 @@ def test_params_are_an_orbax_checkpoint(run):
     assert np.abs(flatten_dict(found.state)["ctx", "projection"]).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["a kernel", "the disk"])
 def test_a_bad_export_leaves_the_old_one(run, monkeypatch, fault):
     """Bugs: a model that computes something else is exported; a full disk is a traceback, or costs

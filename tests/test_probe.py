@@ -115,6 +115,7 @@ def test_a_fresh_dual_bank_points_where_a_large_batch_does():
     assert fresh["bank/drift_cosine"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_before_its_start_a_bank_has_no_direction():
     """Bug: directions of 1 from a bank that nothing is scored against."""
     *_, states, _, probe = _trained()

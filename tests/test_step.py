@@ -365,6 +365,7 @@ def test_the_moving_average_feeds_the_bank():
     assert_close(stored, live.vector_KxCxD[0])
 
 
+@pytest.mark.slow
 def test_slices_save_memory():
     """Bug: activations of all slices kept. Eight slices: at most a quarter of the temporary memory
     of one, gradients aside (they are temporaries too, as large as the parameters)."""
