@@ -48,9 +48,7 @@ def warnings(example: Example, passages: Passages) -> Iterator[tuple[str, str]]:
     wanted = example.kind in _KINDS_WITH_SPAN and example.answers and example.evidence
     if wanted and not example.output:
         evidence = [markup.passage_text(passages[id]) for id in example.evidence]
-        if not any(
-            markup.stands_in(answer, text) for answer in example.answers for text in evidence
-        ):
+        if not any(markup.find_answer(example.answers, text) for text in evidence):
             answer = f"{example.answers[0]!r:.60}"
             yield "answer_not_in_evidence", f"answer {answer} stands in none of its passages"
 
