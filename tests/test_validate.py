@@ -238,6 +238,21 @@ def test_an_array_is_told_what_a_line_is():
         parse(b'{"id": "q1\n')
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_nothing_good_is_the_last_line_too(tmp_path, split):
+    """Bug: after the list of bad rows the last line tells of a split that has no example."""
+    passages, examples = rows()
+    for example in examples:
+        example |= {"task": 3, "split": split}
+    found = write(tmp_path, passages, examples)
+    with pytest.raises(UserError, match="all its examples are bad, 16 bad rows; "):
+        validate.validate(found, str(tmp_path / "work"))
+    dropping = replace_dotted(found, "data.bad_rows", "drop")
+    data = assemble.read_sources(dropping, tmp_path / "data")
+    with pytest.raises(UserError, match="all its examples are bad"):
+        assemble.refuse_bad_rows(data, dropping)
+
+
 def test_a_row_is_shown_as_the_model_reads_it(tmp_path, capsys):
     """Bug: targets shown one token off; the wrong passage shown for a [Ret]; siblings left out."""
     passages, examples = rows()
