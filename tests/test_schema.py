@@ -227,6 +227,21 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
         load(tmp_path / "x.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (json.dumps([EXAMPLE] * 2, indent=1), r"an array, .*jq -c '\.\[\]'"),
+        (json.dumps([EXAMPLE]), "an array, where each line must be one obj"),
+        ("\ufeff\n " + json.dumps(EXAMPLE, indent=1), "an object over several lines, where"),
+    ],
+)
+def test_json_in_another_layout_is_told_once(tmp_path, text, reason):
+    """Bug: a finding for every line of a JSON array, and none says what is wrong."""
+    path = write(tmp_path, [text.encode()])
+    with pytest.raises(UserError, match=rf"x\.jsonl:\d: JSON, but {reason}"):
+        load(path)
+
+
 def test_findings_are_counted_whole_and_listed_in_part(tmp_path):
     """Catches a report that grows without end, a count of what is listed only, findings that a
     second reading has lost."""
