@@ -1,5 +1,6 @@
 """From config and workdir to what every program works with: mesh, data, tokenizers, towers."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
@@ -118,6 +119,13 @@ def read_sources(config: Config, directory: Path) -> Sources:
         ]
         for text in (config.data.train, config.data.eval)
     )
+    plain = collections.Counter(name for name, weight in train if weight == 1)
+    for name, count in plain.items():
+        if count > 1:
+            raise UserError(
+                f"config.data.train names {name} {count} times; name it once, or write "
+                f"{name}@{count} to draw its examples {count} times an epoch"
+            )
     trained, evaluated = ({name for name, _ in pairs} for pairs in (train, held_out))
     found, problems = {}, {}
     for name in sorted(trained | evaluated, key=lambda name: (name.startswith("tfds:"), name)):
