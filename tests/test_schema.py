@@ -201,6 +201,7 @@ def test_a_bad_passage_is_named_by_file_and_line(tmp_path, row, kind, reason):
     [
         (changed(answers=["Chile"]), "answer_not_in_evidence", "'Chile' stands in none"),
         (changed(question="Is [Ret] a word?"), "control_text", "'[Ret]' in the text"),
+        (changed(hard_negatives=["p2", "p1"]), "own_negative", "'p1' is in evidence too"),
         (changed(hard_negative=["p2"]), "unknown_field", "did you mean 'hard_negatives'"),
     ],
 )

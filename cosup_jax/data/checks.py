@@ -45,6 +45,10 @@ def warnings(example: Example, passages: Passages) -> Iterator[tuple[str, str]]:
         if found := _CONTROL.search(text):
             yield "control_text", f"{found[0]!r} in the text is plain characters"
             break
+    for id in example.hard_negatives:
+        if id in example.evidence:
+            yield "own_negative", f"hard_negatives {id!r} is in evidence too"
+            break
     wanted = example.kind in _KINDS_WITH_SPAN and example.answers and example.evidence
     if wanted and not example.output:
         evidence = [markup.passage_text(passages[id]) for id in example.evidence]

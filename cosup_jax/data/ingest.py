@@ -29,7 +29,7 @@ from cosup_jax.data.storage import (
     write_array,
 )
 
-VERSION = 3  # raise it whenever a format, a check or the files below change
+VERSION = 4  # raise it whenever a format, a check or the files below change
 Records = Iterator[tuple[str, Passage | Example]]  # each with its FILE:LINE
 
 _TABLES = {Passage: "passages", Example: "examples"}
