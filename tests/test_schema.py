@@ -254,6 +254,18 @@ def test_findings_are_counted_whole_and_listed_in_part(tmp_path):
     assert load(path)[1] == load(path)[1] and load(path)[1].errors == 1
 
 
+@pytest.mark.parametrize(
+    "file", ["about.json", "examples_rows", "examples_split", "corpus_by_hash"]
+)
+def test_a_damaged_copy_of_a_source_is_one_line(tmp_path, file):
+    """Bug: a traceback for a file in the workdir that lost its end."""
+    load(path := write(tmp_path, [EXAMPLE]))
+    (kept,) = tmp_path.glob(f"data/*/{file}")
+    kept.write_bytes(kept.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"x-\w+: damaged \(.*\); delete .*data, all of which"):
+        load(path)
+
+
 def test_one_id_for_all_is_told_in_time(tmp_path):
     """Catches hours spent on comparing every copy with every other."""
     rows = [{**EXAMPLE, "id": "0", "question": f"{i}?"} for i in range(3000)]
