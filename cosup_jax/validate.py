@@ -67,6 +67,7 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
         except UserError as error:
             if not found.errors:
                 raise
+            assemble.refuse_all_bad(data)
             raise UserError(
                 f"{found.errors} bad rows, and the others do not do: {error}"
             ) from error
@@ -93,7 +94,6 @@ def _check_tokens(
     show_rows: int,
 ) -> list[str]:
     """Adds what tokens and plan tell; returns the training rows to show."""
-    assemble.refuse_all_bad(data)
     config = assemble.resolve(config)
     tokenizers = assemble.read_tokenizers(config, workdir, data)
     split = functools.partial(_split, tokenizers=tokenizers, config=config, workdir=workdir)
