@@ -1,5 +1,6 @@
 """From config and workdir to what every program works with: mesh, data, tokenizers, towers."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ class Sources(NamedTuple):
     train: list[tuple[Dataset, float]]  # with how often an epoch draws them
     held_out: list[Dataset]
     problems: dict[str, Problems]  # of each source
+    empty: tuple[str, ...] = ()  # sources without an example that is good
 
 
 class Tokenizers(NamedTuple):
@@ -117,6 +119,13 @@ def read_sources(config: Config, directory: Path) -> Sources:
         ]
         for text in (config.data.train, config.data.eval)
     )
+    plain = collections.Counter(name for name, weight in train if weight == 1)
+    for name, count in plain.items():
+        if count > 1:
+            raise UserError(
+                f"config.data.train names {name} {count} times; name it once, or write "
+                f"{name}@{count} to draw its examples {count} times an epoch"
+            )
     trained, evaluated = ({name for name, _ in pairs} for pairs in (train, held_out))
     found, problems = {}, {}
     for name in sorted(trained | evaluated, key=lambda name: (name.startswith("tfds:"), name)):
@@ -128,6 +137,7 @@ def read_sources(config: Config, directory: Path) -> Sources:
         [(found[name], weight) for name, weight in train],
         [found[name] for name, _ in held_out],
         problems,
+        tuple(name for name, dataset in found.items() if not len(dataset.examples)),
     )
 
 
@@ -147,7 +157,10 @@ def _hold_out(name: str, dataset: Dataset, trained: bool, data: DataConfig) -> D
 
 
 def refuse_bad_rows(data: Sources, config: Config) -> list[str]:
-    """Lines on what was dropped. Raises UserError for bad rows under data.bad_rows=refuse."""
+    """Lines on what was dropped.
+
+    Raises UserError for bad rows under data.bad_rows=refuse, or where they are all there is.
+    """
     bad = {name: found for name, found in data.problems.items() if found.errors}
     if bad and config.data.bad_rows == "refuse":
         first = next(iter(bad.values()))
@@ -156,7 +169,18 @@ def refuse_bad_rows(data: Sources, config: Config) -> list[str]:
             f"{first.first_error} (first of {count} bad rows in {len(bad)} source(s)); see all by "
             "--mode=validate, or train without them by --config.data.bad_rows=drop"
         )
+    refuse_all_bad(data)
     return [f"{name}: {found.errors} bad rows dropped" for name, found in bad.items()]
+
+
+def refuse_all_bad(data: Sources) -> None:
+    """Raises UserError for a source that has bad rows and no good example."""
+    for name in data.empty:
+        if found := data.problems[name].errors:
+            first = data.problems[name].first_error
+            raise UserError(
+                f"data source {name}: all its examples are bad, {found} bad rows; {first}"
+            )
 
 
 def read_tokenizers(config: Config, workdir: Path, data: Sources) -> Tokenizers:

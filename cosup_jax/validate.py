@@ -67,6 +67,7 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
         except UserError as error:
             if not found.errors:
                 raise
+            assemble.refuse_all_bad(data)
             raise UserError(
                 f"{found.errors} bad rows, and the others do not do: {error}"
             ) from error

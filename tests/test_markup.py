@@ -124,17 +124,27 @@ def test_generation_sees_what_training_saw(bpe):
         ("true", "label", None),
         ("true", "span", "true"),
         ("乌尔姆", "", "乌尔姆"),
+        ("the North", "", "the north"),
+        ("HE", "", None),
+        ("c", "", None),
     ],
 )
 def test_an_answer_is_found_as_whole_words(answer, kind, span):
     """Bug: "no" is found in "north", "91" in "1914", a label anywhere, and the answer is then not
-    written; or no answer is found in a script without blanks."""
-    text = "He knows the north (so he says) since 1914, it is true: 他住在乌尔姆市."
+    written; or no answer is found in a script without blanks, or with a capital letter."""
+    text = "He knows the north (so he says) since 1914, it is true: 他住在乌尔姆市. Tức."
     example = Example("e", "open_qa", "?", (answer,), ("n",), kind=kind)
     body = markup.pieces(example, {"n": Passage("n", "", text)})[4:]
     written = [piece.text or f"<{piece.control}>" for piece in body]
     whole = [text, "<ce>", answer, "<eos>"]
     assert written == ([span, "<ce>", "<eos>"] if span else whole)
+
+
+def test_an_answer_as_it_is_goes_before_one_in_other_case():
+    """Bug: the first answer, found in other letters of case, hides one that stands there."""
+    find = lambda *answers: markup.find_answer(answers, "May we go to the Seine? We may.")
+    assert find("the seine", "may") == "may" and find("the seine", "We") == "We"
+    assert find("WE", "SEINE") == "" and find("river", "THE seine") == "the Seine"
 
 
 def test_pooled_token_survives_the_cut(bpe):

@@ -75,6 +75,7 @@ def hand_made(tmp_path):
         for ids, identity in (([7, 8], [1, 1]), ([9], [2, 2]), ([5, 6, 4], [3, 3])):
             writer.add_item("ctx", tokens=ids)
             writer.add("identities", identity)
+            writer.add("ctx_cut", [0])
         # prompt 10 11, [Ret] 1, passage 7, [Cs] 2, span 12, [Ce] 3, the same again, eos 0
         body = [10, 11, 1, 7, 2, 12, 3, 1, 9, 2, 13, 3, 0]
         roles = [0, 0, 1, 2, 2, 1, 1, 1, 2, 2, 1, 1, 1]
@@ -84,6 +85,7 @@ def hand_made(tmp_path):
         writer.add_item("gen", tokens=[10, 14, 0], roles=[0, 1, 1])
         writer.add_item("ret", positions=[], passages=[])
         writer.add_item("negative", passages=[])
+        writer.add("gen_rows", [0, 1])
         writer.add("weights", [1.0, 1.0])
         writer.add("sources", [0, 0])
     (tmp_path / "about.json").write_text('{"fingerprint": "by hand", "dropped": 0, "corpus": "."}')

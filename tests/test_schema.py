@@ -201,6 +201,7 @@ def test_a_bad_passage_is_named_by_file_and_line(tmp_path, row, kind, reason):
     [
         (changed(answers=["Chile"]), "answer_not_in_evidence", "'Chile' stands in none"),
         (changed(question="Is [Ret] a word?"), "control_text", "'[Ret]' in the text"),
+        (changed(hard_negatives=["p2", "p1"]), "own_negative", "'p1' is in evidence too"),
         (changed(hard_negative=["p2"]), "unknown_field", "did you mean 'hard_negatives'"),
     ],
 )
@@ -227,6 +228,21 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
         load(tmp_path / "x.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (json.dumps([EXAMPLE] * 2, indent=1), r"an array, .*jq -c '\.\[\]'"),
+        (json.dumps([EXAMPLE]), "an array, where each line must be one obj"),
+        ("\ufeff\n " + json.dumps(EXAMPLE, indent=1), "an object over several lines, where"),
+    ],
+)
+def test_json_in_another_layout_is_told_once(tmp_path, text, reason):
+    """Bug: a finding for every line of a JSON array, and none says what is wrong."""
+    path = write(tmp_path, [text.encode()])
+    with pytest.raises(UserError, match=rf"x\.jsonl:\d: JSON, but {reason}"):
+        load(path)
+
+
 def test_findings_are_counted_whole_and_listed_in_part(tmp_path):
     """Catches a report that grows without end, a count of what is listed only, findings that a
     second reading has lost."""
@@ -236,6 +252,18 @@ def test_findings_are_counted_whole_and_listed_in_part(tmp_path):
     assert problems.counts == {"empty_text": 5} and len(problems.listed) == 2
     path = write(tmp_path, [EXAMPLE, changed(question="")])
     assert load(path)[1] == load(path)[1] and load(path)[1].errors == 1
+
+
+@pytest.mark.parametrize(
+    "file", ["about.json", "examples_rows", "examples_split", "corpus_by_hash"]
+)
+def test_a_damaged_copy_of_a_source_is_one_line(tmp_path, file):
+    """Bug: a traceback for a file in the workdir that lost its end."""
+    load(path := write(tmp_path, [EXAMPLE]))
+    (kept,) = tmp_path.glob(f"data/*/{file}")
+    kept.write_bytes(kept.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"x-\w+: damaged \(.*\); delete .*data, all of which"):
+        load(path)
 
 
 def test_one_id_for_all_is_told_in_time(tmp_path):

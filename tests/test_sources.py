@@ -159,6 +159,17 @@ def test_a_source_is_one_however_it_is_spelt(tmp_path, monkeypatch, spelling):
     assert set(found.held_out[0].splits) == {"train", "dev"}
 
 
+@pytest.mark.parametrize("again", ["a.jsonl", "./a.jsonl", "*.jsonl"])
+def test_a_source_named_twice_is_refused(tmp_path, monkeypatch, again):
+    """Bug: a name pasted twice doubles a source without a word."""
+    write(tmp_path, "a")
+    monkeypatch.chdir(tmp_path)
+    read = lambda train: assemble.read_sources(config(data__train=train), tmp_path / "data")
+    with pytest.raises(UserError, match=r"train names a\.jsonl 2 times; .* a\.jsonl@2 to draw"):
+        read(f"a.jsonl,{again}")
+    assert [weight for _, weight in read(f"a.jsonl@3,{again}").train] == [3, 1]
+
+
 def test_eval_sets_are_named_by_split_and_leave_train_out():
     """Catches training rows scored as held out, and splits merged into one set."""
     rows = [

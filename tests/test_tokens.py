@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import os
 import pickle
 import shutil
 import threading
@@ -168,15 +169,6 @@ def test_store_pickles_as_a_path(tmp_path, bpe):
     assert pickle.loads(packed).gen_tokens.tolist() == store.gen_tokens.tolist()
 
 
-@pytest.mark.parametrize("name", ["about.json", "gen_tokens", "gen_offsets", "ret_passages"])
-def test_damaged_tokens_are_one_line(tmp_path, bpe, name):
-    """Bug: a cut file of the cache is a traceback, or read as far as it goes."""
-    path = build(tmp_path, bpe).directory / name
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match="is damaged; delete it, the next run makes it again"):
-        build(tmp_path, bpe)
-
-
 def test_a_killed_writer_leaves_nothing_that_counts(tmp_path, bpe, monkeypatch):
     """Half a store, or half a shard, under its final name would be opened by the next run."""
 
@@ -232,6 +224,23 @@ def test_processes_share_the_shards(tmp_path, monkeypatch):
         assert store.fingerprint == alone.fingerprint
         for name in ("gen_tokens", "gen_offsets", "ret_passages", "ret_offsets", "identities"):
             assert np.array_equal(getattr(store, name), getattr(alone, name)), name
+
+
+@pytest.mark.parametrize("file", ["about.json", *tokens._GEN, *tokens._PER_SOURCE, *tokens._CTX])
+@pytest.mark.parametrize("left", ["nothing", "a value less"])
+def test_a_damaged_store_is_one_line(tmp_path, bpe, file, left):
+    """Bug: a traceback over a file that lost its end; or tokens of another example, unseen."""
+    store = build(tmp_path, bpe)
+    (path,) = tmp_path.glob(f"*/{file}")
+    if left == "nothing":
+        path.unlink()
+    else:
+        dtype = np.dtype((tokens._GEN | tokens._PER_SOURCE | tokens._CTX).get(file, "|u1"))
+        os.truncate(path, path.stat().st_size - dtype.itemsize)
+    with pytest.raises(UserError, match=rf"damaged \(.*\); delete {tmp_path}, all"):
+        build(tmp_path, bpe)
+    shutil.rmtree(tmp_path)
+    assert build(tmp_path, bpe).fingerprint == store.fingerprint
 
 
 def test_chunks_together_are_everything(tmp_path, bpe, monkeypatch):

@@ -226,7 +226,16 @@ def test_nothing_good_is_told_row_by_row(tmp_path, capsys):
     code, out, findings = run(tmp_path, capsys, passages, examples)
     assert code == 2 and len(findings) == 16 and kinds(findings) == ["missing_field"]
     assert "error missing_field: 16 x" in out
-    assert "16 bad rows, and the others do not do: " in out
+    assert "x.jsonl: all its examples are bad, 16 bad rows; " in out
+
+
+def test_few_good_rows_are_told_beside_the_bad(tmp_path, capsys):
+    """Bug: of a file whose training rows are all bad nothing is said but that it has none."""
+    passages, examples = rows()
+    for example in examples[:-4]:
+        del example["task"]
+    _, out, _ = run(tmp_path, capsys, passages, examples)
+    assert "12 bad rows, and the others do not do: " in out
 
 
 def test_an_array_is_told_what_a_line_is():
@@ -236,6 +245,21 @@ def test_an_array_is_told_what_a_line_is():
             parse(line)
     with pytest.raises(BadRow, match=r"not JSON \(Invalid control character\)$"):
         parse(b'{"id": "q1\n')
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_nothing_good_is_the_last_line_too(tmp_path, split):
+    """Bug: after the list of bad rows the last line tells of a split that has no example."""
+    passages, examples = rows()
+    for example in examples:
+        example |= {"task": 3, "split": split}
+    found = write(tmp_path, passages, examples)
+    with pytest.raises(UserError, match="all its examples are bad, 16 bad rows; "):
+        validate.validate(found, str(tmp_path / "work"))
+    dropping = replace_dotted(found, "data.bad_rows", "drop")
+    data = assemble.read_sources(dropping, tmp_path / "data")
+    with pytest.raises(UserError, match="all its examples are bad"):
+        assemble.refuse_bad_rows(data, dropping)
 
 
 def test_a_row_is_shown_as_the_model_reads_it(tmp_path, capsys):

@@ -45,12 +45,14 @@ def warnings(example: Example, passages: Passages) -> Iterator[tuple[str, str]]:
         if found := _CONTROL.search(text):
             yield "control_text", f"{found[0]!r} in the text is plain characters"
             break
+    for id in example.hard_negatives:
+        if id in example.evidence:
+            yield "own_negative", f"hard_negatives {id!r} is in evidence too"
+            break
     wanted = example.kind in _KINDS_WITH_SPAN and example.answers and example.evidence
     if wanted and not example.output:
         evidence = [markup.passage_text(passages[id]) for id in example.evidence]
-        if not any(
-            markup.stands_in(answer, text) for answer in example.answers for text in evidence
-        ):
+        if not any(markup.find_answer(example.answers, text) for text in evidence):
             answer = f"{example.answers[0]!r:.60}"
             yield "answer_not_in_evidence", f"answer {answer} stands in none of its passages"
 

@@ -22,14 +22,15 @@ from cosup_jax.data.storage import (
     ArrayWriter,
     IdIndex,
     build_once,
+    check_lengths,
     hash_of,
+    intact,
     map_array,
-    read_about,
     span,
     write_array,
 )
 
-VERSION = 2  # raise it whenever a format, a check or the files below change
+VERSION = 4  # raise it whenever a format, a check or the files below change
 Records = Iterator[tuple[str, Passage | Example]]  # each with its FILE:LINE
 
 _TABLES = {Passage: "passages", Example: "examples"}
@@ -57,11 +58,13 @@ def ingest(
     key = hashlib.sha256(repr((VERSION, name, version, place)).encode()).hexdigest()[:16]
     target = directory / f"{name}-{key}"
     build_once(target, lambda temporary: _build(temporary, name, read))
-    about = read_about(target)
-    split_of = map_array(target / "examples_split", "<i4")
-    splits = {split: np.flatnonzero(split_of == i) for i, split in enumerate(about["splits"])}
-    dataset = Dataset(name, version, _Examples(target), _Corpus(target), splits)
-    return dataset, Problems.from_dict(about["problems"])
+    with intact(target):
+        about = json.loads((target / "about.json").read_text())
+        split_of = map_array(target / "examples_split", "<i4")
+        splits = {split: np.flatnonzero(split_of == i) for i, split in enumerate(about["splits"])}
+        dataset = Dataset(name, version, _Examples(target), _Corpus(target), splits)
+        check_lengths("examples_kept", len(dataset.examples), split_of)
+        return dataset, Problems.from_dict(about["problems"])
 
 
 def _build(directory: Path, name: str, read: Callable[[Problems], Records]) -> None:
@@ -132,6 +135,7 @@ class _Table(Sequence):
     def __init__(self, directory: Path, name: str):
         self._bytes = map_array(directory / f"{name}_rows", "|u1")
         self._offsets = map_array(directory / f"{name}_offsets", "<i8")
+        check_lengths(f"{name}_offsets", int(self._offsets[-1]), self._bytes)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

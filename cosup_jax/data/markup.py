@@ -18,7 +18,7 @@ from cosup_jax.data.schema import Example, Passage
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 
-VERSION = 3  # raise it whenever the same example gives other pieces
+VERSION = 4  # raise it whenever the same example gives other pieces
 
 # Roles of a token, uint8. EVIDENCE, from the token after [Ret] to [Cs], is a target unless
 # loss.mask_evidence.
@@ -33,7 +33,7 @@ INSTRUCTIONS = {
 }
 
 # Letters of scripts that put blanks between words, and digits.
-_WORD = "[0-9A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff]"
+_WORD = "[0-9A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff\u1e00-\u1fff]"
 _INSERTION = re.compile(r"\[Ret:([^\]]*)\]")
 
 
@@ -170,10 +170,9 @@ def pieces(
 
 def _evidence_pieces(example: Example, passages: Mapping[str, Passage]) -> list[Piece]:
     evidence = [passages[id] for id in example.evidence]
-    if len(evidence) == 1 and example.kind != "label":
-        known = [answer for answer in _answers(example) if stands_in(answer, evidence[0].text)]
-        if known:
-            return [*_inserted(evidence[0]), Piece(TARGET, known[0]), Piece(TARGET, control="ce")]
+    look = len(evidence) == 1 and example.kind != "label"
+    if look and (span := find_answer(_answers(example), evidence[0].text)):
+        return [*_inserted(evidence[0]), Piece(TARGET, span), Piece(TARGET, control="ce")]
     body = []
     for passage, support in zip(evidence, example.support or [None] * len(evidence), strict=True):
         span = passage.text[slice(*support)] if support else passage.text
@@ -214,11 +213,24 @@ def _inserted(passage: Passage) -> list[Piece]:
     ]
 
 
-def stands_in(answer: str, text: str) -> bool:
-    """Whether an answer stands in a text as whole words: "no" does not in "north"."""
+def find_answer(answers: Sequence[str], text: str) -> str:
+    """The first answer that stands in a text as whole words, as the text spells it, or "".
+
+    "no" does not stand in "north". An answer in other letters of case counts where none stands
+    there as it is; "US" is never "us".
+    """
+    lower = text.lower()
+    rest = [answer for answer in answers if answer.lower() in lower and not answer.isupper()]
+    tries = [(answer, re.NOFLAG) for answer in answers if answer in text]
+    tries += [(answer, re.IGNORECASE) for answer in rest]
+    found = (_whole_words(*one).search(text) for one in tries)
+    return next((match[0] for match in found if match), "")
+
+
+def _whole_words(answer: str, flags: re.RegexFlag) -> re.Pattern:
     before = f"(?<!{_WORD})" if re.match(_WORD, answer) else ""
     after = f"(?!{_WORD})" if re.match(_WORD, answer[-1:]) else ""
-    return re.search(before + re.escape(answer) + after, text) is not None
+    return re.compile(before + re.escape(answer) + after, flags)
 
 
 def _answers(example: Example) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ WARNINGS = {  # such a row is used, or left out and counted
     "answer_not_in_evidence": "no answer stands in the evidence",
     "control_text": "text that reads like a control token; it is encoded as plain characters",
     "unknown_field": "a field that is ignored and looks like a typing error",
+    "own_negative": "a hard negative that is evidence of the same row; it is no negative there",
     "no_answer": "a question without an answer: left out",
     "no_provenance": "a question without evidence: its answer is learnt without a passage",
     "evidence_dropped": "a part of the provenance that cannot be used, beside one that can",

@@ -14,6 +14,7 @@ from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.errors import UserError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_OTHER_LAYOUT = re.compile(rb"\s*(\[\s*(\{|$)|\{\s*$)")  # how a file of JSON, not JSONL, starts
 _BROKEN = (EOFError, OSError, zlib.error)  # what a damaged gzip file raises half way
 
 
@@ -108,15 +109,24 @@ def content_id(*texts: str) -> str:
 def read_lines(path: Path, problems: Problems) -> Iterator[Row]:
     """The objects of a JSONL file, plain or .gz; blank lines are skipped, bad ones noted.
 
-    Raises UserError if the file cannot be opened, breaks off, or holds no line.
+    Raises UserError if the file cannot be opened, breaks off, holds no line, or starts as JSON of
+    another layout: an array, or an object over several lines.
     """
     found = False
     for number, line in enumerate(_lines(path), start=1):
+        line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             continue
+        if not found and _OTHER_LAYOUT.match(line):
+            array = line.lstrip().startswith(b"[")
+            what, by = ("an array", "'.[]'") if array else ("an object over several lines", ".")
+            raise UserError(
+                f"{path}:{number}: JSON, but {what}, where each line must be one object; "
+                f"rewrite it, for example by jq -c {by}"
+            )
         found = True
         try:
-            row = Row(f"{path}:{number}", parse(line.removeprefix(b"\xef\xbb\xbf")))
+            row = Row(f"{path}:{number}", parse(line))
         except BadRow as error:
             problems.add(error.kind, f"{path}:{number}", "", error.reason)
             continue

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -102,24 +101,32 @@ def write_array(path: Path, values: Any, dtype: np.dtype | str) -> None:
         temporary.write_bytes(np.ascontiguousarray(values, dtype).data)
 
 
-def read_about(directory: Path) -> dict[str, Any]:
-    """DIRECTORY/about.json of what `build_once` made. UserError if that was damaged since."""
-    try:
-        return json.loads((directory / "about.json").read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(directory) from error
-
-
-def damaged(directory: Path) -> UserError:
-    """Of a directory that was whole once."""
-    return UserError(f"{directory} is damaged; delete it, the next run makes it again")
-
-
 def map_array(path: Path, dtype: np.dtype | str) -> np.ndarray:
     """A flat array file, mapped read-only."""
     if path.stat().st_size == 0:
         return np.zeros(0, dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+@contextlib.contextmanager
+def intact(directory: Path) -> Iterator[None]:
+    """Raises UserError for what damaged files of a directory, once built whole, let us run into."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        # Its neighbours go too: what it was made of may be damaged as well.
+        raise UserError(
+            f"{directory}: damaged ({reason:.100}); delete {directory.parent}, all of which is "
+            "made anew"
+        ) from None
+
+
+def check_lengths(name: str, length: int, *arrays: np.ndarray) -> None:
+    """Raises ValueError unless all arrays have that length, as `name` says."""
+    for array in arrays:
+        if len(array) != length:
+            raise ValueError(f"{len(array)} values where {name} has {length}")
 
 
 class ArrayWriter:
@@ -204,6 +211,7 @@ class IdIndex:
     def __init__(self, directory: Path, stem: str):
         self._hashes = map_array(directory / f"{stem}_hashes", "<u8")
         self._rows = map_array(directory / f"{stem}_by_hash", "<i8")
+        check_lengths(f"{stem}_hashes", len(self._hashes), self._rows)
 
     @staticmethod
     def write(directory: Path, stem: str, hashes: np.ndarray) -> None:

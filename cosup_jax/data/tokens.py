@@ -27,9 +27,9 @@ from cosup_jax.data.storage import (
     ArrayWriter,
     Ragged,
     build_once,
-    damaged,
+    check_lengths,
+    intact,
     map_array,
-    read_about,
     share_of,
     span,
 )
@@ -69,26 +69,32 @@ class TokenStore:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        about = read_about(self.directory)
-        self.fingerprint: str = about["fingerprint"]
-        self.dropped: int = about["dropped"]  # examples left out by data.drop_without_ret
-        for name, dtype in (_GEN | _PER_SOURCE).items():
-            setattr(self, name, map_array(self.directory / name, dtype))
-        corpus = self.directory / about["corpus"]  # stores of the same sources share one
-        for name, dtype in _CTX.items():
-            setattr(self, name, map_array(corpus / name, dtype))
-        self.identities = self.identities.reshape(-1, 2)
+        with intact(self.directory):
+            about = json.loads((self.directory / "about.json").read_text())
+            self.fingerprint: str = about["fingerprint"]
+            self.dropped: int = about["dropped"]  # examples left out by data.drop_without_ret
+            for name, dtype in (_GEN | _PER_SOURCE).items():
+                setattr(self, name, map_array(self.directory / name, dtype))
+            corpus = self.directory / about["corpus"]  # stores of the same sources share one
+            for name, dtype in _CTX.items():
+                setattr(self, name, map_array(corpus / name, dtype))
+            self.identities = self.identities.reshape(-1, 2)
+            self._check_lengths()
         self.ctx = Ragged(self.ctx_tokens, self.ctx_offsets)  # int32 [n], by passage row
         self.num_examples = len(self.gen_offsets) - 1
         self.num_passages = len(self.ctx_offsets) - 1
-        for values, offsets in (
-            (self.gen_tokens, self.gen_offsets),
-            (self.gen_roles, self.gen_offsets),
-            (self.ret_passages, self.ret_offsets),
-            (self.ctx_tokens, self.ctx_offsets),
+
+    def _check_lengths(self) -> None:
+        for name, *flat in (
+            ("gen_offsets", self.gen_tokens, self.gen_roles),
+            ("ret_offsets", self.ret_positions, self.ret_passages),
+            ("negative_offsets", self.negative_passages),
+            ("ctx_offsets", self.ctx_tokens),
         ):
-            if not len(offsets) or len(values) != offsets[-1]:
-                raise damaged(self.directory)
+            check_lengths(name, int(getattr(self, name)[-1]), *flat)
+        items = (self.ret_offsets[1:], self.negative_offsets[1:], self.gen_rows)
+        check_lengths("gen_offsets", len(self.gen_offsets) - 1, *items, self.weights, self.sources)
+        check_lengths("ctx_offsets", len(self.ctx_offsets) - 1, self.ctx_cut, self.identities)
 
     def __reduce__(self):
         return TokenStore, (self.directory,)
