@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from cosup_jax import sharding
 from cosup_jax import step as step_lib
-from cosup_jax.config import ArchConfig, Config, DataConfig, sources
+from cosup_jax.config import ArchConfig, Config, DataConfig, sources, to_dict
 from cosup_jax.contract import EmbeddingContract, check_match
 from cosup_jax.data import markup, prepared, tokenizer
 from cosup_jax.data.batch import batch_shape
@@ -27,11 +28,11 @@ from cosup_jax.families import FAMILIES
 from cosup_jax.hf import weights
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer
+from cosup_jax.transformer import Transformer, rotated_features
 
 _ARCH = [field.name for field in dataclasses.fields(ArchConfig)]
 _SHAPE = _ARCH[: _ARCH.index("dtype")]  # what weights determine
-_LAYOUT = ("param_dtype", "lora", "frozen_layers", "freeze_embeddings")  # of a tower's parameters
+_LAYOUT = ("frozen_dtype", "lora", "frozen_layers", "freeze_embeddings")  # of its parameters
 
 
 class Sources(NamedTuple):
@@ -94,11 +95,28 @@ def _check_towers(config: Config) -> None:
                 f"config.{key}={tokens} is beyond the {arch.max_positions} positions that "
                 f"{tower}'s {arch.family} has learned; lower it"
             )
-        if arch.frozen_layers >= arch.layers:
-            raise UserError(
-                f"config.{tower}.arch.frozen_layers={arch.frozen_layers} leaves none of its "
-                f"{arch.layers} layers; to freeze the tower set config.{tower}.freeze"
-            )
+    for tower, arch in (("gen", gen), ("ctx", ctx)):
+        if problem := _unlike_its_family(arch):
+            raise UserError(f"config.{tower}.arch.{problem}")
+
+
+def _unlike_its_family(arch: ArchConfig) -> str:
+    """What the family does not compute, and whoever reads an export of it would not either."""
+    family, kernels = FAMILIES[arch.family], set(arch.lora.kernels.split(","))
+    if arch.frozen_layers >= arch.layers:
+        return (
+            f"frozen_layers={arch.frozen_layers} leaves none of its {arch.layers} layers; to freeze"
+            " the tower set its freeze"
+        )
+    if arch.window and not family.windows:
+        return f"window={arch.window}: a {arch.family} has none, a mistral or qwen has; set it to 0"
+    if arch.kv_heads != arch.heads and not family.groups:
+        return f"kv_heads={arch.kv_heads} must be heads={arch.heads} in a {arch.family}"
+    if arch.lora.rank and not family.gated and kernels == {"gate"}:
+        return f"lora.kernels=gate names none that a {arch.family} has"
+    if family.positions == "rotary" and rotated_features(arch) % 2:
+        return f"rope_fraction={arch.rope_fraction} of head_dim={arch.head_dim} is no even number"
+    return ""
 
 
 def read_sources(config: Config, directory: Path) -> Sources:
@@ -277,6 +295,14 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
     what = "the workdir's checkpoint"
     saved = EmbeddingContract.from_dict(meta["contract"], what)
     check_match(embedding_contract(config, tokenizers, saved.weights), saved, what)
+    now = to_dict(config)
+    for tower, name in itertools.product(("gen", "ctx"), (*_SHAPE, "lora")):
+        was, wanted = (found[tower]["arch"][name] for found in (meta["config"], now))
+        if was != wanted:
+            raise UserError(
+                f"{what} was made with config.{tower}.arch.{name}={was!r}, this config has "
+                f"{wanted!r}; use the config that it was made with"
+            )
     return saved
 
 

@@ -54,7 +54,7 @@ class ArchConfig:
     norm_eps: float = 1e-5  # epsilon of the norms
     tie_embeddings: bool = True  # output head = input embedding, transposed
     dtype: str = "float32"  # compute: float32 | bfloat16
-    param_dtype: str = "float32"  # of the parameters: float32 | bfloat16 (frozen towers, LoRA)
+    frozen_dtype: str = "float32"  # of parameters that are not trained: float32 | bfloat16
     lora: LoraConfig = LoraConfig()
     frozen_layers: int = 0  # lowest layers that stay as they start
     freeze_embeddings: bool = False  # True: tables, new tokens' rows too, stay as they start

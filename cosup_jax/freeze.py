@@ -15,7 +15,7 @@ _ARCH = {
     "activation": ("", "silu", "gelu", "gelu_tanh"),
     "rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
+    "frozen_dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
     "attention": ("auto", "xla", "cudnn"),
 }
@@ -164,6 +164,13 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"config.{tower}.arch.frozen_layers={arch.frozen_layers} would freeze random "
                 f"weights; set config.{tower}.init"
+            )
+        if arch.rope_fraction > 1:
+            raise UserError(f"config.{tower}.arch.rope_fraction={arch.rope_fraction} is a share")
+    for name in ("pooling", "prompt"):
+        if getattr(config.gen, name) != getattr(Config().gen, name):
+            raise UserError(
+                f"config.gen.{name} means nothing: Gen reads no passages; set it for ctx"
             )
     if config.gen.init == "gen":
         raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")

@@ -39,12 +39,15 @@ class TrainState:
 
 
 def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
-    """Random parameters; with ctx.init="gen" both towers start from the same weights."""
+    """Random parameters; with ctx.init="gen" both towers start from the same weights.
+
+    They are float32; what is not trained is as config.*.arch.frozen_dtype says.
+    """
     key_gen, key_ctx = jax.random.split(key)
     params = {"gen": towers.gen.init(key_gen), "nsp": {}}
     if not towers.tied:
         params["ctx"] = towers.ctx.init(key_ctx)
-    if not towers.tied and config.ctx.init == "gen":
+    if not towers.tied and config.ctx.init == "gen" and config.gen.init == "scratch":
         # Adapters are each tower's own, of a rank of its own.
         shared = {p: x for p, x in flatten_dict(params["gen"]).items() if "_lora_" not in p[-1]}
         params["ctx"] = overlaid(params["ctx"], unflatten_dict(shared))
@@ -56,7 +59,8 @@ def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
         params["nsp"]["log_temperature"] = jnp.log(jnp.float32(config.loss.temperature))
         if config.loss.contrastive == "sigmoid":
             params["nsp"]["bias"] = jnp.float32(config.loss.sigmoid_bias)
-    return params
+    hold = lambda path, x: x.astype(_dtype(_keys(path), config))
+    return jax.tree_util.tree_map_with_path(hold, params)
 
 
 def overlaid(base: dict, other: dict) -> dict:
@@ -77,6 +81,11 @@ def trainable(params: dict, config: Config) -> dict:
     """
     flat = flatten_dict(params)
     return unflatten_dict({path: x for path, x in flat.items() if _is_trained(path, config)})
+
+
+def _dtype(path: tuple[str, ...], config: Config) -> str:
+    trained = path[0] == "nsp" or _is_trained(path, config)
+    return "float32" if trained else getattr(config, path[0]).arch.frozen_dtype
 
 
 def _is_trained(path: tuple[str, ...], config: Config) -> bool:

@@ -108,7 +108,7 @@ def padded_vocab(vocab_size: int) -> int:
 
 
 def merge_adapters(params: dict, arch: ArchConfig) -> dict:
-    """The same function without adapters: their updates added to the kernels."""
+    """The same function without adapters: their updates added to the kernels, in float32."""
     flat = flatten_dict(params)
     merged = {path: leaf for path, leaf in flat.items() if "_lora_" not in path[-1]}
     for path, a in flat.items():
@@ -118,7 +118,7 @@ def merge_adapters(params: dict, arch: ArchConfig) -> dict:
             layers, rank = len(kernel), arch.lora.rank
             update = a.reshape(layers, -1, rank) @ b.reshape(layers, rank, -1)
             update = (arch.lora.alpha / rank) * update.reshape(kernel.shape)
-            merged[name] = (kernel + update).astype(kernel.dtype)
+            merged[name] = kernel.astype(jnp.float32) + update
     return unflatten_dict(merged)
 
 
@@ -185,9 +185,8 @@ def _attend(arch: ArchConfig, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT):
     )
 
 
-def _param(module: nn.Module, name: str, shape, axes, init, dtype: str) -> jax.Array:
-    init = nn.with_logical_partitioning(init, axes)
-    return module.param(name, init, shape, jnp.dtype(dtype))
+def _param(module: nn.Module, name: str, shape, axes, init) -> jax.Array:
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 def _linear(module: nn.Module, name: str, x, spec: str, gain: float = 1.0, bias: bool = False):
@@ -197,20 +196,19 @@ def _linear(module: nn.Module, name: str, x, spec: str, gain: float = 1.0, bias:
     size["r"] = a.lora.rank
     shape = lambda letters: tuple(size[letter] for letter in letters)
     axes = lambda letters: tuple(_AXES[letter] for letter in letters)
-    normal = lambda scale: nn.initializers.normal(scale)
-    zeros = nn.initializers.zeros_init()
+    normal, zeros = nn.initializers.normal, nn.initializers.zeros_init()
     inputs, outputs = spec.split("->")
     over = inputs + outputs
     scale = math.prod(shape(inputs)) ** -0.5
-    kernel = _param(module, name, shape(over), axes(over), normal(gain * scale), a.param_dtype)
+    kernel = _param(module, name, shape(over), axes(over), normal(gain * scale))
     y = jnp.einsum(f"bt{inputs},{over}->bt{outputs}", x, kernel.astype(x.dtype))
     if bias:
-        bias = _param(module, f"{name}_bias", shape(outputs), axes(outputs), zeros, a.param_dtype)
+        bias = _param(module, f"{name}_bias", shape(outputs), axes(outputs), zeros)
         y += constrain(bias, *[None] * len(outputs)).astype(x.dtype)[None, None]
     if a.lora.rank and name in a.lora.kernels.split(","):
         down, up = inputs + "r", "r" + outputs
-        lora_a = _param(module, f"{name}_lora_a", shape(down), axes(down), normal(scale), "float32")
-        lora_b = _param(module, f"{name}_lora_b", shape(up), axes(up), zeros, "float32")
+        lora_a = _param(module, f"{name}_lora_a", shape(down), axes(down), normal(scale))
+        lora_b = _param(module, f"{name}_lora_b", shape(up), axes(up), zeros)
         low = jnp.einsum(f"bt{inputs},{down}->btr", x, lora_a.astype(x.dtype))
         update = jnp.einsum(f"btr,{up}->bt{outputs}", low, lora_b.astype(x.dtype))
         y += update * (a.lora.alpha / a.lora.rank)
@@ -227,7 +225,7 @@ class _Norm(nn.Module):
     def __call__(self, x):
         a, layer = self.arch, FAMILIES[self.arch.family].norm == "layer"
         make = lambda name, init: constrain(
-            _param(self, name, (x.shape[-1],), (self.features,), init, a.param_dtype), None
+            _param(self, name, (x.shape[-1],), (self.features,), init), None
         ).astype(jnp.float32)
         scale_D = make("scale", nn.initializers.ones_init())
         x32 = x.astype(jnp.float32)
@@ -325,7 +323,7 @@ class _Decoder(nn.Module):
                 )(_plain(a) if name == "frozen_blocks" else a, name=name)
                 x_BxTxD, _ = blocks(x_BxTxD, mask_Bx1xTxT, positions_BxT)
         if self.has_head and not a.tie_embeddings and self.is_initializing():
-            _Table(a, (a.width, self.padded_vocab), ("embed", "vocab"), "kernel", name="head")()
+            _Table((a.width, self.padded_vocab), ("embed", "vocab"), "kernel", name="head")()
         if family.block != "post":
             x_BxTxD = _Norm(a, name="final_norm")(x_BxTxD)
         return constrain(x_BxTxD, "batch", None, None)
@@ -342,7 +340,7 @@ class _Embedding(nn.Module):
         a, family = self.arch, FAMILIES[self.arch.family]
         normal = nn.initializers.normal(0.02)
         rows = lambda name, count, axis: _param(
-            self, name, (count, a.width), (axis, "embed"), normal, a.param_dtype
+            self, name, (count, a.width), (axis, "embed"), normal
         ).astype(a.dtype)
         table_VxD = constrain(rows("table", self.padded_vocab, "vocab"), "vocab", None)
         x_BxTxD = constrain(table_VxD[tokens_BxT], "batch", None, None)  # gathered over fsdp once
@@ -359,7 +357,6 @@ class _Embedding(nn.Module):
 class _Table(nn.Module):
     """One matrix under a name of its own."""
 
-    arch: ArchConfig
     shape: tuple[int, int]
     axes: tuple[str, str]
     param_name: str
@@ -367,7 +364,7 @@ class _Table(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        return _param(self, self.param_name, self.shape, self.axes, init, self.arch.param_dtype)
+        return _param(self, self.param_name, self.shape, self.axes, init)
 
 
 def _plain(arch: ArchConfig) -> ArchConfig:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from cosup_jax.config import ArchConfig, RopeScaling
 from cosup_jax.errors import UserError
+from cosup_jax.families import FAMILIES
 from cosup_jax.hf.names import LAYOUTS
 
 
@@ -24,6 +25,11 @@ def arch_fields(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
         raise UserError(f"{where}: key {error} is missing; is this a {kind} model?") from None
     except _UnsupportedError as error:
         raise UserError(f"{where}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{where}: a number is no number ({error}); get the file anew") from None
+    for name in ("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
+        if type(fields[name]) is not int or fields[name] < 1:
+            raise UserError(f"{where}: {name} is {fields[name]!r}; get the file anew")
     return {"family": kind, **fields}
 
 
@@ -53,38 +59,29 @@ def _only(config: Mapping[str, Any], **fine: tuple) -> None:
 def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
     _only(config, attention_bias=(False, None), mlp_bias=(False, None))
     width, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or width // heads
     return {
-        "layers": config["num_hidden_layers"],
-        "width": width,
-        "heads": heads,
+        **_read_shape(config, "silu"),
         "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "mlp_width": config["intermediate_size"],
-        "activation": _activation(config.get("hidden_act", "silu")),
+        "head_dim": config.get("head_dim") or width // heads,
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": config.get("tie_word_embeddings", False),
         "window": _window(config),
-        "max_positions": config.get("max_position_embeddings", 2048),
         **_read_rope(config, 10000.0),
     }
 
 
 def _write_llama(arch: ArchConfig) -> dict[str, Any]:
-    windows = {"sliding_window": arch.window or None}
+    windows = {}
+    if FAMILIES[arch.family].windows:
+        windows = {"sliding_window": arch.window or None}
     if arch.family.startswith("qwen"):
         windows |= {"use_sliding_window": bool(arch.window), "max_window_layers": 0}
     return {
-        "hidden_size": arch.width,
-        "num_hidden_layers": arch.layers,
-        "num_attention_heads": arch.heads,
+        **_write_shape(arch),
         "num_key_value_heads": arch.kv_heads,
         "head_dim": arch.head_dim,
-        "intermediate_size": arch.mlp_width,
-        "hidden_act": _HIDDEN_ACT[arch.activation or "silu"],
         "rms_norm_eps": arch.norm_eps,
-        "max_position_embeddings": arch.max_positions,
-        **(windows if arch.window or arch.family != "llama" else {}),
+        **windows,
         **_write_rope(arch),
     }
 
@@ -109,10 +106,10 @@ def _window(config: Mapping[str, Any]) -> int:
 def _read_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
     _only(config, scale_attn_by_inverse_layer_idx=(False,), scale_attn_weights=(True,))
     _only(config, add_cross_attention=(False,))
-    width, heads = config["n_embd"], config["n_head"]
+    width = config["n_embd"]
     return {
         "layers": config["n_layer"],
-        **_heads(width, heads),
+        **_heads(width, config["n_head"]),
         "mlp_width": config.get("n_inner") or 4 * width,
         "activation": _activation(config.get("activation_function", "gelu_new")),
         "max_positions": config["n_positions"],
@@ -128,38 +125,27 @@ def _write_gpt2(arch: ArchConfig) -> dict[str, Any]:
         "n_head": arch.heads,
         "n_inner": arch.mlp_width,
         "n_positions": arch.max_positions,
-        "activation_function": _HIDDEN_ACT[arch.activation or "gelu_tanh"],
+        "activation_function": _write_activation(arch),
         "layer_norm_epsilon": arch.norm_eps,
     }
 
 
 def _read_neox(config: Mapping[str, Any]) -> dict[str, Any]:
     _only(config, attention_bias=(True,))
-    fraction = {"rope_fraction": float(config.get("rotary_pct", 0.25))}
-    rope = _read_rope(config, float(config.get("rotary_emb_base", 10000.0)))
     return {
         **({} if config.get("use_parallel_residual", True) else {"family": "gpt_neox_serial"}),
-        "layers": config["num_hidden_layers"],
-        **_heads(config["hidden_size"], config["num_attention_heads"]),
-        "mlp_width": config["intermediate_size"],
-        "activation": _activation(config.get("hidden_act", "gelu")),
+        **_read_shape(config, "gelu"),
         "norm_eps": float(config.get("layer_norm_eps", 1e-5)),
-        "max_positions": config.get("max_position_embeddings", 2048),
         "tie_embeddings": config.get("tie_word_embeddings", False),
-        **fraction,
-        **rope,
+        "rope_fraction": float(config.get("rotary_pct", 0.25)),
+        **_read_rope(config, float(config.get("rotary_emb_base", 10000.0))),
     }
 
 
 def _write_neox(arch: ArchConfig) -> dict[str, Any]:
     return {
-        "hidden_size": arch.width,
-        "num_hidden_layers": arch.layers,
-        "num_attention_heads": arch.heads,
-        "intermediate_size": arch.mlp_width,
-        "hidden_act": _HIDDEN_ACT[arch.activation or "gelu"],
+        **_write_shape(arch),
         "layer_norm_eps": arch.norm_eps,
-        "max_position_embeddings": arch.max_positions,
         "use_parallel_residual": arch.family == "gpt_neox",
         "rotary_pct": arch.rope_fraction,
         "rotary_emb_base": arch.rope_theta,
@@ -171,11 +157,7 @@ def _read_bert(config: Mapping[str, Any]) -> dict[str, Any]:
     _only(config, position_embedding_type=("absolute", None), is_decoder=(False,))
     _only(config, type_vocab_size=(2,))
     return {
-        "layers": config["num_hidden_layers"],
-        **_heads(config["hidden_size"], config["num_attention_heads"]),
-        "mlp_width": config["intermediate_size"],
-        "activation": _activation(config.get("hidden_act", "gelu")),
-        "max_positions": config["max_position_embeddings"],
+        **_read_shape(config, "gelu"),
         "norm_eps": float(config.get("layer_norm_eps", 1e-12)),
         "tie_embeddings": True,
     }
@@ -183,15 +165,32 @@ def _read_bert(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_bert(arch: ArchConfig) -> dict[str, Any]:
     return {
+        **_write_shape(arch),
+        "layer_norm_eps": arch.norm_eps,
+        "type_vocab_size": 2,
+        "position_embedding_type": "absolute",
+    }
+
+
+def _read_shape(config: Mapping[str, Any], activation: str) -> dict[str, Any]:
+    """What all but GPT-2 call alike."""
+    return {
+        **_heads(config["hidden_size"], config["num_attention_heads"]),
+        "layers": config["num_hidden_layers"],
+        "mlp_width": config["intermediate_size"],
+        "activation": _activation(config.get("hidden_act", activation)),
+        "max_positions": config.get("max_position_embeddings", 2048),
+    }
+
+
+def _write_shape(arch: ArchConfig) -> dict[str, Any]:
+    return {
         "hidden_size": arch.width,
         "num_hidden_layers": arch.layers,
         "num_attention_heads": arch.heads,
         "intermediate_size": arch.mlp_width,
-        "hidden_act": _HIDDEN_ACT[arch.activation or "gelu"],
+        "hidden_act": _write_activation(arch),
         "max_position_embeddings": arch.max_positions,
-        "layer_norm_eps": arch.norm_eps,
-        "type_vocab_size": 2,
-        "position_embedding_type": "absolute",
     }
 
 
@@ -206,6 +205,10 @@ def _activation(name: str) -> str:
     if name not in _ACTIVATION:
         raise _UnsupportedError(f"activation {name!r} is not supported; {', '.join(_ACTIVATION)}")
     return _ACTIVATION[name]
+
+
+def _write_activation(arch: ArchConfig) -> str:
+    return _HIDDEN_ACT[arch.activation or FAMILIES[arch.family].activation]
 
 
 def _heads(width: int, heads: int) -> dict[str, int]:
@@ -250,18 +253,20 @@ def _read_rope(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
 
 
 def _write_rope(arch: ArchConfig) -> dict[str, Any]:
-    s, rope = arch.rope_scaling, {"rope_type": "default", "rope_theta": arch.rope_theta}
+    """Under the old names, which every version of transformers reads; the new are 5's alone."""
+    s, old = arch.rope_scaling, {"rope_theta": arch.rope_theta}
     if arch.rope_fraction != 1.0:
-        rope["partial_rotary_factor"] = arch.rope_fraction
-    if s.kind != "none":
-        rope |= {"rope_type": s.kind, "factor": s.factor}
+        old["partial_rotary_factor"] = arch.rope_fraction
+    if s.kind == "none":
+        return old
+    scaling = {"rope_type": s.kind, "factor": s.factor}
     if s.kind in ("llama3", "yarn"):
-        rope["original_max_position_embeddings"] = s.original
+        scaling["original_max_position_embeddings"] = s.original
     if s.kind == "llama3":
-        rope |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
+        scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
     if s.kind == "yarn":
-        rope |= {"beta_slow": s.low, "beta_fast": s.high, "attention_factor": s.attention}
-    return {"rope_parameters": rope}
+        scaling |= {"beta_slow": s.low, "beta_fast": s.high, "attention_factor": s.attention}
+    return old | {"rope_scaling": scaling}
 
 
 class _Family(NamedTuple):

@@ -3,6 +3,7 @@
 Names and layouts are llama.cpp's. What we cannot tell for certain is an error, never a guess.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import gguf
 import numpy as np
 
 from cosup_jax.errors import UserError
+from cosup_jax.hf.names import LAYOUTS, TABLE
 
 _ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, no weight
 
@@ -101,6 +103,17 @@ def open_gguf(path: Path) -> tuple[dict[str, gguf.ReaderTensor], dict[str, Any]]
     Raises UserError for a file that is no whole GGUF file.
     """
     try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as GGUF ({error.strerror}); check it") from error
+    tensors, metadata = _open(path, found.st_size, found.st_mtime_ns)
+    return dict(tensors), dict(metadata)
+
+
+# Reading the metadata takes seconds, and shape, tokenizer and weights each ask for it.
+@functools.lru_cache(maxsize=2)
+def _open(path: Path, size: int, mtime_ns: int) -> tuple[Mapping, Mapping]:
+    try:
         reader = gguf.GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
     except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
@@ -124,19 +137,43 @@ class _Architecture(NamedTuple):
     required: Mapping[str, str]  # key of config.json -> key of the file, the architecture before it
     optional: Mapping[str, str]
     fixed: Mapping[str, Any]  # what config.json says of every such model
-    names: Mapping[str, str]  # tensor of the file -> of Hugging Face; {} is the layer
     finish: Callable[[dict[str, Any], Mapping, Mapping], None] = lambda *_: None
     rows: Mapping[str, Callable[[Mapping], _Axes]] = {}  # stored rows as a block, and axes to swap
     transposed: tuple[str, ...] = ()
 
 
+_LEAVES = {  # tensor of the file -> our leaf, whose name at Hugging Face is in names.py
+    "token_embd": "embed/table",
+    "position_embd": "embed/positions",
+    "token_types": "embed/types",
+    "token_embd_norm": "embed/norm/scale",
+    "output_norm": "final_norm/scale",
+    "output": "head/kernel",
+    "attn_norm": "blocks/attn_norm/scale",
+    "attn_output_norm": "blocks/attn_norm/scale",
+    "attn_q": "blocks/attn/q",
+    "attn_k": "blocks/attn/k",
+    "attn_v": "blocks/attn/v",
+    "attn_qkv": "blocks/attn/q",  # with k and v in the same tensor
+    "attn_q_norm": "blocks/attn/q_norm/scale",
+    "attn_k_norm": "blocks/attn/k_norm/scale",
+    "attn_output": "blocks/attn/o",
+    "ffn_norm": "blocks/mlp_norm/scale",
+    "layer_output_norm": "blocks/mlp_norm/scale",
+    "ffn_gate": "blocks/mlp/gate",
+    "ffn_up": "blocks/mlp/up",
+    "ffn_down": "blocks/mlp/down",
+}
+
+
 def _hf_name(known: _Architecture, name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     block, layer, part = (*stem.split("."), "", "")[:3]
-    found = known.names.get(f"{block}.{{}}.{part}" if layer else stem)
-    if found is None or suffix not in ("weight", "bias"):
+    found = LAYOUTS[known.model_type].table.get(_LEAVES.get(part if layer else block, ""))
+    fused = part == "attn_qkv"
+    if found is None or suffix not in ("weight", "bias") or fused != ("#" in found.theirs):
         raise ProblemError(f"tensor {name} is not supported, only those of a plain text model")
-    return f"{found.format(layer)}.{suffix}"
+    return f"{found.name.format(layer).removesuffix('.weight')}.{suffix}"
 
 
 def _config(known: _Architecture, settings: Mapping, named: Mapping) -> dict[str, Any]:
@@ -151,11 +188,12 @@ def _config(known: _Architecture, settings: Mapping, named: Mapping) -> dict[str
             config[key] = _short(value)
     if settings["embedding_length"] < settings["attention.head_count"]:
         raise ProblemError("attention.head_count is above embedding_length; get the file anew")
-    embedding = f"{known.names['token_embd']}.weight"
+    layout = LAYOUTS[known.model_type]
+    embedding = layout.table[TABLE].name
     if embedding not in named:
         raise ProblemError("tensor token_embd.weight is missing; get the whole file")
     config["vocab_size"] = int(named[embedding].shape[-1])
-    config["tie_word_embeddings"] = f"{known.names.get('output')}.weight" not in named
+    config["tie_word_embeddings"] = layout.head not in named
     known.finish(config, settings, named)
     return config
 
@@ -256,32 +294,11 @@ _LLAMA = _Architecture(
         "sliding_window": "attention.sliding_window",
     },
     {"hidden_act": "silu"},
-    {
-        "token_embd": "embed_tokens",
-        "output_norm": "norm",
-        "output": "lm_head",
-        "blk.{}.attn_norm": "layers.{}.input_layernorm",
-        "blk.{}.attn_q": "layers.{}.self_attn.q_proj",
-        "blk.{}.attn_k": "layers.{}.self_attn.k_proj",
-        "blk.{}.attn_v": "layers.{}.self_attn.v_proj",
-        "blk.{}.attn_output": "layers.{}.self_attn.o_proj",
-        "blk.{}.ffn_norm": "layers.{}.post_attention_layernorm",
-        "blk.{}.ffn_gate": "layers.{}.mlp.gate_proj",
-        "blk.{}.ffn_up": "layers.{}.mlp.up_proj",
-        "blk.{}.ffn_down": "layers.{}.mlp.down_proj",
-    },
     _finish_llama,
     rows={"attn_q": _pairs_apart, "attn_k": _pairs_apart},
 )
 _QWEN2 = _LLAMA._replace(model_type="qwen2", rows={})
-_QWEN3 = _QWEN2._replace(
-    model_type="qwen3",
-    names={
-        **_LLAMA.names,
-        "blk.{}.attn_q_norm": "layers.{}.self_attn.q_norm",
-        "blk.{}.attn_k_norm": "layers.{}.self_attn.k_norm",
-    },
-)
+_QWEN3 = _QWEN2._replace(model_type="qwen3")
 
 
 # GPT-2, GPT-NeoX, BERT --------------------------------------------------------------------------
@@ -316,18 +333,6 @@ _GPT2 = _Architecture(
     },
     {},
     {"activation_function": "gelu_new"},
-    {
-        "token_embd": "wte",
-        "position_embd": "wpe",
-        "output_norm": "ln_f",
-        "output": "lm_head",
-        "blk.{}.attn_norm": "h.{}.ln_1",
-        "blk.{}.attn_qkv": "h.{}.attn.c_attn",
-        "blk.{}.attn_output": "h.{}.attn.c_proj",
-        "blk.{}.ffn_norm": "h.{}.ln_2",
-        "blk.{}.ffn_up": "h.{}.mlp.c_fc",
-        "blk.{}.ffn_down": "h.{}.mlp.c_proj",
-    },
     transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
 )
 _LAYER_NORM = {
@@ -343,17 +348,6 @@ _NEOX = _Architecture(
     _LAYER_NORM,
     {"use_parallel_residual": "use_parallel_residual", "rotary_emb_base": "rope.freq_base"},
     {"hidden_act": "gelu"},
-    {
-        "token_embd": "embed_in",
-        "output_norm": "final_layer_norm",
-        "output": "embed_out",
-        "blk.{}.attn_norm": "layers.{}.input_layernorm",
-        "blk.{}.attn_qkv": "layers.{}.attention.query_key_value",
-        "blk.{}.attn_output": "layers.{}.attention.dense",
-        "blk.{}.ffn_norm": "layers.{}.post_attention_layernorm",
-        "blk.{}.ffn_up": "layers.{}.mlp.dense_h_to_4h",
-        "blk.{}.ffn_down": "layers.{}.mlp.dense_4h_to_h",
-    },
     _finish_neox,
     rows={"attn_qkv": _head_by_head},
 )
@@ -362,20 +356,6 @@ _BERT = _Architecture(
     _LAYER_NORM,
     {},
     {"hidden_act": "gelu"},
-    {
-        "token_embd": "embeddings.word_embeddings",
-        "position_embd": "embeddings.position_embeddings",
-        "token_types": "embeddings.token_type_embeddings",
-        "token_embd_norm": "embeddings.LayerNorm",
-        "blk.{}.attn_q": "encoder.layer.{}.attention.self.query",
-        "blk.{}.attn_k": "encoder.layer.{}.attention.self.key",
-        "blk.{}.attn_v": "encoder.layer.{}.attention.self.value",
-        "blk.{}.attn_output": "encoder.layer.{}.attention.output.dense",
-        "blk.{}.attn_output_norm": "encoder.layer.{}.attention.output.LayerNorm",
-        "blk.{}.ffn_up": "encoder.layer.{}.intermediate.dense",
-        "blk.{}.ffn_down": "encoder.layer.{}.output.dense",
-        "blk.{}.layer_output_norm": "encoder.layer.{}.output.LayerNorm",
-    },
     _finish_bert,
 )
 _ARCHITECTURES = {
