@@ -7,6 +7,7 @@ WORKDIR/export/parity.json   how far the written models are from the trained one
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from itertools import chain, islice
@@ -30,6 +31,7 @@ from cosup_jax.transformer import Transformer, merge_adapters
 from cosup_jax.workdir import Workdir
 
 ROWS = 8  # examples, and passages, that are compared
+SENTENCES = ("torch", "sentence_transformers")  # packages that read Ctx
 
 
 def export(config: Config, workdir: str) -> None:
@@ -59,7 +61,7 @@ def export(config: Config, workdir: str) -> None:
             checkpointer.save(restored.step, {"params": restored.state}, restored.meta)
             checkpointer.close()
             checks = _compare(new, trained, merged, _sample(data, tokenizers, config), config)
-            (new / "parity.json").write_text(json.dumps(checks, indent=2) + "\n")
+            _write_json(new / "parity.json", checks)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
             if isinstance(error, (OSError, safetensors.SafetensorError)):
@@ -94,72 +96,69 @@ def _without_adapters(towers: Towers) -> Towers:
 def _write(
     new: Path, ours: Ours, tokenizers: Tokenizers, contract: EmbeddingContract, config: Config
 ) -> None:
-    data, towers, gen = config.data, ours.towers, tokenizers.gen
-    ctx_params = dict(towers.ctx_params(ours.params))
+    towers, pooling = ours.towers, config.ctx.pooling
+    ctx_params = {k: v for k, v in towers.ctx_params(ours.params).items() if k != "head"}
     projection = ctx_params.pop("projection", None)
-    ctx_params.pop("head", None)
-    for name, model, params, tokens in (
-        ("gen", towers.gen, ours.params["gen"], gen),
-        ("ctx", towers.ctx, ctx_params, tokenizers.ctx),
-    ):
+    gen, ctx, most = tokenizers.gen, tokenizers.ctx, config.data.max_ctx_tokens
+    for name in ("gen", "ctx"):
         (new / name).mkdir(parents=True)
-        longest = {"gen": model.arch.max_positions, "ctx": data.max_ctx_tokens}[name]
-        tail = markup.ctx_tail(tokens, config.ctx.pooling) if name == "ctx" else tokens.suffix
-        tokens.save_framed(new / name, tail, longest)
-        ids = {"eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
-        ids |= {"bos_token_id": tokens.prefix[0] if tokens.prefix else None}
-        size, has_head = model.vocab_size, name == "gen"
-        saving.save(
-            new / name, params, model.arch, size, has_head, config.export.dtype, settings=ids
-        )
-        text = json.dumps(contract.to_dict(), indent=2) + "\n"
-        (new / name / "contract.json").write_text(text)
-    (new / "gen" / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": gen.eos, "pad_token_id": gen.pad}, indent=2) + "\n"
-    )
+        _write_json(new / name / "contract.json", contract.to_dict())
+    gen.save_framed(new / "gen", [], towers.gen.arch.max_positions, text_only=False)
+    ctx.save_framed(new / "ctx", markup.ctx_tail(ctx, pooling), most, text_only=True)
+    save = functools.partial(_save_tower, dtype=config.export.dtype)
+    save(new / "gen", ours.params["gen"], towers.gen, gen, has_head=True)
+    save(new / "ctx", ctx_params, towers.ctx, ctx, has_head=False)
+    ids = {"eos_token_id": gen.eos, "pad_token_id": gen.pad}
+    _write_json(new / "gen" / "generation_config.json", ids)
     sentence.save_modules(
-        *(new / "ctx", config.ctx.pooling, config.ctx.prompt, data.max_ctx_tokens),
-        *(config.loss.normalize, (towers.ctx.width, towers.gen.width)),
+        *(new / "ctx", pooling, config.ctx.prompt, most, config.loss.normalize),
+        widths=(towers.ctx.width, towers.gen.width),
         projection_DxW=None if projection is None else np.asarray(projection),
     )
 
 
+def _save_tower(directory: Path, params: dict, model: Transformer, tokens, has_head, dtype):
+    ids = {"eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+    ids |= {"bos_token_id": tokens.prefix[0] if tokens.prefix else None}
+    saving.save(directory, params, model.arch, model.vocab_size, has_head, dtype, settings=ids)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
 def _sample(data: Sources, tokenizers: Tokenizers, config: Config) -> Sample:
-    """The first examples and passages of the training data that spell out no control token."""
-    literal = ("[Ret]", "[Cs]", "[Ce]", "[Emb]", "<")
-    plain = lambda text: not any(token in text for token in literal)
+    """The first examples and passages of the training data."""
     datasets = [dataset for dataset, _ in data.train]
-    passages = chain.from_iterable(dataset.passages.values() for dataset in datasets)
-    chosen = list(islice((p for p in passages if plain(markup.passage_text(p))), ROWS))
+    passages = list(islice(chain.from_iterable(d.passages.values() for d in datasets), ROWS))
     longest, pooling, prompt = config.data.max_ctx_tokens, config.ctx.pooling, config.ctx.prompt
-    read = markup.ctx_tokens(chosen, tokenizers.ctx, pooling, longest, prompt)
+    read = markup.ctx_tokens(passages, tokenizers.ctx, pooling, longest, prompt)
     examples = ((d, example) for d in datasets for example in d.rows("train"))
     pieces = [markup.pieces(example, d.passages) for d, example in islice(examples, ROWS)]
     marked = markup.encode(pieces, tokenizers.gen, longest)
     return Sample(
         [one.tokens[: config.data.max_gen_tokens] for one in marked],
         [tokens for tokens, _ in read],
-        [markup.passage_text(passage) for passage in chosen],
+        [markup.passage_text(passage) for passage in passages],
     )
 
 
 def _compare(new: Path, trained: Ours, merged: Ours, sample: Sample, config: Config) -> dict:
     """The report of parity. Raises UserError if a check fails."""
-    checks = []
+    ours, checks, not_asked = merged.outputs(sample), [], {}
     adapted = config.gen.arch.lora.rank or config.ctx.arch.lora.rank
     if adapted and config.export.dtype == "float32":
-        checks += parity.compare("adapters merged", trained, merged, sample)
+        checks += parity.compare("adapters merged", ours, *trained.outputs(sample))
     again = parity.read_back(new, merged, merged.mesh, config)
-    checks += parity.compare("read back", merged, again, sample)
-    not_asked = {}
-    for whose, ask, needed in (
-        ("transformers", parity.compare_transformers, ("torch",)),
-        ("sentence-transformers", parity.compare_sentences, ("torch", "sentence_transformers")),
+    checks += parity.compare("read back", ours, *again.outputs(sample))
+    for whose, what, ask, needed in (
+        ("transformers", "logits", parity.transformers_logits, ("torch",)),
+        ("sentence-transformers", "vectors", parity.sentence_vectors, SENTENCES),
     ):
         if missing := parity.missing(*needed):
             not_asked[whose] = f"{' and '.join(missing)} not installed"
         else:
-            checks += ask(new, merged, sample)
+            checks += parity.compare(whose, ours, **{what: ask(new, sample)})
     for check in checks:
         print(f"{check.what}: largest difference {check.difference:.1e}", flush=True)
         if not check.passed:
@@ -167,10 +166,12 @@ def _compare(new: Path, trained: Ours, merged: Ours, sample: Sample, config: Con
                 f"export: {check.what} differ by {check.difference:.3g} of {check.largest:.3g}; "
                 "nothing is exported. This is a fault of cosup_jax: please report it"
             )
-    for what, why in not_asked.items():
-        print(f"{what}: not asked, {why}", flush=True)
+    for whose, why in not_asked.items():
+        print(f"{whose}: not asked, {why}", flush=True)
     return {
         "tolerance": parity.TOLERANCE,
+        "gen_tokens": sum(map(len, sample.gen_tokens)),
+        "ctx_tokens": sum(map(len, sample.ctx_tokens)),
         "checks": [check._asdict() for check in checks],
         "not_asked": not_asked,
     }

@@ -32,6 +32,13 @@ class Sample(NamedTuple):
     texts: list[str]  # of those passages
 
 
+class Outputs(NamedTuple):
+    """What is compared."""
+
+    logits: list[np.ndarray]  # Gen's, [T, V] of each example
+    vectors: np.ndarray  # of the passages, [N, D]
+
+
 class Check(NamedTuple):
     """One comparison: the largest difference, and the largest value."""
 
@@ -52,19 +59,21 @@ class Ours:
         self.towers = Towers(_in_float32(towers.gen), _in_float32(towers.ctx), towers.tied)
         self.params, self.mesh, self._config = params, mesh, config
 
-    def logits(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """[T, V] of each row."""
-        gen = self.towers.gen
-        tokens, segments, positions = _padded(rows, sharding.row_parts(self.mesh))
+    def outputs(self, sample: Sample) -> Outputs:
+        """Of what both sides read."""
+        with jax.default_matmul_precision("highest"):  # accelerators would round to less
+            return Outputs(self._logits(sample.gen_tokens), self._vectors(sample.ctx_tokens))
 
-        def run(params, *batch):
-            return gen.logits(params, gen.hidden(params, *batch))[..., : gen.vocab_size]
-
-        found = _on(self.mesh, run, self.params["gen"], tokens, segments, positions)
+    def _logits(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        gen, mesh = self.towers.gen, self.mesh
+        batch = encode.to_mesh(_padded(rows, sharding.row_parts(mesh)), mesh)
+        run = lambda params, *batch: gen.logits(params, gen.hidden(params, *batch))
+        jitted = jax.jit(run, out_shardings=sharding.replicated(mesh))
+        with jax.set_mesh(mesh):
+            found = np.asarray(jitted(self.params["gen"], *batch))[..., : gen.vocab_size]
         return [logits[: len(row)] for logits, row in zip(found, rows, strict=False)]
 
-    def vectors(self, rows: Sequence[np.ndarray]) -> np.ndarray:
-        """[N, D] of passages."""
+    def _vectors(self, rows: Sequence[np.ndarray]) -> np.ndarray:
         tokens, segments, positions = _padded(rows, sharding.row_parts(self.mesh))
         valid = segments.any(axis=1)[:, None]
         ends = np.maximum(segments.sum(axis=1), 1)[:, None] - 1
@@ -93,16 +102,16 @@ def read_back(directory: Path, ours: Ours, mesh: Mesh, config: Config) -> Ours:
     return Ours(Towers(models["gen"], models["ctx"]), params, mesh, config)
 
 
-def compare(whose: str, ours: Ours, other: Ours, sample: Sample) -> Iterator[Check]:
-    """Gen's logits and the passages' vectors of two pairs of towers of ours."""
-    gen = ours.logits(sample.gen_tokens), other.logits(sample.gen_tokens)
-    yield _check(f"gen logits, {whose}", *gen)
-    ctx = ours.vectors(sample.ctx_tokens), other.vectors(sample.ctx_tokens)
-    yield _check(f"passage vectors, {whose}", *ctx)
+def compare(whose: str, ours: Outputs, logits=None, vectors=None) -> Iterator[Check]:
+    """Of what is given the difference from ours."""
+    if logits is not None:
+        yield _check(f"gen logits, {whose}", ours.logits, logits)
+    if vectors is not None:
+        yield _check(f"passage vectors, {whose}", ours.vectors, vectors)
 
 
-def compare_transformers(directory: Path, ours: Ours, sample: Sample) -> Iterator[Check]:
-    """Gen's logits by AutoModelForCausalLM. Needs torch."""
+def transformers_logits(directory: Path, sample: Sample) -> list[np.ndarray]:
+    """Gen's by AutoModelForCausalLM, in float32. Needs torch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(directory / "gen", dtype="float32").eval()
@@ -110,18 +119,16 @@ def compare_transformers(directory: Path, ours: Ours, sample: Sample) -> Iterato
     rows = [row.tolist() for row in sample.gen_tokens]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
     logits = model(**batch).logits.detach().numpy()
-    theirs = [found[: len(row)] for found, row in zip(logits, rows, strict=True)]
-    yield _check("gen logits, transformers", ours.logits(sample.gen_tokens), theirs)
+    return [found[: len(row)] for found, row in zip(logits, rows, strict=True)]
 
 
-def compare_sentences(directory: Path, ours: Ours, sample: Sample) -> Iterator[Check]:
-    """Vectors of the passages' texts by SentenceTransformer.encode. Needs torch."""
+def sentence_vectors(directory: Path, sample: Sample) -> np.ndarray:
+    """Of the passages' texts by SentenceTransformer.encode, in float32. Needs torch."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(directory / "ctx"), device="cpu")
-    theirs = model.encode(sample.texts, convert_to_numpy=True, show_progress_bar=False)
-    ctx = ours.vectors(sample.ctx_tokens)
-    yield _check("passage vectors, sentence-transformers", ctx, theirs.astype(np.float32))
+    settings = {"device": "cpu", "model_kwargs": {"dtype": "float32"}}
+    model = SentenceTransformer(str(directory / "ctx"), **settings)
+    return model.encode(sample.texts, convert_to_numpy=True, show_progress_bar=False)
 
 
 def missing(*names: str) -> list[str]:
@@ -137,12 +144,6 @@ def _check(what: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) 
 
 def _in_float32(model: Transformer) -> Transformer:
     return dataclasses.replace(model, arch=dataclasses.replace(model.arch, dtype="float32"))
-
-
-def _on(mesh: Mesh, run, params: dict, *batch: np.ndarray) -> np.ndarray:
-    jitted = jax.jit(run, out_shardings=sharding.replicated(mesh))
-    with jax.set_mesh(mesh):
-        return np.asarray(jitted(params, *encode.to_mesh(batch, mesh)))
 
 
 def _padded(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, ...]:

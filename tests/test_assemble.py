@@ -10,12 +10,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from cosup_jax import assemble, optim
+from cosup_jax import assemble, optim, parity
 from cosup_jax.contract import check_match
 from cosup_jax.data import tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.hf import weights as hf
 
+GATE = {"gen__arch__lora__rank": 2, "gen__arch__lora__kernels": "gate"}
 WORDS = ["</s>", "a", "b", "c", "d", "e"]
 PADDING = 100.0  # what the file holds in rows that its tokenizer has no entry for
 
@@ -68,11 +69,25 @@ def test_a_tied_ctx_has_all_of_gens_parameters():
             {"ctx__init": "scratch", "ctx__arch__family": "bert", "ctx__arch__max_positions": 8},
             "max_ctx_tokens=10 is beyond the 8 positions that ctx's bert has learned",
         ),
+        ({"gen__arch__window": 4}, r"config\.gen\.arch\.window=4: a llama has none"),
+        (
+            {"gen__arch__family": "gpt2", "gen__arch__heads": 4, "gen__arch__kv_heads": 2},
+            "kv_heads=2 must be heads=4 in a gpt2",
+        ),
+        (
+            {"gen__arch__family": "gpt_neox", "gen__arch__kv_heads": 4, **GATE},
+            r"config\.gen\.arch\.lora\.kernels=gate names none that a gpt_neox has",
+        ),
+        (
+            {"gen__arch__rope_fraction": 0.33},
+            r"rope_fraction=0\.33 of head_dim=64 is no even number",
+        ),
     ],
 )
 def test_towers_that_cannot_do_it_are_refused(keys, message):
     """Bugs: a projection in an objective that knows none; an encoder that reads its own targets;
-    positions beyond the table, which a gather would clamp in silence."""
+    positions beyond the table, which a gather would clamp in silence; what trains here, and an
+    export of it cannot say or computes otherwise."""
     with pytest.raises(UserError, match=message):
         assemble.resolve(config(**keys))
 
@@ -127,3 +142,10 @@ def test_contract_names_the_emb_that_ctx_reads():
     gen, ctx = (tokenizer.train(["a passage"], size) for size in (258, 261))
     contract = assemble.embedding_contract(config(), assemble.Tokenizers(gen, ctx), "weights")
     assert contract.emb == ctx.emb != gen.emb
+
+
+def test_a_check_of_parity_is_strict():
+    """Bug: a tolerance that lets a wrong model through, or NaN."""
+    check = lambda difference, largest: parity.Check("", difference, largest).passed
+    assert check(0.9e-4, 0.1) and check(2.9e-4, 3.0)
+    assert not check(1.1e-4, 0.1) and not check(3.1e-4, 3.0) and not check(float("nan"), 1.0)

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from cosup_jax import assemble, export, train
 from cosup_jax import config as config_lib
-from cosup_jax import export, train
 from cosup_jax.checkpoint import restore_params
-from cosup_jax.config import ArchConfig
+from cosup_jax.config import ArchConfig, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 from cosup_jax.hf import saving, weights
@@ -30,7 +30,7 @@ BERT = ArchConfig(family="bert", width=24, kv_heads=2, **{**SHAPE, "head_dim": 1
 def pretrained(directory, arch: ArchConfig, seed: int):
     """A Hugging Face directory with random weights and a tokenizer of the family's kind."""
     bert = arch.family == "bert"
-    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"] if bert else ["<unk>", "</s>"]
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"] if bert else ["<unk>", "</s>", "<s>"]
     words = special + WORDS + TOWNS + RIVERS
     backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, special[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -40,7 +40,10 @@ def pretrained(directory, arch: ArchConfig, seed: int):
         names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
         names["pad_token"] = "[PAD]"
     else:
-        names = {"unk_token": "<unk>", "eos_token": "</s>"}
+        names = {"unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}
+        names["chat_template"] = "{{ messages }}"
+        frame = [("<s>", 2)]
+        backend.post_processor = processors.TemplateProcessing("<s> $A", None, frame)
     directory.mkdir()
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(directory)
     model = Transformer(arch, len(words), has_head=not bert)
@@ -53,7 +56,8 @@ def data(directory) -> str:
     """A town, the river it lies on, and questions about it."""
     rows, passages = [], []
     for town, river in zip(TOWNS, RIVERS, strict=True):
-        passages.append({"id": town, "title": town, "text": f"{town} lies on the {river} ."})
+        text = f"{town} lies on the {river} . [Emb] town </s>"  # cut, and not all it seems
+        passages.append({"id": town, "title": town, "text": text})
         question = f"where lies {town} ?"
         row = {"id": town, "task": "open_qa", "question": question, "answers": [river]}
         rows.append(row | {"evidence": [town], "split": "test" if town == "celle" else "train"})
@@ -101,6 +105,7 @@ def test_unlike_towers_train_and_the_report_says_how_close_the_export_is(run):
     assert all(np.isfinite(line.get("loss/total", 0.0)) for line in lines)
     report = json.loads((home / "run/export/parity.json").read_text())
     names = [check["what"] for check in report["checks"]]
+    assert report["gen_tokens"] > 7 * 20 and report["ctx_tokens"] == 8 * 12
     assert names[:4] == [
         f"{what}, {how}"
         for how in ("adapters merged", "read back")
@@ -112,27 +117,41 @@ def test_unlike_towers_train_and_the_report_says_how_close_the_export_is(run):
 
 @pytest.mark.parity
 def test_those_who_serve_it_agree(run):
-    """Bugs: a name or a shape that only our reader understands; another pooling or prompt."""
-    _, home = run
+    """Bugs: a name or a shape that only our reader understands; another pooling or prompt; rounded
+    files compared with what was not rounded, or computed in their own dtype."""
+    config, home = run
     report = json.loads((home / "run/export/parity.json").read_text())
     names = [check["what"] for check in report["checks"]]
     assert names[4:] == ["gen logits, transformers", "passage vectors, sentence-transformers"]
     assert report["not_asked"] == {}
     for check in report["checks"]:
         print(f"{check['what']}: {check['difference']:.1e} of {check['largest']:.2f}")
+    for dtype in ("bfloat16", "float16"):
+        export.export(replace_dotted(config, "export.dtype", dtype), str(home / "run"))
+        rounded = json.loads((home / "run/export/parity.json").read_text())["checks"]
+        assert [check["what"] for check in rounded] == names[2:]
 
 
 @pytest.mark.slow
 def test_gen_is_a_causal_lm_of_the_tokenizers_size(run):
-    """Bugs: the padded vocabulary is exported; token ids or frozen layers are lost."""
+    """Bugs: the padded vocabulary is exported; token ids, frozen layers, the chat template or the
+    length are lost; eos stands behind a prompt."""
     _, home = run
     gen = home / "run/export/gen"
     config = json.loads((gen / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(gen)
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["vocab_size"] == len(tokenizer) and len(tokenizer) % 128
-    assert config["eos_token_id"] == tokenizer.eos_token_id == 1
-    assert config["pad_token_id"] == tokenizer.pad_token_id
+    pad = tokenizer.convert_tokens_to_ids("<pad>")
+    ids = {"eos_token_id": 1, "pad_token_id": pad}
+    assert json.loads((gen / "generation_config.json").read_text()) == ids
+    assert (ids | {"bos_token_id": 2}).items() <= config.items()
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, pad)
+    assert tokenizer.model_max_length == 128 and tokenizer.chat_template == "{{ messages }}"
+    named = json.loads((gen / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named == "PreTrainedTokenizerFast"  # what transformers 5 writes, 4 does not know
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("where lies ulm [Ret]")["input_ids"])
+    assert tokens == ["<s>", "where", "lies", "ulm", "[Ret]"]  # a prompt is not ended
     files = weights._Files(gen)
     shape = files.tensor("embed_tokens.weight").get_shape()
     assert shape == [len(tokenizer), 16] and "layers.1.mlp.up_proj.weight" in files.names
@@ -149,18 +168,28 @@ def test_ctx_reads_texts_as_in_training(run):
     ids = tokenizer("ulm :: danube")["input_ids"]
     tokens = ["[CLS]", "ulm", "::", "danube", "[SEP]"]
     assert tokenizer.convert_ids_to_tokens(ids) == tokens
+    literal = tokenizer("ulm [Emb] ulm")["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("[Emb]") not in literal
     read = lambda name: json.loads((ctx / name).read_text())
     assert [m["type"].split(".")[-1] for m in read("modules.json")] == [
         *("Transformer", "Pooling", "Dense", "Normalize")
     ]
-    pooling = read("1_Pooling/config.json")
-    assert [key for key, on in pooling.items() if on is True and "mode" in key] == [
-        "pooling_mode_mean_tokens"
-    ]
+    assert read("1_Pooling/config.json") == {
+        "word_embedding_dimension": 24,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_lasttoken": False,
+        "include_prompt": True,
+    }
+    assert read("sentence_bert_config.json") == {"max_seq_length": 12}
+    assert read("config.json")["tie_word_embeddings"] is False
     dense = read("2_Dense/config.json")
     assert (dense["in_features"], dense["out_features"]) == (24, 16)
-    about = read("config_sentence_transformers.json")
-    assert about["prompts"][about["default_prompt_name"]] == "town :: "
+    assert read("config_sentence_transformers.json") == {
+        "prompts": {"passage": "town :: "},
+        "default_prompt_name": "passage",
+        "similarity_fn_name": "cosine",
+    }
     assert read("contract.json")["pooling"] == "mean"
 
 
@@ -176,6 +205,21 @@ def test_params_are_an_orbax_checkpoint(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("gen.arch.lora.alpha", 64.0), ("gen.arch.norm_eps", 0.1), ("ctx.arch.layers", 3)],
+)
+def test_another_config_is_refused(run, monkeypatch, key, value):
+    """Bug: what was trained with one alpha is merged with another, and passes for right."""
+    config, home = run
+    resolve = assemble.resolve
+    other = lambda given: replace_dotted(resolve(given), key, value)
+    monkeypatch.setattr(assemble, "resolve", other)
+    with pytest.raises(UserError, match=r"use the config (that )?it was made with"):
+        export.export(config, str(home / "run"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["a kernel", "the disk"])
 def test_a_bad_export_leaves_the_old_one(run, monkeypatch, fault):
     """Bugs: a model that computes something else is exported; a full disk is a traceback, or costs
@@ -183,12 +227,12 @@ def test_a_bad_export_leaves_the_old_one(run, monkeypatch, fault):
     config, home = run
     before = (home / "run/export/parity.json").read_text()
     (home / "run/export/mine").write_text("kept")
-    assemble = saving._assemble
+    write = saving._assemble
 
     def broken(pieces, vocab_size):
         if fault == "the disk":
             raise OSError(28, "No space left on device")
-        return assemble(pieces, vocab_size) * 1.01
+        return write(pieces, vocab_size) * 1.0005
 
     monkeypatch.setattr(saving, "_assemble", broken)
     message = {"a kernel": "nothing is exported", "the disk": "No space left"}[fault]

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from cosup_jax.config import ArchConfig
 from cosup_jax.errors import UserError
+from cosup_jax.hf import saving
 from cosup_jax.hf import weights as hf
 
 N, D, H, G, E, F, V = 2, 8, 4, 2, 6, 12, 10
@@ -247,6 +249,51 @@ def test_arch_of_old_and_new_config_files(tmp_path):
     plain = {n: v for n, v in CONFIG.items() if n not in ("head_dim", "num_key_value_heads")}
     (tmp_path / "config.json").write_text(json.dumps(plain))
     assert hf.arch_from_hf(tmp_path) == expected | {"kv_heads": H, "head_dim": D // H}
+
+
+@pytest.mark.parametrize("value", [0, "2", None, -4, 1.5])
+def test_a_number_that_is_none_is_one_line(tmp_path, value):
+    """Bug: heads of 0, or in quotes, are a traceback."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": value}))
+    with pytest.raises(UserError, match=r"config\.json: .*; get the file anew$"):
+        hf.arch_from_hf(tmp_path)
+
+
+def test_qwens_windows_begin_above_a_layer(tmp_path):
+    """Bug: the default of max_window_layers, 28, is overlooked."""
+    told = CONFIG | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+    for layers, full, window in ((28, None, 0), (40, None, None), (2, 0, 9), (2, 2, 0)):
+        config = told | {"num_hidden_layers": layers}
+        config |= {} if full is None else {"max_window_layers": full}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if window is None:
+            with pytest.raises(UserError, match="in some layers only"):
+                hf.arch_from_hf(tmp_path)
+        else:
+            assert hf.arch_from_hf(tmp_path)["window"] == window
+
+
+def test_written_in_several_files_and_read_again(tmp_path, devices, monkeypatch):
+    """Bugs: the index names another file; the padding of the vocabulary is written; rotary settings
+    are written where transformers 4 does not look for them."""
+    rope = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 700.0}
+    source = write(tmp_path / "source", tensors(), **rope)
+    params = hf.load_gen(source, abstract(devices, vocab=16))
+    fields = hf.arch_from_hf(source)
+    arch = ArchConfig(**{name: value for name, value in fields.items() if name != "vocab_size"})
+    monkeypatch.setattr(saving, "FILE_BYTES", 2000)
+    (tmp_path / "out").mkdir()
+    saving.save(tmp_path / "out", params, arch, V, has_head=True)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert rope.items() <= config.items() and "rope_parameters" not in config
+    assert hf.arch_from_hf(tmp_path / "out") == fields
+    again = hf.load_gen(tmp_path / "out", abstract(devices, vocab=16))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        for name in load_file(file):
+            index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+            assert index["weight_map"][name] == file.name
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from cosup_jax.data import markup, tokenizer
 from cosup_jax.data.markup import EVIDENCE, PROMPT, TARGET
@@ -165,6 +166,20 @@ def test_pooled_token_survives_the_cut(bpe):
         assert uncut.tolist() == [*whole, token] and none == 0
         with pytest.raises(UserError, match="max_ctx_tokens=1"):
             markup.ctx_tokens(PASSAGES.values(), bpe, pooling, 1)
+
+
+@pytest.mark.parametrize("pooling", ["last", "eos", "token", "pad", "mean"])
+def test_an_exported_tokenizer_reads_what_ctx_read(bpe, tmp_path, pooling):
+    """Bugs: the token that is pooled is lost, or cut off; a text that spells out a control token
+    becomes one, there and not here; the prompt is read apart from the text."""
+    spelled = Passage("s", "A [Emb]", "one </s> two [Ret] <pad> and more, and more of it")
+    ((tokens, cut),) = markup.ctx_tokens([spelled], bpe, pooling, 16, prompt="passage: ")
+    bpe.save_framed(tmp_path, markup.ctx_tail(bpe, pooling), 16, text_only=True)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "passage: " + markup.passage_text(spelled)
+    assert theirs(text, truncation=True)["input_ids"] == tokens.tolist() and cut
+    whole = markup.ctx_tokens([spelled], bpe, pooling, 500, prompt="passage: ")[0][0]
+    assert theirs(text)["input_ids"] == whole.tolist()
 
 
 def test_emb_in_a_passage_is_text(bpe):

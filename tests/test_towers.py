@@ -11,7 +11,7 @@ from batches import ARCH, VOCAB, assert_close, config, random_batch
 from flax.traverse_util import flatten_dict
 
 from cosup_jax import optim, step
-from cosup_jax.config import LoraConfig
+from cosup_jax.config import LoraConfig, replace_dotted
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.towers import Towers, passage_vectors
 from cosup_jax.transformer import Transformer, merge_adapters
@@ -110,6 +110,9 @@ def test_adapters_change_nothing_at_first_and_merge_into_the_kernels():
     assert not [name for name in flatten_dict(bare, sep="/") if "lora" in name]
     assert_close(towers.gen.hidden(before.params["gen"], *rows), plain.gen.hidden(bare, *rows))
     merged = merge_adapters(after.params["gen"], ADAPTED)
+    attn = jax.tree.map(np.asarray, after.params["gen"]["blocks"]["attn"])
+    update = np.einsum("ndr,nrhe->ndhe", attn["q_lora_a"], attn["q_lora_b"])
+    assert_close(merged["blocks"]["attn"]["q"], attn["q"] + 16 / 2 * update)
     assert changed(bare["blocks"], merged["blocks"]) == {"attn/q", "attn/v", "mlp/up"}
     assert_close(towers.gen.hidden(after.params["gen"], *rows), plain.gen.hidden(merged, *rows))
 
@@ -141,12 +144,47 @@ def test_a_ctx_that_starts_as_gen_has_adapters_of_its_own():
     """Bug: Gen's adapters, of another rank, land in Ctx; or Ctx does not start as Gen."""
     wider = dataclasses.replace(SMALL, lora=LoraConfig(rank=3, kernels="q"))
     run = told(ADAPTED, wider)
-    run = dataclasses.replace(run, ctx=dataclasses.replace(run.ctx, init="gen"))
+    run = replace_dotted(replace_dotted(run, "ctx.init", "gen"), "gen.init", "scratch")
     make = lambda key: step.init_params(key, pair(ADAPTED, wider), run)
     params = jax.jit(make)(jax.random.key(0))
     attn = {tower: params[tower]["blocks"]["attn"] for tower in ("gen", "ctx")}
     assert attn["ctx"]["q_lora_a"].shape[-1] == 3 and "v_lora_a" not in attn["ctx"]
     np.testing.assert_array_equal(attn["ctx"]["q"], attn["gen"]["q"])
+
+
+@pytest.mark.parametrize("kind", ["adapters", "frozen layers", "ctx"])
+def test_what_is_not_trained_may_be_stored_in_half(kind):
+    """Bugs: a trained leaf, whose small updates bfloat16 would swallow, is stored in it, or its
+    moments are; the setting does nothing where Ctx starts as Gen."""
+    arch = {"adapters": ADAPTED, "frozen layers": HALF_FROZEN, "ctx": SMALL}[kind]
+    half = dataclasses.replace(arch, frozen_dtype="bfloat16")
+    run, towers = told(half, half, ctx__freeze=kind == "ctx"), pair(half, half)
+    run = replace_dotted(replace_dotted(run, "ctx.init", "gen"), "gen.init", "scratch")
+    make = lambda key: step.init_params(key, towers, run)
+    params = jax.eval_shape(make, jax.random.key(0))
+    trained = flatten_dict(step.trainable(params, run), sep="/")
+    assert trained
+    for name, leaf in flatten_dict(params, sep="/").items():
+        assert leaf.dtype == ("float32" if name in trained else "bfloat16"), name
+
+
+def test_adapters_merge_into_half_stored_kernels_in_float32():
+    """Bug: the sum is rounded to the kernel's own dtype, and the update with it."""
+    kernel = jnp.ones((1, 2, 2), jnp.bfloat16)
+    params = {"blocks": {"mlp": {"up": kernel}}}
+    for name, shape in (("up_lora_a", (1, 2, 1)), ("up_lora_b", (1, 1, 2))):
+        params["blocks"]["mlp"][name] = jnp.full(shape, 1e-2)
+    arch = dataclasses.replace(SMALL, lora=LoraConfig(rank=1, alpha=1.0))
+    merged = merge_adapters(params, arch)["blocks"]["mlp"]["up"]
+    np.testing.assert_allclose(merged, 1 + 1e-4, rtol=1e-6)
+
+
+def test_frozen_layers_have_no_adapters():
+    """Bug: adapters that nothing trains, in layers that stay as they are."""
+    both = dataclasses.replace(ADAPTED, frozen_layers=1)
+    params = jax.eval_shape(Transformer(both, VOCAB).init, jax.random.key(0))
+    with_adapters = {name.split("/")[0] for name in flatten_dict(params, sep="/") if "lora" in name}
+    assert with_adapters == {"blocks"}
 
 
 def test_frozen_layers_come_first():

@@ -5,6 +5,7 @@ passage or a question is encoded as ordinary characters. Control tokens exist as
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -134,11 +135,18 @@ class Tokenizer:
             os.rename(directory, old)
         os.rename(new, directory)
 
-    def save_framed(self, directory: Path, tail: Sequence[int], max_tokens: int) -> None:
+    def save_framed(
+        self, directory: Path, tail: Sequence[int], max_tokens: int, text_only: bool
+    ) -> None:
         """Writes a tokenizer directory that puts `prefix` and `tail` around every text.
 
         For an export: made of the serialized tokenizer alone, so that no class of transformers
         frames texts by rules of its own.
+
+        Args:
+          max_tokens: to which a text is cut on request, the frame included.
+          text_only: text never becomes a control token, as with us; else it does, as chat
+            templates need it.
         """
         backend = Backend.from_str(self._backend.to_str())
         names = {i: backend.id_to_token(i) for i in (*self.prefix, *tail)}
@@ -159,7 +167,12 @@ class Tokenizer:
             chat_template=self._fast.chat_template,
             model_max_length=max_tokens,
             model_input_names=["input_ids", "attention_mask"],
+            split_special_tokens=text_only,
         ).save_pretrained(directory)
+        # transformers 5 writes a name that 4 does not know; this one both do.
+        about = json.loads((directory / "tokenizer_config.json").read_text())
+        about["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

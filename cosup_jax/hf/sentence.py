@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-_MODES = {"cls": "cls", "mean": "mean"}  # of pooling; all others read the last token
+_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
 
 
 def save_modules(
@@ -48,11 +48,10 @@ def save_modules(
         "similarity_fn_name": "cosine" if normalize else "dot",
     }
     _write(directory / "config_sentence_transformers.json", about)
-    mode = f"pooling_mode_{_MODES.get(pooling, 'lasttoken')}"
-    mode += "_token" if pooling == "cls" else "_tokens" if pooling == "mean" else ""
-    settings = {"word_embedding_dimension": widths[0], mode: True, "include_prompt": True}
-    off = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
-    _write(directory / "1_Pooling" / "config.json", dict.fromkeys(off, False) | settings)
+    first, mean, last = _MODES
+    modes = dict.fromkeys(_MODES, False) | {{"cls": first, "mean": mean}.get(pooling, last): True}
+    settings = {"word_embedding_dimension": widths[0], **modes, "include_prompt": True}
+    _write(directory / "1_Pooling" / "config.json", settings)
     if projection_DxW is not None:
         identity = "torch.nn.modules.linear.Identity"
         shape = {"in_features": widths[0], "out_features": widths[1], "bias": False}
