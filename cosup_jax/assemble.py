@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,16 +248,24 @@ def abstract_state(
 
 
 def initial_state(
-    config: Config, towers: Towers, tx: optax.GradientTransformation, abstract: TrainState
+    config: Config,
+    towers: Towers,
+    tokenizers: Tokenizers,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
 ) -> TrainState:
     """Step 0 on the mesh: random, or from pretrained weights read straight onto their shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    inits = {"gen": config.gen.init, "ctx": config.ctx.init}
+    inits |= {"ctx": config.gen.init} if config.ctx.init == "gen" else {}
+    load = {"gen": weights.load_gen, "ctx": weights.load_ctx}
     pretrained = {}
-    if config.gen.init != "scratch":
-        pretrained["gen"] = _read(weights.load_gen, config.gen.init, abstract.params["gen"], config)
-    ctx_init = config.gen.init if config.ctx.init == "gen" else config.ctx.init
-    if ctx_init != "scratch" and not towers.tied:
-        pretrained["ctx"] = _read(weights.load_ctx, ctx_init, abstract.params["ctx"], config)
+    for tower, tree in abstract.params.items():
+        if tower in inits and inits[tower] != "scratch":
+            # What their own tokenizer lacks starts anew, as our added tokens do.
+            known = getattr(tokenizers, tower).pretrained_size
+            path = weights.resolve(inits[tower])
+            pretrained[tower] = load[tower](path, tree, known, config.seed)
     return jax.jit(
         lambda loaded: _fresh(config, towers, tx, loaded),
         out_shardings=shardings,
@@ -317,12 +325,6 @@ def _fresh(config: Config, towers: Towers, tx, pretrained: dict | None = None) -
     params = step_lib.init_params(key_params, towers, config)
     params = step_lib.overlaid(params, pretrained or {})
     return step_lib.init_state(params, key_state, tx, config)
-
-
-def _read(load_tower: Callable, init: str, abstract: dict, config: Config) -> dict:
-    """Pretrained weights; what their own tokenizer lacks starts anew, as our added tokens do."""
-    old_vocab = _pretrained_tokenizer(init).pretrained_size
-    return load_tower(weights.resolve(init), abstract, old_vocab, config.seed)
 
 
 def _shape_of(config: Config, tower: str) -> dict:

@@ -17,7 +17,6 @@ from cosup_jax.data.batch import BatchShape, batch_shape
 from cosup_jax.data.blocks import canonical
 from cosup_jax.data.markup import EVIDENCE, TARGET, passage_text
 from cosup_jax.data.pipeline import PackedExamples, PackedPassages, pack_examples, pack_passages
-from cosup_jax.data.plan import left_out
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.storage import Chosen
@@ -67,18 +66,19 @@ def held_out_sets(
     config: Config,
     directory: Path,
     train: TokenStore,
+    left_out: np.ndarray,
 ) -> list[HeldOut]:
     """Every held-out split, at most eval.examples questions of each, drawn by the seed.
 
     Args:
       tokenizers: with `gen` and `ctx`.
       directory: of the token stores.
-      train: what training reads.
+      train: what training reads, but for the rows `left_out` by its plan.
 
     Raises:
       UserError: a source holds nothing out, or two sets have one name.
     """
-    found, unread = [], left_out(train, config)
+    found = []
     for name, (dataset, split) in eval_sets(datasets).items():
         asked = _ask(name, dataset, split, tokenizers, config, directory)
         if asked is None:
@@ -86,7 +86,7 @@ def held_out_sets(
         rows, store, packed = asked
         examples = [dataset.examples[row] for row in rows]
         corpus = Corpus(dataset, store, batch_shape(config))
-        seen = tokens.seen_in(store, train, unread)
+        seen = tokens.seen_in(store, train, left_out)
         found.append(HeldOut(name, dataset, examples, store, packed, corpus, seen))
     return found
 

@@ -80,7 +80,9 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     tokenizers = assemble.read_tokenizers(config, workdir.path, data)
     store = tokens.tokenize(data.train, *tokenizers, config, directory)
     plan = Plan(store, config)
-    held_out = evaluate.held_out_sets(data.held_out, tokenizers, config, directory, store)
+    held_out = evaluate.held_out_sets(
+        data.held_out, tokenizers, config, directory, store, plan.left_out
+    )
     filled = ", ".join(f"{name} {share:.0%}" for name, share in plan.utilization().items())
     _say(f"{store.num_examples:,} examples, {store.num_passages:,} passages; filled: {filled}")
     if len(plan.left_out) or store.dropped:
@@ -117,7 +119,8 @@ def _run(job: Job, given: dict[str, Any]) -> int:
     job.workdir.write_json("config.json", to_dict(config))
     job.workdir.write_json(".given.json", given)
     job.workdir.status("running", start)
-    state = restored.state if restored else assemble.initial_state(config, towers, tx, abstract)
+    fresh = lambda: assemble.initial_state(config, towers, job.tokenizers, tx, abstract)
+    state = restored.state if restored else fresh()
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     _say(f"{count:,} parameters on {mesh.size} device(s); step {start} of {job.num_steps}")
     if abstract.bank is not None:

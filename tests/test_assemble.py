@@ -109,7 +109,7 @@ def test_added_tokens_never_start_in_the_padding_of_a_table(tmp_path, rows, ctx_
     assert tokenizers.gen.emb == 9 and tokenizers.gen.vocab_size == 11
     towers, tx = assemble.make_towers(found, tokenizers), optim.make(found, 10, 10)
     abstract = assemble.abstract_state(found, towers, tx, assemble.mesh_for(found))
-    params = assemble.initial_state(found, towers, tx, abstract).params
+    params = assemble.initial_state(found, towers, tokenizers, tx, abstract).params
     for ours_VxD, name in (
         (params["gen"]["embed"]["table"], "embed_tokens.weight"),
         (params["gen"]["head"]["kernel"].T, "lm_head.weight"),

@@ -11,6 +11,7 @@ from cosup_jax import assemble, evaluate, generate, index, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import MeshConfig
 from cosup_jax.data import tokenizer, tokens
+from cosup_jax.data.plan import left_out
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
@@ -109,7 +110,7 @@ def test_scores_are_given_for_seen_and_unseen_passages(tmp_path):
     both = assemble.Tokenizers(bpe, bpe)
     t = assemble.make_towers(c, both)
     store = tokens.tokenize([(dataset, 1.0)], *both, c, tmp_path)
-    (held_out,) = evaluate.held_out_sets([dataset], both, c, tmp_path, store)
+    (held_out,) = evaluate.held_out_sets([dataset], both, c, tmp_path, store, left_out(store, c))
     assert held_out.seen.tolist() == [True] * 3 + [False] * 3
     assert [held_out.corpus.passages[row].id for row in held_out.corpus.row_of] == [
         f"p{i}" for i in range(6)

@@ -183,9 +183,7 @@ def parse(text: bytes) -> Any:
         raise BadRow("not_utf8", f"byte {error.start + 1} is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "a number too long or nesting too deep").removesuffix(" at")
-        array = text.strip()[:1] in (b"[", b"]") or text.strip()[-1:] == b","
-        hint = "; a line is one object, with no [ before and no comma behind" if array else ""
-        raise BadRow("not_json", f"not JSON ({reason}){hint}") from None
+        raise BadRow("not_json", f"not JSON ({reason})") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

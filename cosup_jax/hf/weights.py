@@ -90,9 +90,9 @@ def load_ctx(
 
 
 def _load(path: Path, abstract: Mapping, old_vocab: int | None, seed: int, needs_head: bool):
-    files = GgufFile(path) if path.suffix == ".gguf" else _Files(path)
-    fields = arch_fields(files.config, path)
+    fields = arch_from_hf(path)
     layout, tied = LAYOUTS[fields["family"]], fields["tie_embeddings"]
+    files = GgufFile(path) if path.suffix == ".gguf" else _Files(path, layout.body)
     leaves = {
         name: leaf
         for name, leaf in flatten_dict(dict(abstract), sep="/").items()
@@ -123,16 +123,14 @@ def _load(path: Path, abstract: Mapping, old_vocab: int | None, seed: int, needs
 class _Files:
     """The tensors of a directory by name, the body's prefix taken off; mapped, not read."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, body: str):
         self.directory = directory
-        self.config = _read_json(directory / "config.json")
         self._opened: dict[str, Any] = {}
         index = directory / "model.safetensors.index.json"
         if index.exists():
             stored = _read_json(index).get("weight_map", {})
         else:
             stored = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
-        body = LAYOUTS[arch_fields(self.config, directory / "config.json")["family"]].body
         self._where = {name.removeprefix(body): (name, file) for name, file in stored.items()}
         self.names = frozenset(self._where)
 
