@@ -10,8 +10,8 @@ from cosup_jax import generate
 from cosup_jax.config import Config
 from cosup_jax.data import markup
 from cosup_jax.data.tokenizer import Tokenizer
-from cosup_jax.evaluate import Evaluator, HeldOut
 from cosup_jax.evaluation.metrics import answer_present
+from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.towers import Towers
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import encode, sharding
+from cosup_jax import encoder, sharding
 from cosup_jax.config import ArchConfig, Config
 from cosup_jax.data.pipeline import PackedPassages
 from cosup_jax.hf import weights
@@ -66,7 +66,7 @@ class Ours:
 
     def _logits(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         gen, mesh = self.towers.gen, self.mesh
-        batch = encode.to_mesh(_padded(rows, sharding.row_parts(mesh)), mesh)
+        batch = encoder.to_mesh(_padded(rows, sharding.row_parts(mesh)), mesh)
         run = lambda params, *batch: gen.logits(params, gen.hidden(params, *batch))
         jitted = jax.jit(run, out_shardings=sharding.replicated(mesh))
         with jax.set_mesh(mesh):
@@ -79,8 +79,8 @@ class Ours:
         ends = np.maximum(segments.sum(axis=1), 1)[:, None] - 1
         index = np.minimum(np.arange(len(tokens)), len(rows) - 1)[:, None]
         packed = PackedPassages(tokens, segments, positions, ends, valid, index)
-        encoder = encode.Encoder(self.mesh, self.towers, self._config)
-        return encoder.corpus(self.params, [packed], len(rows))
+        found = encoder.Encoder(self.mesh, self.towers, self._config)
+        return found.corpus(self.params, [packed], len(rows))
 
 
 def read_back(directory: Path, ours: Ours, mesh: Mesh, config: Config) -> Ours:

@@ -12,7 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, bank, evaluate, optim, report, sharding
+from cosup_jax import assemble, bank, optim, report, sharding
+from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
 from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.checkpoint import Checkpointer, check_readable
@@ -22,8 +23,8 @@ from cosup_jax.data import pipeline, tokens
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.plan import Plan
 from cosup_jax.errors import UserError
-from cosup_jax.evaluate import Evaluator, HeldOut
 from cosup_jax.examples import example_answers
+from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.probe import Probe
 from cosup_jax.step import TrainState
 from cosup_jax.telemetry import Progress, Recorder, Throughput
@@ -80,7 +81,7 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     tokenizers = assemble.read_tokenizers(config, workdir.path, data)
     store = tokens.tokenize(data.train, *tokenizers, config, directory)
     plan = Plan(store, config)
-    held_out = evaluate.held_out_sets(
+    held_out = held_out_lib.held_out_sets(
         data.held_out, tokenizers, config, directory, store, plan.left_out
     )
     filled = ", ".join(f"{name} {share:.0%}" for name, share in plan.utilization().items())
@@ -227,7 +228,7 @@ def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, c
     path = job.workdir.path
     lines = (path / "metrics.jsonl").read_text().splitlines() if jax.process_index() == 0 else []
     metrics = [json.loads(line) for line in lines]
-    baselines = evaluate.baselines(job.held_out, job.store, job.config)
+    baselines = held_out_lib.baselines(job.held_out, job.store, job.config)
     tokenizer = job.tokenizers.gen
     examples = example_answers(
         state.params, job.held_out, evaluator, tokenizer, job.mesh, towers, job.config

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from batches import config, towers
 
-from cosup_jax import assemble, evaluate, generate, index, sharding
+from cosup_jax import assemble, generate, index, sharding
+from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
 from cosup_jax.config import MeshConfig
 from cosup_jax.data import tokenizer, tokens
@@ -110,13 +111,15 @@ def test_scores_are_given_for_seen_and_unseen_passages(tmp_path):
     both = assemble.Tokenizers(bpe, bpe)
     t = assemble.make_towers(c, both)
     store = tokens.tokenize([(dataset, 1.0)], *both, c, tmp_path)
-    (held_out,) = evaluate.held_out_sets([dataset], both, c, tmp_path, store, left_out(store, c))
+    (held_out,) = held_out_lib.held_out_sets(
+        [dataset], both, c, tmp_path, store, left_out(store, c)
+    )
     assert held_out.seen.tolist() == [True] * 3 + [False] * 3
     assert [held_out.corpus.passages[row].id for row in held_out.corpus.row_of] == [
         f"p{i}" for i in range(6)
     ]
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     params = jax.jit(lambda: step_lib.init_params(jax.random.key(0), t, c))()
-    scores = evaluate.Evaluator(mesh, t, c).scores(params, [held_out])
+    scores = held_out_lib.Evaluator(mesh, t, c).scores(params, [held_out])
     part = lambda name: scores[f"eval/towns.test/recall_at_1{name}"]
     assert part("") == pytest.approx((part("_seen") + part("_unseen")) / 2)

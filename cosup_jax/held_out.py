@@ -21,7 +21,7 @@ from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.storage import Chosen
 from cosup_jax.data.tokens import TokenStore
-from cosup_jax.encode import Encoder, to_mesh
+from cosup_jax.encoder import Encoder, to_mesh
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
 from cosup_jax.towers import Towers, gen_hidden, query_vectors
