@@ -49,34 +49,32 @@ def example_answers(
 def _shown(
     held_out: HeldOut, example, answer: generate.Answer, tokenizer: Tokenizer
 ) -> dict[str, Any]:
+    """An answer record, as report.py shows it."""
+    passages = held_out.corpus.passages
     numbers = {row: n for n, row in enumerate(dict.fromkeys(r for r, _ in answer.retrieved), 1)}
-    scores = dict(answer.retrieved)
     decode = lambda part: tokenizer.decode(part.tokens, skip_control=True)
     parts = [(decode(part), part.passage) for part in answer.parts]
-    text = "".join(text for text, _ in parts)
-    sources = []
-    for row, number in numbers.items():
-        passage = held_out.corpus.passages[row]
-        cited = [text for text, where in parts if where == row and text in passage.text and text]
-        span = (passage.text.find(cited[0]), len(cited[0])) if cited else None
-        sources.append(
-            {
-                "number": number,
-                "id": passage.id,
-                "title": passage.title,
-                "text": passage.text,
-                "score": scores[row],
-                "span": span and [span[0], sum(span)],
-                "gold": passage.id in example.evidence,
-            }
-        )
+    cited = lambda text, row: text if row is None else f"{text}[{numbers[row]}]"
+    sources = [(number, passages[row]) for row, number in numbers.items()]
     return {
         "set": held_out.name,
+        "id": example.id,
         "question": example.question,
-        "gold_answers": list(example.answers),
-        "answer_parts": [
-            {"text": text, "cite": None if row is None else numbers[row]} for text, row in parts
+        "answers": list(example.answers),
+        "evidence": list(example.evidence),
+        "output": "".join(cited(*part) for part in parts),
+        "spans": [
+            {"text": text, "passage": passages[row].id, "number": numbers[row]}
+            for text, row in parts
+            if row is not None
         ],
-        "sources": sources,
-        "right": answer_present(text, example.answers),
+        "retrieved": [
+            {"id": passages[row].id, "score": score, "number": numbers[row]}
+            for row, score in answer.retrieved
+        ],
+        "sources": [
+            {"number": number, "id": p.id, "title": p.title, "text": p.text}
+            for number, p in sources
+        ],
+        "correct": float(answer_present("".join(text for text, _ in parts), example.answers)),
     }

@@ -1,17 +1,13 @@
 """The run as one self-contained page, report.html, and its closing table as plain text."""
 
 import html
-import io
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from cosup_jax import report_answers, tables
+from cosup_jax.report_plots import Curve, chart
+from cosup_jax.report_style import CSS, PAGE
 from cosup_jax.workdir import write_atomic
 
 COLUMNS = {  # metric key -> heading, format
@@ -20,24 +16,10 @@ COLUMNS = {  # metric key -> heading, format
     "mrr_at_10": ("MRR@10", "{:.3f}"),
     "ntp_nats_per_token": ("NTP nats/token", "{:.3f}"),
 }
-_POINTS = 400  # points drawn per curve; more are averaged in bins
-_MISSING = "-"
-_INK, _RULE = "#000001", "#000002"  # stand for the page's own colours in a plot
-
-
-class Curve(NamedTuple):
-    """One line of a chart. A baseline is a single value, dashed, in the colour of its set."""
-
-    label: str
-    color: int  # N of the CSS variable --series-N, 1 to 7
-    steps: Sequence[int]
-    values: Sequence[float]
-    baseline: bool = False
-    marked: bool = False  # a dot at each point
 
 
 def write_report(path: str | Path, run: Mapping[str, Any]) -> None:
-    """Writes `path` atomically: header, closing table, curves, example answers.
+    """Writes `path` atomically: header, closing table, curves, held-out answers, examples.
 
     Args:
       path: of the HTML file.
@@ -47,20 +29,25 @@ def write_report(path: str | Path, run: Mapping[str, Any]) -> None:
         metrics: the objects of metrics.jsonl. Lines may lack any key but "step"; evaluation lines
           carry "eval/<set>/<metric>", with the metrics of COLUMNS.
         baselines: {system: {set: {metric: value}}}; the system is "BM25", "bigram" or the like.
-        examples: [{"set", "question", "gold_answers": [str],
-          "answer_parts": [{"text", "cite": number of a source or None}],
-          "sources": [{"number", "id", "title", "text", "score", "gold": bool,
-          "span": [start, end) of the grounding characters in text, or None}], "right": bool}].
+        summary: of --mode=evaluate, or None.
+        answers: {set: {arm: answer records}}, the arm whose answers are shown first.
+        shown: int, answers shown of each set.
     """
-    metrics, baselines = run["metrics"], run["baselines"]
+    metrics, baselines, summary = run["metrics"], run["baselines"], run["summary"]
     rows = closing_rows(metrics, baselines)
+    shown = report_answers.examples(run["answers"], run["shown"])
+    sections = {
+        "Result": _table(rows) if rows else "",
+        "Curves": _charts(metrics, baselines),
+        "Held-out answers": summary and report_answers.tables_and_plots(summary),
+        "Examples": shown,
+    }
+    sections = {heading: content for heading, content in sections.items() if content}
     body = (
-        _header(run["title"], run["facts"]),
-        _section("Result", _table(rows) if rows else ""),
-        _section("Curves", _charts(metrics, baselines)),
-        _section("Examples", "".join(_example(example) for example in run["examples"])),
+        _header(run["title"], run["facts"], sections),
+        *(_section(heading, content) for heading, content in sections.items()),
     )
-    page = _PAGE.format(title=html.escape(run["title"]), style=_CSS, body="\n".join(body))
+    page = PAGE.format(title=html.escape(run["title"]), style=CSS, body="\n".join(body))
     write_atomic(Path(path), page)
 
 
@@ -69,7 +56,7 @@ def closing_rows(metrics: Sequence[Mapping], baselines: Mapping) -> list[dict[st
 
     Systems: the newest evaluation, the one of step 0 if it is another, then the baselines.
     """
-    evaluated = [line for line in metrics if any(key.startswith("eval/") for key in line)]
+    evaluated = [line for line in metrics if _measured(line)]
     systems: dict[str, Mapping] = {}
     for line in (evaluated[-1], evaluated[0]) if evaluated else ():
         if line["step"] == 0:
@@ -93,14 +80,12 @@ def closing_table(rows: Sequence[Mapping[str, Any]]) -> str:
         shown = row["set"] if row["set"] != previous else ""
         previous = row["set"]
         cells.append([shown, row["system"], *(_number(row, metric) for metric in COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
-        lines.append("  ".join(left + right))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return tables.aligned(cells, left=2)
+
+
+def _measured(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics has held-out scores of the closing table."""
+    return any(metric in scores for scores in _by_set(line).values() for metric in COLUMNS)
 
 
 def _by_set(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -117,22 +102,27 @@ def _set_names(metrics: Sequence[Mapping]) -> list[str]:
 
 
 def _number(row: Mapping[str, Any], metric: str) -> str:
-    return COLUMNS[metric][1].format(row[metric]) if row.get(metric) is not None else _MISSING
+    return COLUMNS[metric][1].format(row[metric]) if row.get(metric) is not None else tables.MISSING
 
 
-def _header(title: str, facts: Mapping[str, str]) -> str:
+def _header(title: str, facts: Mapping[str, str], sections: Iterable[str]) -> str:
     pairs = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
         for name, value in facts.items()
     )
+    links = "".join(f'<a href="#{_anchor(heading)}">{heading}</a>' for heading in sections)
     return (
         '<header><p class="kicker">Token-sequence co-supervision</p>'
-        f"<h1>{html.escape(title)}</h1><dl>{pairs}</dl></header>"
+        f"<h1>{html.escape(title)}</h1><dl>{pairs}</dl><nav>{links}</nav></header>"
     )
 
 
 def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{heading}</h2>{content}</section>" if content else ""
+    return f'<section id="{_anchor(heading)}"><h2>{heading}</h2>{content}</section>'
+
+
+def _anchor(heading: str) -> str:
+    return heading.lower().replace(" ", "-")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -176,6 +166,7 @@ def _charts(metrics: Sequence[Mapping], baselines: Mapping) -> str:
         ("Next sequence", "nats per [Ret]", [logged("training", "nsp/nats_per_ret")]),
         ("Retrieval, first hit", "recall@1", held_out("recall_at_1")),
         ("Retrieval, first ten", "recall@10", held_out("recall_at_10")),
+        ("Answers", "share correct", held_out("answers_correct")),
         (
             "Gradient norm",
             "before clipping",
@@ -184,7 +175,7 @@ def _charts(metrics: Sequence[Mapping], baselines: Mapping) -> str:
         ("Throughput", "tokens per second", [logged("training", "perf/tokens_per_s")]),
     ]
     drawn = ((title, unit, [c for c in curves if len(c.values)]) for title, unit, curves in charts)
-    figures = "".join(_chart(title, unit, curves) for title, unit, curves in drawn if curves)
+    figures = "".join(chart(title, unit, curves) for title, unit, curves in drawn if curves)
     return figures and f'<div class="charts">{figures}</div>'
 
 
@@ -204,188 +195,3 @@ def _held_out(metrics, baselines: Mapping, metric: str) -> list[Curve]:
                 value = scores[name][metric]
                 curves.append(Curve(system, color, (), (value,), baseline=True))
     return curves
-
-
-def _chart(title: str, unit: str, curves: Sequence[Curve]) -> str:
-    solid = [(c.label, f"var(--series-{c.color})", "none") for c in curves if not c.baseline]
-    dashed = dict.fromkeys((c.label, "var(--soft)", "4 3") for c in curves if c.baseline)
-    legend = "".join(
-        f'<li><svg class="key" viewBox="0 0 20 6"><path d="M0 3H20" style="stroke: {colour}; '
-        f'stroke-dasharray: {dashes}"/></svg>{html.escape(label)}</li>'
-        for label, colour, dashes in (*solid, *dashed)
-    )
-    return (
-        f'<figure><figcaption>{title} <span class="unit">{unit}</span></figcaption>'
-        f"{_plot(title, curves, share=unit.startswith('recall'))}<ul>{legend}</ul></figure>"
-    )
-
-
-def _plot(title: str, curves: Sequence[Curve], share: bool) -> str:
-    """An <svg> element in the page's own colours and font. A share is drawn from 0 to 1."""
-    inks = dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), _INK)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, **inks}):
-        figure = Figure(figsize=(4.8, 2.6), layout="constrained")
-        axes = figure.add_subplot()
-        for curve in curves:
-            _draw(axes, curve)
-        drawn = np.concatenate([np.asarray(curve.values, float) for curve in curves])
-        if not share and drawn.min() > 0 and drawn.max() > 300 * drawn.min():
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0, top=1.02 if share else None)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_RULE)
-        axes.grid(axis="y", color=_RULE, linewidth=0.6)
-        axes.tick_params(which="both", length=0)
-        axes.set_axisbelow(True)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return _themed(file.getvalue(), title)
-
-
-def _draw(axes, curve: Curve) -> None:
-    colour = f"#0001{curve.color:02d}"
-    if curve.baseline:
-        axes.axhline(curve.values[0], color=colour, linewidth=1.1, dashes=(4, 3))
-        return
-    bins = np.array_split(np.arange(len(curve.steps)), min(len(curve.steps), _POINTS))
-    steps = [np.mean(np.take(curve.steps, chosen)) for chosen in bins]
-    values = [np.mean(np.take(curve.values, chosen)) for chosen in bins]
-    lonely = curve.marked or len(steps) == 1  # a line through one point shows nothing
-    axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if lonely else "", ms=3.5)
-
-
-def _themed(svg: str, title: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<(style|metadata).*?</\1>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r"font: [^;\"]*;?", "font-size: 9px;", svg)
-    svg = re.sub(r"#0001(\d\d)", lambda found: f"var(--series-{int(found[1])})", svg)
-    svg = svg.replace(_INK, "var(--soft)").replace(_RULE, "var(--rule)")
-    # Names are unique within one plot only.
-    prefix = re.sub(r"\W", "-", title.lower())
-    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-
-
-def _example(example: Mapping[str, Any]) -> str:
-    verdict = "right" if example["right"] else "wrong"
-    answer = "".join(_part(part) for part in example["answer_parts"])
-    gold = html.escape(" · ".join(example["gold_answers"]))
-    sources = "".join(_source(source) for source in example["sources"])
-    return (
-        f'<article><p class="meta"><span class="badge {verdict}">{verdict}</span> '
-        f"{html.escape(example['set'])}</p><h3>{html.escape(example['question'])}</h3>"
-        f'<p class="answer">{answer or "<i>empty answer</i>"}</p>'
-        f'<p class="gold"><span>gold</span> {gold}</p><ol>{sources}</ol></article>'
-    )
-
-
-def _part(part: Mapping[str, Any]) -> str:
-    cite = "" if part["cite"] is None else f'<sup class="cite">[{int(part["cite"])}]</sup>'
-    return html.escape(part["text"]) + cite
-
-
-def _source(source: Mapping[str, Any]) -> str:
-    text, span = source["text"], source["span"]
-    if span is None:
-        shown = html.escape(text)
-    else:
-        start, end = span
-        before, grounded, after = (
-            html.escape(part) for part in (text[:start], text[start:end], text[end:])
-        )
-        shown = f"{before}<mark>{grounded}</mark>{after}"
-    gold = ' <span class="badge gold">gold</span>' if source["gold"] else ""
-    return (
-        f'<li><p class="source"><span class="cite">[{int(source["number"])}]</span> '
-        f"<b>{html.escape(source['title'])}</b>{gold} "
-        f'<span class="score">score {source["score"]:.3f} · {html.escape(str(source["id"]))}'
-        f"</span></p><p>{shown}</p></li>"
-    )
-
-
-_CSS = """
-:root {
-  color-scheme: light dark;
-  --paper: #fdfdfc; --card: #ffffff; --ink: #1d2126; --soft: #636b75; --rule: #e3e5e8;
-  --mark: #fff0b8; --right: #17784a; --wrong: #b3372f; --gold: #8a6a00;
-  --series-1: #7c8794; --series-2: #2563b0; --series-3: #c2571a; --series-4: #16805a;
-  --series-5: #8e4aa8; --series-6: #a8842c; --series-7: #b03a5b;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14171a; --card: #1b1f23; --ink: #e4e7ea; --soft: #98a2ad; --rule: #2d3339;
-    --mark: #574a12; --right: #58c690; --wrong: #f08a80; --gold: #e0bf55;
-    --series-1: #93a0ad; --series-2: #74aef2; --series-3: #f09a5e; --series-4: #5cc79a;
-    --series-5: #cb95e3; --series-6: #d9b866; --series-7: #ee88a6;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 66rem; padding: 2.5rem 1.25rem 4rem; color: var(--ink);
-  background: var(--paper); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere;
-}
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 1.25rem; font-weight: 650; }
-h2 { font-size: 1.15rem; margin: 3rem 0 1rem; font-weight: 650; }
-h3 { font-size: 1.05rem; margin: .35rem 0; font-weight: 600; }
-p { margin: .35rem 0; }
-.kicker, .meta, .unit, .score, .gold > span, dt, figure ul { color: var(--soft); }
-.kicker { margin: 0; font-size: .9rem; }
-dl { display: flex; flex-wrap: wrap; gap: .6rem 2rem; margin: 0; }
-dt { font-size: .8rem; }
-dd { margin: 0; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; overflow-wrap: normal; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; font-weight: 400; white-space: nowrap; }
-th:first-child { text-align: left; padding-left: 0; }
-thead th { color: var(--soft); font-size: .85rem; }
-th.set { font-weight: 650; padding-top: .9rem; border-bottom: 1px solid var(--rule); }
-td.best { font-weight: 650; }
-@media (max-width: 40rem) {
-  table { font-size: .88rem; }
-  th, td { padding: .3rem 0 .3rem .5rem; }
-  thead th, tbody th { white-space: normal; }
-}
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
-  gap: 2rem 2.5rem; }
-figure { margin: 0; }
-figure > svg { width: 100%; height: auto; display: block; }
-svg text { font-family: system-ui, sans-serif; }
-figcaption { font-weight: 600; margin-bottom: .3rem; }
-.unit { font-weight: 400; font-size: .85rem; margin-left: .3rem; }
-figure ul { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .2rem 0 0;
-  padding: 0; font-size: .82rem; }
-.key { width: 20px; height: 6px; margin-right: .35rem; vertical-align: middle; fill: none;
-  stroke-width: 2; }
-article { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem;
-  padding: 1rem 1.2rem; margin-bottom: 1rem; }
-.meta, .gold, .score { font-size: .85rem; }
-.answer { font-size: 1.05rem; }
-.cite { color: var(--series-2); font-weight: 600; }
-sup.cite { font-size: .75em; line-height: 0; }
-article ol { list-style: none; padding: 0; margin: .8rem 0 0; font-size: .92rem; }
-article li { border-top: 1px solid var(--rule); padding: .5rem 0 .2rem; }
-mark { background: var(--mark); color: inherit; border-radius: .2rem; padding: 0 .15em; }
-.badge { font-size: .75rem; font-weight: 600; padding: .05rem .5rem; border-radius: 1rem;
-  border: 1px solid; }
-.badge.right { color: var(--right); } .badge.wrong { color: var(--wrong); }
-.badge.gold { color: var(--gold); }
-"""
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

@@ -248,7 +248,11 @@ def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, c
         ),
     }
     run = {"title": path.name, "facts": facts, "metrics": metrics}
-    report.write_report(path / "report.html", run | {"baselines": baselines, "examples": examples})
+    answers = {}
+    for record in examples:
+        answers.setdefault(record["set"], {}).setdefault("trained retrieval", []).append(record)
+    run |= {"baselines": baselines, "summary": None, "answers": answers}
+    report.write_report(path / "report.html", run | {"shown": len(examples)})
     print(report.closing_table(rows), flush=True)
 
 

@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from cosup_jax.report import closing_rows, closing_table, write_report
+from cosup_jax.report_plots import Measured, Score, by_row
+from cosup_jax.tables import answers_table
 
 VOID = {"meta", "br", "link", "img", "input"}
 
@@ -46,6 +48,33 @@ def evaluation(step, recall):
     )
 
 
+def scores(mean, n=20):
+    part = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": n}
+    return {"acc_substring": part, "retrieval_hit": part, "citation_recall": part}
+
+
+def arm(name, label, mean, **more):
+    splits = {"retrieval succeeded": {"questions": 12, "scores": scores(mean, 12)}}
+    splits["retrieval failed"] = {"questions": 8, "scores": scores(mean / 2, 8)}
+    splits["evidence seen"] = {"questions": 0, "scores": {}}
+    found = {"arm": name, "label": label, "passages": 1000, "subset": False, "splits": splits}
+    return found | {"questions": 20, "scores": scores(mean), "differences": {}} | more
+
+
+def make_summary():
+    arms = [
+        arm("corpus", "trained <retrieval>", 0.7, passages=1000),
+        arm("corpus_100", "trained <retrieval>", 0.8, passages=100, subset=True),
+        arm("gold", "gold passage", 0.9, passages=None, differences=scores(0.2)),
+    ]
+    part = {"name": "world <b>", "questions": 20, "passages": 1000, "in_domain": True}
+    part |= {"evidence_seen": 0.25, "correct": "acc_substring", "arms": arms}
+    part["references"] = [{"label": "majority label (no)", "passages": None, "scores": scores(0.3)}]
+    domains = {"in-domain": {"sets": ["world <b>"], "scores": {"acc_substring": 0.7}}}
+    other = part | {"name": "elements"}
+    return {"step": 1000, "judge": "containment", "sets": [part, other], "domains": domains}
+
+
 def make_run():
     training = [
         {
@@ -58,23 +87,25 @@ def make_run():
         }
         for step in range(1, 1001)
     ]
-    source = {
-        "number": 1,
-        "id": "p<7>",
-        "title": "Lyon & <Co>",
-        "text": "Lyon is in <b>France</b>.",
-        "score": 0.8125,
-        "span": [14, 20],
-        "gold": True,
-    }
-    example = {
+    source = {"number": 1, "id": "p<7>", "title": "Lyon & <Co>"}
+    source["text"] = "Lyon is in <b>France</b>. It is old & big."
+    record = {
         "set": "world",
+        "id": "q<1>",
         "question": "<script>alert(1)</script>?",
-        "gold_answers": ["France", "<FR>"],
-        "answer_parts": [{"text": "<France>", "cite": 1}, {"text": " yes", "cite": None}],
+        "answers": ["France", "<FR>"],
+        "evidence": ["p<7>"],
+        "output": "france[1]. <i>is & is</i>[2] big[1]",
+        "spans": [
+            {"text": " france.", "passage": "p<7>", "number": 1},
+            {"text": "france", "passage": "p<7>", "number": 1},
+            {"text": "It is old & big", "passage": "p<7>", "number": 1},
+        ],
+        "retrieved": [{"id": "p<7>", "score": 0.8125, "number": 1}],
         "sources": [source],
-        "right": False,
+        "correct": 0.0,
     }
+    other = record | {"output": "", "sources": [], "retrieved": [], "spans": [], "correct": 1.0}
     return {
         "title": "configs/<base>.py",
         "facts": {"steps": "1000", "devices": "<2>"},
@@ -83,13 +114,17 @@ def make_run():
             "BM25": {"world": {"recall_at_1": 0.5}},
             "bigram": {"world": {"ntp_nats_per_token": 2.5}},
         },
-        "examples": [example],
+        "summary": make_summary(),
+        "answers": {"world": {"trained <retrieval>": [record, record], "no retrieval": [other]}},
+        "shown": 1,
     }
 
 
 @pytest.fixture
 def run():
-    return make_run()
+    run = make_run()
+    run["summary"]["sets"].pop()  # plots take time
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +139,14 @@ def test_user_text_is_escaped(page):
     """Catches a passage or question that becomes markup, or runs, in the reader's browser."""
     parsed = Page(page)
     assert not parsed.open
-    assert {"script", "b"} & set(parsed.tags) == {"b"}  # a source's title is set in bold
-    assert parsed.tags.count("b") == 1
+    assert "script" not in parsed.tags and "i" in parsed.tags  # an empty answer is said in italics
+    assert parsed.tags.count("b") == 3  # a source's title, an arm's name, a domain's
+    assert parsed.tags.count("i") == 1
     text = "".join(parsed.text)
-    for wanted in ("<script>alert(1)</script>?", "<FR>", "Lyon & <Co>", "p<7>", "<2>"):
+    for wanted in (
+        *("<script>alert(1)</script>?", "<FR>", "Lyon & <Co>", "p<7>", "q<1>", "<2>"),
+        *("trained <retrieval>", "world <b>", "<i>is & is</i>"),
+    ):
         assert wanted in text
 
 
@@ -121,7 +160,7 @@ def test_page_needs_nothing_else(page):
 def test_plots_follow_the_theme(page):
     """Catches colours fixed at drawing time, which vanish on a dark page."""
     plots = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
-    assert len(plots) == 6
+    assert len(plots) == 6 + 2 * 3
     for plot in plots:
         assert not re.search(r"#[0-9a-f]{6}", plot)
         assert "var(--series-1)" in plot or "var(--series-2)" in plot
@@ -142,10 +181,45 @@ def test_long_runs_stay_small(page):
 
 
 def test_grounded_span_and_citation(page):
-    """Catches a highlight shifted by escaping, and a citation without its number."""
-    assert "Lyon is in &lt;b&gt;<mark>France</mark>&lt;/b&gt;." in page
-    assert '&lt;France&gt;<sup class="cite">[1]</sup> yes' in page
+    """Catches a highlight shifted by escaping or lost to a capital letter, a span that the passage
+    does not hold passed off as grounded, and a number that cites nothing."""
+    assert "in &lt;b&gt;<mark>France</mark>&lt;/b&gt;. <mark>It is old &amp; big</mark>." in page
+    assert "not in this passage</span> france.</p>" in page
+    shown = (
+        '<p class="answer">france<sup class="cite">[1]</sup>. &lt;i&gt;is &amp; is&lt;/i&gt;[2] '
+    )
+    assert shown in page
     assert ">wrong</span>" in page and ">gold</span>" in page and "0.812" in page
+    assert page.count("<article>") == 1  # shown: 1 of two
+    assert ">right</span> <b>no retrieval</b> <i>empty answer</i>" in page
+
+
+def test_tables_of_answers(page):
+    """Catches a score under another's heading, and intervals or denominators left out."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+    heading = next(row for row in cells if "answered with" in row)
+    (gold,) = [row for row in cells if row[:1] == ["gold passage"] and len(row) == len(heading)][:1]
+    line = dict(zip(heading, gold, strict=True))
+    assert line["correct"] == "0.900" and line["95 %"] == "0.800-1.000" and line["n"] == "20"
+    assert line["hit"] == "0.900" and line["F1"] == "-" and line["passages"] == "-"
+    assert ["", "retrieval failed", "0.350", "0.250-0.450", "0.350", "8"] in cells
+    assert ["majority label (no)", "-", "0.300"] in [row[:3] for row in cells]
+    assert "+0.200" in page  # gold minus trained
+
+
+def test_dots_lie_where_the_scores_are():
+    """Catches a mean drawn in another row, and an interval that is not the score's own."""
+    found = [Score(0.0, 0.0, 0.0), None, Score(0.5, 0.25, 1.0), Score(1.0, 1.0, 1.0)]
+    svg = by_row("arms", "share", ["a", "b", "c", "d"], [Measured("correct", 2, found)])
+    dots = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*series-2', svg)
+    (x0, y0), (x1, y1), (x2, y2) = [tuple(map(float, dot)) for dot in dots]
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.01)
+    assert y1 - y0 == pytest.approx(2 * (y2 - y1), abs=0.01)  # a row is left out
+    bars = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) [\d.]+ \n"[^>]*series-2', svg)
+    (bar,) = [bar for bar in bars if float(bar[1]) == y1]
+    assert float(bar[0]) == pytest.approx(x0 + (x2 - x0) / 4, abs=0.01)
+    assert float(bar[2]) == pytest.approx(x2, abs=0.01)
 
 
 def test_report_is_reproducible(run, tmp_path):
@@ -160,7 +234,7 @@ def test_report_is_reproducible(run, tmp_path):
 def test_run_without_evaluation(run, tmp_path):
     """Catches a crash on a run that stopped before its first line, or has no examples."""
     for metrics in ([], run["metrics"][1:2], run["metrics"][:1]):
-        partial = run | {"metrics": metrics, "examples": [], "baselines": {}}
+        partial = run | {"metrics": metrics, "answers": {}, "summary": None, "baselines": {}}
         write_report(tmp_path / "report.html", partial)
         assert not Page((tmp_path / "report.html").read_text()).open
 
@@ -201,3 +275,21 @@ def test_closing_table_is_aligned(run):
     end = lines[0].index("recall@1 ") + len("recall@1")
     assert [line[end - 5 : end].strip() for line in lines[2:]] == ["0.900", "0.000", "0.500", "-"]
     assert lines[2].startswith("world") and lines[3].startswith(" ")
+
+
+def test_answers_that_were_measured_alone_close_nothing(run):
+    """Catches a closing table of dashes, where the last line of metrics holds answers only."""
+    last = {"step": 1001, "eval/world/answers_correct": 0.5}
+    rows = closing_rows([*run["metrics"], last], run["baselines"])
+    assert rows[0]["system"] == "trained, 1000 steps" and rows[0]["recall_at_1"] == 0.9
+
+
+def test_table_of_answers_is_aligned():
+    """Catches a number printed under another's heading, and a set without what it is judged by."""
+    lines = answers_table(make_summary()).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    end = lines[0].index("correct") + len("correct")
+    found = [line[end - 5 : end] for line in lines[2:6]]
+    assert found == ["0.700", "0.800", "0.900", "0.300"]
+    assert lines[2].startswith("world <b>") and lines[3].startswith("  acc_substring")
+    assert lines[6].startswith("elements")

@@ -1,0 +1,226 @@
+"""What report.html shows of held-out answers: tables, plots, and examples a person can read."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cosup_jax import tables
+from cosup_jax.report_plots import Measured, Score, by_row, by_size
+
+Record = Mapping[str, Any]
+_PLOTTED = {"retrieval_hit": ("evidence found", 4), "citation_recall": ("cited and grounded", 3)}
+
+
+def tables_and_plots(summary: Mapping[str, Any]) -> str:
+    """All of an evaluation's summary but its records."""
+    checked = {
+        "containment": "Grounding is checked by token containment, which is no NLI model.",
+    }.get(summary["judge"], f"Grounding is judged by {summary['judge']}.")
+    about = (
+        f'<p class="note">Answers at step {summary["step"]:,}, every row over the same questions '
+        f"with one token budget; intervals are bootstrapped, 95 %. {html.escape(checked)}</p>"
+    )
+    domains = "".join(_domain(name, part) for name, part in summary["domains"].items())
+    return about + domains + "".join(_set(part) for part in summary["sets"])
+
+
+def examples(records: Mapping[str, Mapping[str, Sequence[Record]]], shown: int) -> str:
+    """The first questions of each set as the trained model answered them, other arms folded.
+
+    Args:
+      records: {set: {arm's label: its records}}; the first arm is shown.
+      shown: questions a set.
+    """
+    parts = []
+    for name, arms in records.items():
+        label, (first, *others) = next(iter(arms), ""), arms.values() or [[]]
+        elsewhere = [
+            {record["id"]: (other, record) for record in found}
+            for other, found in zip(list(arms)[1:], others, strict=True)
+        ]
+        cards = [
+            _example(record, [found[record["id"]] for found in elsewhere if record["id"] in found])
+            for record in first[:shown]
+        ]
+        if cards:
+            heading = f'{html.escape(name)} <span class="unit">{html.escape(label)}</span>'
+            parts.append(f"<h3>{heading}</h3>{''.join(cards)}")
+    return "".join(parts)
+
+
+def _domain(name: str, part: Mapping[str, Any]) -> str:
+    scores = ", ".join(f"{metric} {value:.3f}" for metric, value in part["scores"].items())
+    sets = html.escape(", ".join(part["sets"]))
+    return f'<p class="note"><b>{name}</b> ({sets}): {html.escape(scores)}</p>'
+
+
+def _set(part: Mapping[str, Any]) -> str:
+    facts = [f"{part['questions']:,} questions", f"{part['passages']:,} passages"]
+    facts.append("training reads this source" if part["in_domain"] else "training never reads it")
+    if part["evidence_seen"] is not None:
+        facts.append(f"and the evidence of {part['evidence_seen']:.0%} of its questions")
+    correct = f"correct: {part['correct']}, {tables.CORRECT[part['correct']]}"
+    folded = _details("Splits", _splits(part)) + _details("All scores", _all_scores(part))
+    return (
+        f'<h3>{html.escape(part["name"])}</h3><p class="note">{", ".join(facts)}; {correct}</p>'
+        f"{_table(tables.HEADINGS[1:], tables.rows(part))}{_plots(part)}{folded}"
+    )
+
+
+def _plots(part: Mapping[str, Any]) -> str:
+    """Arms side by side, sizes of the corpus, and what retrieval and training make of it."""
+    name, metrics = part["name"], {part["correct"]: ("correct", 2), **_PLOTTED}
+    whole = [arm for arm in part["arms"] if not arm["subset"]]
+    sized = [arm for arm in part["arms"] if arm["subset"] or arm["arm"] == "corpus"]
+    sized.sort(key=lambda arm: arm["passages"])
+    drawn = []
+    if whole:
+        measured = _measured([arm["scores"] for arm in whole], metrics)
+        labels = [arm["label"] for arm in whole]
+        drawn.append(by_row("Where passages come from", "share", labels, measured, name))
+    if len(sized) > 1:
+        measured = _measured([arm["scores"] for arm in sized], metrics)
+        sizes = [arm["passages"] for arm in sized]
+        drawn.append(by_size("Size of the corpus", "share", sizes, measured, name))
+    for arm in part["arms"]:
+        parts = {k: v for k, v in arm["splits"].items() if v["questions"]}
+        if arm["arm"] == "corpus" and len(parts) > 1:
+            labels = [f"{split} ({v['questions']})" for split, v in parts.items()]
+            measured = _measured([v["scores"] for v in parts.values()], metrics)
+            drawn.append(by_row("Splits", arm["label"], labels, measured, name))
+    return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _measured(
+    scores: Sequence[Mapping[str, Any]], metrics: Mapping[str, tuple[str, int]]
+) -> list[Measured]:
+    def score(found):
+        return found and Score(found["mean"], found["low"], found["high"])
+
+    lines = [
+        Measured(label, color, [score(found.get(metric)) for found in scores])
+        for metric, (label, color) in metrics.items()
+    ]
+    return [line for line in lines if any(line.scores)]
+
+
+def _splits(part: Mapping[str, Any]) -> str:
+    rows = []
+    for arm in part["arms"]:
+        size = f", {arm['passages']:,} passages" if arm["subset"] else ""
+        for split, found in arm["splits"].items():
+            correct = found["scores"].get(part["correct"])
+            cited = found["scores"].get("citation_recall")
+            cells = [tables.number(correct), tables.interval(correct), tables.number(cited)]
+            rows.append([arm["label"] + size, split, *cells, f"{found['questions']:,}"])
+    return _table(("answered with", "split", "correct", "95 %", "cite rec", "n"), rows, left=2)
+
+
+def _all_scores(part: Mapping[str, Any]) -> str:
+    rows = []
+    for arm in part["arms"]:
+        size = f", {arm['passages']:,} passages" if arm["subset"] else ""
+        for metric, score in arm["scores"].items():
+            apart = arm["differences"].get(metric)
+            paired = f"{apart['mean']:+.3f}" if apart else tables.MISSING
+            cells = [tables.number(score), tables.interval(score), paired, tables.interval(apart)]
+            rows.append([arm["label"] + size, metric, *cells, f"{score['n']:,}"])
+    headings = ("answered with", "score", "mean", "95 %", "minus trained", "95 %", "n")
+    return _table(headings, rows, left=2)
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    head = "".join(
+        f"<th{_side(place, left)}>{html.escape(text)}</th>" for place, text in enumerate(headings)
+    )
+    body = []
+    previous = None
+    for row in rows:
+        first = "" if left > 1 and row[0] == previous else row[0]
+        previous = row[0]
+        cells = "".join(
+            f"<td{_side(place, left)}>{html.escape(text)}</td>"
+            for place, text in enumerate([first, *row[1:]])
+        )
+        body.append(f"<tr>{cells}</tr>")
+    return (
+        f'<div class="wide"><table class="scores"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _side(place: int, left: int) -> str:
+    return ' class="left"' if place < left else ""
+
+
+def _example(record: Record, others: Sequence[tuple[str, Record]]) -> str:
+    expected = html.escape(" · ".join(record["answers"]) or record.get("long_answer", ""))
+    sources = "".join(_source(record, source) for source in record["sources"])
+    compared = "".join(
+        f"<li>{_verdict(other)} <b>{html.escape(label)}</b> {_cited(other)}</li>"
+        for label, other in others
+    )
+    folded = compared and _details("The same question, other passages", f"<ul>{compared}</ul>")
+    return (
+        f'<article><p class="meta">{_verdict(record)} {html.escape(record["set"])} · '
+        f"{html.escape(record['id'])}</p>"
+        f'<h4>{html.escape(record["question"])}</h4><p class="answer">{_cited(record)}</p>'
+        f'<p class="gold"><span>expected</span> {expected}</p><ol>{sources}</ol>{folded}</article>'
+    )
+
+
+def _verdict(record: Record) -> str:
+    """Right, wrong, or between the two as a number."""
+    score = record["correct"]
+    if 0 < score < 1:
+        return f'<span class="badge">{score:.2f}</span>'
+    verdict = "right" if score else "wrong"
+    return f'<span class="badge {verdict}">{verdict}</span>'
+
+
+def _cited(record: Record) -> str:
+    """The answer, each [k] of a source raised."""
+    numbers = "|".join(str(source["number"]) for source in record["sources"]) or "(?!)"
+    text = html.escape(record["output"].strip())
+    cited = re.sub(rf"\[({numbers})\]", r'<sup class="cite">[\1]</sup>', text)
+    return cited or "<i>empty answer</i>"
+
+
+def _source(record: Record, source: Mapping[str, Any]) -> str:
+    scores = [r["score"] for r in record["retrieved"] if r["number"] == source["number"]]
+    spans = [span["text"] for span in record["spans"] if span["number"] == source["number"]]
+    gold = ' <span class="badge gold">gold</span>' if source["id"] in record["evidence"] else ""
+    shown, missing = _highlighted(source["text"], spans)
+    apart = "".join(
+        f'<p class="gold"><span>written, but not in this passage</span> {html.escape(text)}</p>'
+        for text in missing
+    )
+    about = " · ".join([*(f"score {score:.3f}" for score in scores), html.escape(source["id"])])
+    return (
+        f'<li><p class="source"><span class="cite">[{source["number"]}]</span> '
+        f'<b>{html.escape(source["title"])}</b>{gold} <span class="score">{about}</span></p>'
+        f"<p>{shown}</p>{apart}</li>"
+    )
+
+
+def _highlighted(text: str, spans: Sequence[str]) -> tuple[str, list[str]]:
+    """The text with its grounded stretches marked, and the spans that are not in it."""
+    marked, missing = [False] * len(text), []
+    for span in filter(None, (span.strip() for span in spans)):
+        found = re.search(re.escape(span), text) or re.search(re.escape(span), text, re.IGNORECASE)
+        if found:
+            marked[slice(*found.span())] = [True] * len(found[0])
+        else:
+            missing.append(span)
+    pieces, begin = [], 0
+    for end in range(1, len(text) + 1):
+        if end == len(text) or marked[end] != marked[begin]:
+            piece = html.escape(text[begin:end])
+            pieces.append(f"<mark>{piece}</mark>" if marked[begin] else piece)
+            begin = end
+    return "".join(pieces), missing
