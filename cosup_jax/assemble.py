@@ -13,8 +13,9 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import sharding
+from cosup_jax import optim, sharding
 from cosup_jax import step as step_lib
+from cosup_jax.checkpoint import check_readable, restore_params
 from cosup_jax.config import ArchConfig, Config, DataConfig, sources, to_dict
 from cosup_jax.contract import EmbeddingContract, check_match
 from cosup_jax.data import markup, prepared, tokenizer
@@ -49,6 +50,40 @@ class Tokenizers(NamedTuple):
 
     gen: Tokenizer
     ctx: Tokenizer
+
+
+class Trained(NamedTuple):
+    """The newest checkpoint of a workdir, and all that inference needs beside it."""
+
+    config: Config  # with the shapes that pretrained weights bring
+    data: Sources
+    tokenizers: Tokenizers
+    towers: Towers
+    mesh: Mesh
+    params: dict  # on the mesh
+    step: int
+    contract: EmbeddingContract  # of its vectors
+    meta: dict[str, Any]  # as saved with it
+
+
+def trained(config: Config, workdir: Path) -> Trained:
+    """A run's models as they were trained; of a locked workdir, for it may read data anew.
+
+    Raises UserError without a sound checkpoint of this config.
+    """
+    mesh, checkpoints = mesh_for(config), workdir / "checkpoints"
+    if check_readable(checkpoints) is None:  # before data is read, which can take minutes
+        raise UserError(
+            f"{checkpoints} holds no checkpoint; train first, or give another --workdir"
+        )
+    data = read_sources(config, workdir / "data")
+    config = resolve(config)
+    tokenizers = read_tokenizers(config, workdir, data)
+    towers = make_towers(config, tokenizers)
+    abstract = abstract_state(config, towers, optim.make(config, 1, 1), mesh)
+    step, params, meta = restore_params(checkpoints, abstract.params)
+    contract = check_contract(config, tokenizers, meta)
+    return Trained(config, data, tokenizers, towers, mesh, params, step, contract, meta)
 
 
 def mesh_for(config: Config) -> Mesh:
@@ -344,7 +379,8 @@ def _with_shape(config: Config, tower: str, shape: dict) -> Config:
 def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Tokenizer:
     init = getattr(config, tower).init
     if init != "scratch":
-        return _pretrained_tokenizer(init)
+        rows = weights.arch_from_hf(weights.resolve(init))["vocab_size"]
+        return tokenizer.load(init, rows)
     for source in data.problems:
         if directory := prepared_directory(source):
             return tokenizer.load(Path(directory) / "tokenizer" / tower)
@@ -355,11 +391,6 @@ def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Toke
         tokenizer.train(_texts(data), config.data.vocab_size).save(directory)
     wait_for_all("tokenizer")
     return tokenizer.load(directory)
-
-
-def _pretrained_tokenizer(init: str) -> Tokenizer:
-    rows = weights.arch_from_hf(weights.resolve(init))["vocab_size"]
-    return tokenizer.load(init, rows)
 
 
 def _texts(data: Sources) -> Iterator[str]:

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import safetensors
 
-from cosup_jax import assemble, optim, parity
+from cosup_jax import assemble, parity
 from cosup_jax.assemble import Sources, Tokenizers
-from cosup_jax.checkpoint import Checkpointer, restore_params
+from cosup_jax.checkpoint import Checkpointer
 from cosup_jax.config import Config, LoraConfig
 from cosup_jax.contract import EmbeddingContract
 from cosup_jax.data import markup
@@ -41,26 +41,21 @@ def export(config: Config, workdir: str) -> None:
     """
     if jax.process_count() > 1:
         raise UserError("--mode=export runs in one process; start it on one host")
-    mesh = assemble.mesh_for(config)
     with Workdir(workdir) as directory:
-        data = assemble.read_sources(config, directory.path / "data")
-        config = assemble.resolve(config)
-        tokenizers = assemble.read_tokenizers(config, directory.path, data)
-        towers = assemble.make_towers(config, tokenizers)
-        abstract = assemble.abstract_state(config, towers, optim.make(config, 1, 1), mesh)
-        restored = restore_params(directory.path / "checkpoints", abstract.params)
-        contract = assemble.check_contract(config, tokenizers, restored.meta)
-        print(f"step {restored.step}: writing the towers", flush=True)
-        trained = Ours(towers, restored.state, mesh, config)
-        merged = Ours(_without_adapters(towers), _merged(restored.state, config), mesh, config)
+        found = assemble.trained(config, directory.path)
+        config, tokenizers = found.config, found.tokenizers
+        print(f"step {found.step}: writing the towers", flush=True)
+        trained = Ours(found.towers, found.params, found.mesh, config)
+        plain = _without_adapters(found.towers)
+        merged = Ours(plain, _merged(found.params, config), found.mesh, config)
         target, new = directory.path / "export", directory.path / ".export.new"
         shutil.rmtree(new, ignore_errors=True)
         try:
-            _write(new, merged, tokenizers, contract, config)
+            _write(new, merged, tokenizers, found.contract, config)
             checkpointer = Checkpointer(new / "params", keep=1)
-            checkpointer.save(restored.step, {"params": restored.state}, restored.meta)
+            checkpointer.save(found.step, {"params": found.params}, found.meta)
             checkpointer.close()
-            checks = _compare(new, trained, merged, _sample(data, tokenizers, config), config)
+            checks = _compare(new, trained, merged, _sample(found.data, tokenizers, config), config)
             _write_json(new / "parity.json", checks)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)

@@ -27,9 +27,9 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "benchmark": "the speed of tokenising and of the input pipeline on this machine",
 }
-OPTIONS = {  # flags of one mode, whole numbers: what they are called in its function
-    "validate": {"--show": "show_rows", "--limit": "limit"},
-    "benchmark": {"--steps": "steps"},
+OPTIONS = {  # flags of one mode: what they are called in its function, and int (0 or more) or str
+    "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
+    "benchmark": {"--steps": ("steps", int)},
 }
 USAGE = """\
 usage: python -m cosup_jax.main --config=FILE.py[:VARIANT] --workdir=DIR [--mode=MODE]
@@ -196,15 +196,18 @@ def _whole(environ: Mapping[str, str], name: str, default: str = "") -> int:
     return int(text)
 
 
-def _options(flags: Mapping[str, str], mode: str) -> dict[str, int]:
-    """The mode's own flags. Raises UserError for another mode's, and for what is no number."""
+def _options(flags: Mapping[str, str], mode: str) -> dict[str, int | str]:
+    """The mode's own flags. Raises UserError for another mode's, and for a value of no use."""
     found, own = {}, OPTIONS.get(mode, {})
     for name in {name for options in OPTIONS.values() for name in options} & flags.keys():
         if name not in own:
             raise UserError(f"{name} means nothing with --mode={mode}; drop it")
-        if not flags[name].isdecimal():
+        argument, kind = own[name]
+        if kind is int and not flags[name].isdecimal():
             raise UserError(f"{name}={flags[name]} must be a whole number")
-        found[own[name]] = int(flags[name])
+        if not flags[name]:
+            raise UserError(f"{name} has no value; write {name}=VALUE")
+        found[argument] = kind(flags[name])
     return found
 
 

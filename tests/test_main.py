@@ -103,6 +103,8 @@ def test_contradiction(refused, path):
         ([f"--config={CONFIGS[0]}", "stray"], "stray"),
         (["--config"], "--config=VALUE"),
         (["--config", "--config.seed=1"], "--config=VALUE"),
+        ([f"--config={CONFIGS[0]}", "--mode=validate", "--show=all"], "whole number"),
+        ([f"--config={CONFIGS[0]}", "--show=3"], "nothing with --mode=train"),
     ],
 )
 def test_bad_flags(refused, argv, says):
