@@ -1,22 +1,60 @@
-"""Is the answer right? Text rules exactly as KILT's and ALCE's scorers have them."""
+"""Every metric under one roof, to be called on one's own strings and records.
 
-import re
-import string
-from collections.abc import Sequence
+`normalize_answer, accuracy, exact_match, f1, rouge_l` compare texts; the others read the records
+of KILT and of ALCE, whose own formats, scales and names they keep. What each computes, and where it
+departs from them on purpose, stands in its docstring.
+"""
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from cosup_jax.evaluation.alce import (
+    alce_scores,
+    citation_scores,
+    claim_recall,
+    qampari_scores,
+    rouge_lsum,
+    str_em,
+)
+from cosup_jax.evaluation.cited import parse_cited_output
+from cosup_jax.evaluation.kilt import (
+    answer_in_context,
+    kilt_scores,
+    precision_at_k,
+    r_precision,
+    recall_at_k,
+    success_at_k,
+)
+from cosup_jax.evaluation.official import official_scores
+from cosup_jax.evaluation.text import (
+    accuracy,
+    answer_present,
+    exact_match,
+    exact_presence,
+    f1,
+    normalize_answer,
+    remove_citations,
+    rouge_l,
+)
 
-
-def normalize_answer(text: str) -> str:
-    """Lower case, ASCII punctuation deleted, articles blanked, white space folded."""
-    text = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
-    return " ".join(text.split())
-
-
-def answer_present(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether some answer, normalised, is a substring of the prediction, normalised.
-
-    ALCE's exact_presence, but an empty prediction is never right.
-    """
-    text = normalize_answer(prediction)
-    return bool(text) and any(normalize_answer(answer) in text for answer in answers)
+__all__ = [
+    "accuracy",
+    "alce_scores",
+    "answer_in_context",
+    "answer_present",
+    "citation_scores",
+    "claim_recall",
+    "exact_match",
+    "exact_presence",
+    "f1",
+    "kilt_scores",
+    "normalize_answer",
+    "official_scores",
+    "parse_cited_output",
+    "precision_at_k",
+    "qampari_scores",
+    "r_precision",
+    "recall_at_k",
+    "remove_citations",
+    "rouge_l",
+    "rouge_lsum",
+    "str_em",
+    "success_at_k",
+]
