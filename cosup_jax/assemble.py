@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import optim, sharding
+from cosup_jax import optim, processes, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.checkpoint import check_readable, restore_params
 from cosup_jax.config import ArchConfig, Config, DataConfig, sources, to_dict
@@ -186,6 +185,8 @@ def read_sources(config: Config, directory: Path) -> Sources:
         if name in evaluated and set(dataset.splits) == {"train"}:
             dataset = _hold_out(name, dataset, name in trained, config.data)
         found[name] = dataset
+    versions = {f"{name} (version)": dataset.version for name, dataset in found.items()}
+    processes.agree("the data it reads", versions, processes.BARRIER_SECONDS)
     return Sources(
         [(found[name], weight) for name, weight in train],
         [found[name] for name, _ in held_out],
@@ -349,12 +350,6 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
     return saved
 
 
-def wait_for_all(what: str) -> None:
-    """Returns once every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def _fresh(config: Config, towers: Towers, tx, pretrained: dict | None = None) -> TrainState:
     key_params, key_state = jax.random.split(jax.random.key(config.seed))
     params = step_lib.init_params(key_params, towers, config)
@@ -389,7 +384,7 @@ def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Toke
     directory = workdir / "tokenizer" / key  # other settings or data never meet an old one
     if jax.process_index() == 0 and not directory.is_dir():
         tokenizer.train(_texts(data), config.data.vocab_size).save(directory)
-    wait_for_all("tokenizer")
+    processes.barrier("tokenizer")
     return tokenizer.load(directory)
 
 

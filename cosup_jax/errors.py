@@ -1,8 +1,13 @@
-"""The one exception that stands for a mistake of the user's, not of ours."""
+"""The two exceptions that are no fault of ours: `main` prints either as one line."""
 
 
 class UserError(Exception):
-    """The user's input is wrong: `main` prints the message as one line and exits with code 2.
+    """The user's input is wrong. The message says what is wrong, where, and how to mend it."""
 
-    The message says what is wrong, where, and how to mend it.
-    """
+    code = 2  # of the program's exit
+
+
+class LostProcess(Exception):
+    """Another process of the run is gone or stuck: started again, the run goes on."""
+
+    code = 75  # EX_TEMPFAIL

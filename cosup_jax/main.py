@@ -9,7 +9,6 @@ import logging
 import os
 import runpy
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from cosup_jax.config import Config, set_dotted, to_dict
-from cosup_jax.errors import UserError
+from cosup_jax.errors import LostProcess, UserError
 from cosup_jax.freeze import freeze
 
 MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
@@ -31,6 +30,11 @@ OPTIONS = {  # flags of one mode: what they are called in its function, and int 
     "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
     "benchmark": {"--steps": ("steps", int)},
 }
+JOINING = {  # flags that stand for variables of the environment
+    "--coordinator": "JAX_COORDINATOR_ADDRESS",
+    "--num_processes": "JAX_NUM_PROCESSES",
+    "--process_id": "JAX_PROCESS_ID",
+}
 USAGE = """\
 usage: python -m cosup_jax.main --config=FILE.py[:VARIANT] --workdir=DIR [--mode=MODE]
                                 [--config.KEY=VALUE ...]
@@ -42,8 +46,9 @@ modes:
 named of each kind of finding; --mode=benchmark takes --steps=N, batches that are read.
 
 Add --help to --config=FILE.py[:VARIANT] for every key and its value there; cosup_jax/config.py
-gives the meanings. Several processes: launch/local_processes.sh, launch/tpu_pod.sh or srun; else
-set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each.
+gives the meanings. Several processes: the scripts in launch/, or srun; else give each process
+--coordinator=HOST:PORT --num_processes=N --process_id=I, or set JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 _CONFIG_KEY = "--config."
 
@@ -69,15 +74,23 @@ def main(argv: Sequence[str]) -> int:
             flag = "--xla_gpu_deterministic_ops=true"  # before JAX reads it
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
             print("deterministic: reproducible GPU kernels, slower scatters and reductions")
-        join_processes(os.environ)
+        options = _options(flags, mode)
+        processes = importlib.import_module("cosup_jax.processes")  # from here on with JAX
+        processes.join(os.environ | _told(flags))
+        given = dict(_leaves(to_dict(config)))
+        processes.agree("how it was started", processes.facts(mode, flags["--workdir"], given))
         run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
-        run(config, flags["--workdir"], **_options(flags, mode))
-    except UserError as error:
+        state = run(config, flags["--workdir"], **options)
+        processes.finish()
+    except (UserError, LostProcess) as error:
         _print_error(error)
-        return 2
+        _tell_the_others(error, error.code)
+        return error.code
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", flush=True)
-    return 0
+        _tell_the_others("interrupted", LostProcess.code)
+        state = "stopped"
+    return int(os.environ.get("COSUP_STOPPED_CODE", "0")) if state == "stopped" else 0
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -92,7 +105,13 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
         if name in ("-h", "--help"):
             flags["--help"] = ""
             continue
-        plain = ["--config", "--workdir", "--mode", *(o for mode in OPTIONS.values() for o in mode)]
+        plain = [
+            "--config",
+            "--workdir",
+            "--mode",
+            *JOINING,
+            *(o for mode in OPTIONS.values() for o in mode),
+        ]
         if name not in plain and not name.startswith(_CONFIG_KEY):
             known = ", ".join([*plain, "--config.KEY", "--help"])
             raise UserError(f"unknown argument {argument!r}; flags: {known}")
@@ -142,58 +161,9 @@ def load_config(path_and_variant: str) -> ml_collections.ConfigDict:
     return config
 
 
-def join_processes(environ: Mapping[str, str]) -> None:
-    """`jax.distributed.initialize`, where the environment says that this process is one of several.
-
-    It does so by JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, by a SLURM step
-    or TPU host list of more than one, or by COSUP_CLUSTER=auto (then JAX asks the TPU's metadata).
-    Raises UserError for values that make no sense; exits with 2 if the others do not come within
-    COSUP_JOIN_SECONDS (300).
-    """
-    if address := environ.get("JAX_COORDINATOR_ADDRESS"):
-        where = {
-            "coordinator_address": address,
-            "num_processes": _whole(environ, "JAX_NUM_PROCESSES"),
-            "process_id": _whole(environ, "JAX_PROCESS_ID"),
-        }
-        if where["process_id"] >= where["num_processes"]:
-            raise UserError(
-                f"JAX_PROCESS_ID={where['process_id']} must be below JAX_NUM_PROCESSES="
-                f"{where['num_processes']}; it counts from 0"
-            )
-    elif (
-        environ.get("COSUP_CLUSTER") == "auto"
-        or ("SLURM_STEP_NODELIST" in environ and environ.get("SLURM_NTASKS", "1") != "1")
-        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-    ):
-        where = {}
-    else:
-        return
-    seconds = _whole(environ, "COSUP_JOIN_SECONDS", "300")
-    import jax
-
-    # Left alone, JAX would abort with a C++ stack trace for want of a process.
-    alarm = threading.Timer(seconds, _give_up, (f"{seconds} s, {where or 'found by JAX'}",))
-    alarm.daemon = True
-    alarm.start()
-    try:
-        jax.distributed.initialize(**where, initialization_timeout=seconds + 60)
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"cannot join the other processes ({where}): {error}") from error
-    finally:
-        alarm.cancel()
-
-
-def _give_up(waited: str) -> None:
-    _print_error(f"not every process came ({waited}); start them all, with one process count")
-    os._exit(2)
-
-
-def _whole(environ: Mapping[str, str], name: str, default: str = "") -> int:
-    text = environ.get(name, default)
-    if not text.isdecimal():
-        raise UserError(f"{name}={text} in the environment must be a whole number")
-    return int(text)
+def _told(flags: Mapping[str, str]) -> dict[str, str]:
+    """The flags that say which process this is, as the environment would."""
+    return {variable: flags[name] for name, variable in JOINING.items() if name in flags}
 
 
 def _options(flags: Mapping[str, str], mode: str) -> dict[str, int | str]:
@@ -245,14 +215,20 @@ def _print_error(error: UserError | str) -> None:
     print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
 
 
+def _tell_the_others(reason: object, code: int) -> None:
+    if "cosup_jax.liveness" in sys.modules:
+        sys.modules["cosup_jax.liveness"].tell(str(reason), code)
+
+
 def _run_and_exit() -> None:
     try:
         code = main(sys.argv[1:])
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
         code = 1
-    if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        # A normal exit would wait in JAX's shutdown barrier for the others, which wait for us.
+        _tell_the_others(f"{type(error).__name__}: {error}", code)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # Not finished together: a normal exit would wait in JAX's shutdown barrier for the others.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from cosup_jax import assemble
+from cosup_jax import assemble, processes
 from cosup_jax.assemble import Tokenizers
 from cosup_jax.config import Config
 from cosup_jax.data import prepared, tokens
@@ -58,7 +58,7 @@ def prepare(config: Config, workdir: str) -> None:
         }
         directory.write_text("prepared/manifest.json", json.dumps(about, indent=2) + "\n")
         say(f"done: name prepared:{target} in config.data.train and data.eval")
-        assemble.wait_for_all("prepared")
+        processes.barrier("prepared")
 
 
 def _tokenize(

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, bank, optim, report, sharding
+from cosup_jax import assemble, bank, liveness, optim, processes, report, sharding
 from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
 from cosup_jax.assemble import Sources, Tokenizers
@@ -48,8 +48,10 @@ class Job(NamedTuple):
     num_steps: int
 
 
-def train(config: Config, workdir: str) -> None:
+def train(config: Config, workdir: str) -> str:
     """Runs to the end, or goes on from the newest checkpoint; says so if there is nothing to do.
+
+    Returns "finished", or "stopped" where it was told to stop and has saved.
 
     Raises UserError for whatever is wrong with config, data or workdir.
     """
@@ -61,7 +63,7 @@ def train(config: Config, workdir: str) -> None:
         given = to_dict(config)
         if status and status["state"] == "finished" and _read_config(directory) == given:
             _say(f"{directory.path} is finished: {status['step']} steps, see report.html")
-            return
+            return "finished"
         job = _prepare(config, directory, mesh)
         step = _run(job, given)
         _say(
@@ -69,6 +71,7 @@ def train(config: Config, workdir: str) -> None:
             if step < job.num_steps
             else f"done: {directory.path / 'report.html'}"
         )
+        return "stopped" if step < job.num_steps else "finished"
 
 
 def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
@@ -81,6 +84,8 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     tokenizers = assemble.read_tokenizers(config, workdir.path, data)
     store = tokens.tokenize(data.train, *tokenizers, config, directory)
     plan = Plan(store, config)
+    made = {"plan of the steps": plan.fingerprint}
+    processes.agree("what it made of the data", made, processes.BARRIER_SECONDS)
     held_out = held_out_lib.held_out_sets(
         data.held_out, tokenizers, config, directory, store, plan.left_out
     )
@@ -146,6 +151,7 @@ def _run(job: Job, given: dict[str, Any]) -> int:
         recorder.close()
         checkpointer.close()
     except BaseException as error:
+        liveness.await_news(error)
         state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         job.workdir.status(state, max([start, *checkpointer.steps()]))
         raise

@@ -3,12 +3,13 @@
 #
 #   launch/local_processes.sh N [DEVICES_PER_PROCESS] -- --config=... --workdir=... [...]
 #
-# Each line of output carries its process' number. When a process fails, the others are stopped and
-# its exit code is returned. SIGTERM and SIGINT are passed on. PYTHON names the interpreter.
+# Each line of output carries its process' number. When a process fails, the others get GRACE seconds
+# (10) to say why and end, and its exit code is returned. SIGTERM and SIGINT are passed on. PYTHON
+# names the interpreter.
 set -uo pipefail
 
 usage() {
-  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -41,7 +42,7 @@ trap 'forward INT' INT
 trap 'forward KILL' EXIT
 
 exec 2>/dev/null # bash would announce each process that is killed here
-result=0
+result=0 deadline=""
 while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do
     kill -0 "${pids[i]}" 2>/dev/null && continue
@@ -49,10 +50,12 @@ while ((${#pids[@]})); do
     wait "${pids[i]}" || code=$?
     unset "pids[i]"
     if ((code && !result)); then
-      result=$code
-      forward KILL # alone they would wait for the lost one
+      result=$code deadline=$((SECONDS + ${GRACE:-10}))
     fi
   done
+  if [[ $deadline ]] && ((SECONDS >= deadline)); then
+    forward KILL
+  fi
   sleep 0.2
 done
 wait # for the last prefixed lines

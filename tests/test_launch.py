@@ -44,7 +44,7 @@ def local(tmp_path):
         python = executable(tmp_path / "python", trainer)
         process = subprocess.Popen(
             ["bash", LAUNCH / "local_processes.sh", *argv],
-            env=os.environ | {"PYTHON": str(python)},
+            env=os.environ | {"PYTHON": str(python), "GRACE": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cosup_jax"
 LAYERS = (  # low to high; a module imports strictly lower ones
     "errors families",
+    "liveness",
+    "processes",
     "config workdir",
     "freeze",
     "hf.names",

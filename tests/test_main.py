@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from cosup_jax import main as main_lib
+from cosup_jax import processes
 from cosup_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +204,7 @@ def test_bad_process_count(environ, says):
         "JAX_PROCESS_ID": "0",
     }
     with pytest.raises(UserError, match=re.escape(says)):
-        main_lib.join_processes(given | environ)
+        processes.join(given | environ)
 
 
 def test_laptop_joins_nobody(monkeypatch):
@@ -211,9 +212,9 @@ def test_laptop_joins_nobody(monkeypatch):
     import jax
 
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("joined"))
-    main_lib.join_processes({})
-    main_lib.join_processes({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"})
-    main_lib.join_processes({"TPU_WORKER_HOSTNAMES": "localhost"})
+    processes.join({})
+    processes.join({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"})
+    processes.join({"TPU_WORKER_HOSTNAMES": "localhost"})
 
 
 def run_program(*argv, **environ):

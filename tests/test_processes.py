@@ -1,0 +1,167 @@
+"""Real processes over loopback that join, compare, wait and lose each other; no devices' work."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOST_S = 2
+WORKER = """
+import os, signal, sys, time
+from cosup_jax import liveness, main, processes
+from cosup_jax.errors import LostProcess, UserError
+
+me, given = int(os.environ["JAX_PROCESS_ID"]), os.environ
+
+def work():
+    processes.join(os.environ)
+    print("joined", flush=True)
+{body}
+    processes.finish()
+    print("finished", flush=True)
+
+main.parse_flags = lambda argv: work() or {{"--help": ""}}
+main._run_and_exit()
+"""
+
+
+@pytest.fixture
+def run():
+    """Runs one script in several processes; returns [(code, stdout, stderr)] and the seconds."""
+    started = []
+
+    def start(count, body, environ=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        shared = {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
+        shared |= {"JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        shared |= {"COSUP_JOIN_SECONDS": "60", "COSUP_LOST_SECONDS": str(LOST_S)}
+        body = "\n".join(f"    {line}" for line in body.strip().splitlines())
+        begin = time.monotonic()
+        for process in range(count):
+            own = shared | {"JAX_PROCESS_ID": str(process)} | (environ or (lambda _: {}))(process)
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", WORKER.format(body=body)],
+                    cwd=ROOT,
+                    env=os.environ | own,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        outputs = [process.communicate(timeout=60) for process in started]
+        codes = [process.returncode for process in started]
+        return [(c, *o) for c, o in zip(codes, outputs, strict=True)], time.monotonic() - begin
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def errors(text):
+    """The lines that are ours; a lost coordinator leaves JAX's own before it."""
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_equal_processes_meet_and_a_different_one_is_named_by_all(run):
+    """Bugs: a process with another config, package or count that hangs the rest; a sentence that
+    only one of them prints; a barrier or broadcast that cannot be used twice."""
+    done, seconds = run(
+        3,
+        """
+for _ in range(2):
+    processes.barrier("twice", 30)
+    assert processes.broadcast("word", "yes" if me == 0 else None) == "yes"
+processes.agree("the start", {"config.seed": 0, "numpy": "2.0"})
+print("agreed", flush=True)
+processes.agree("the start", {"config.seed": 1 if me == 2 else 0, "numpy": "2.0"})
+""",
+    )
+    host = re.escape(socket.gethostname())
+    for code, out, err in done:
+        assert code == 2 and out.split() == ["joined", "agreed"], err
+        assert re.fullmatch(
+            rf"error: process 2 on {host} differs in the start: config.seed is 1 there and 0 in "
+            rf"process 0 on {host}; [^\n]+\n",
+            err,
+        )
+    assert seconds < 30
+
+
+def test_another_process_count_is_named(run):
+    """Bug: a process started for another number of processes joins, and its mesh is another."""
+    count = lambda process: {"JAX_NUM_PROCESSES": "3"} if process == 1 else {}
+    done, _ = run(
+        2, "processes.agree('the start', processes.facts('train', '/w', {'seed': 0}))", count
+    )
+    for code, _, err in done:
+        assert code == 2 and "process 1 on " in err, err
+        assert "number of processes is 3 there and 2 in process 0" in err
+
+
+@pytest.mark.parametrize("dies", [1, 0])
+def test_a_killed_process_ends_the_others(run, dies):
+    """Bugs: survivors that wait for ever, or end in a C++ abort with no sentence and no code that
+    a launcher can act on; process 0, where all meet, dying in another way than the rest."""
+    done, seconds = run(
+        3,
+        f"""
+processes.barrier("all here", 30)
+if me == {dies}:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(40)
+""",
+    )
+    for process, (code, _, err) in enumerate(done):
+        if process == dies:
+            assert code == -signal.SIGKILL
+            continue
+        assert code == 75, err
+        assert len(errors(err)) == 1 and f"process {dies}" in errors(err)[0]
+        assert "goes on from its checkpoint" in errors(err)[0]
+    assert seconds < LOST_S + 20
+
+
+def test_a_failing_process_tells_the_others_why(run):
+    """Bug: one process finds the disk full and says so, the others only that it is gone."""
+    done, _ = run(
+        2,
+        """
+if me == 1:
+    raise UserError("the disk is full")
+time.sleep(40)
+""",
+    )
+    assert [code for code, _, _ in done] == [2, 2]
+    assert errors(done[1][2]) == ["error: the disk is full"]
+    assert len(errors(done[0][2])) == 1 and "process 1 on " in done[0][2]
+    assert "stopped: the disk is full" in done[0][2]
+
+
+def test_who_does_not_come_is_named_and_a_slow_finish_is_waited_for(run):
+    """Bugs: a barrier that says it failed but not by whose fault; processes that are done early
+    taken for dead by the one that still writes its report."""
+    done, _ = run(
+        2,
+        f"""
+try:
+    processes.barrier("tokenizer", 1) if me == 0 else None
+except LostProcess as error:
+    print(error, flush=True)
+time.sleep({2 * LOST_S} if me == 0 else 0)
+""",
+    )
+    (code_0, out_0, err_0), (code_1, out_1, err_1) = done
+    assert (code_0, code_1) == (0, 0), err_0 + err_1
+    assert "process 1 did not come to 'tokenizer' within 1 s" in out_0
+    assert "finished" in out_0 and "finished" in out_1
