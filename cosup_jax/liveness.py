@@ -44,7 +44,9 @@ def await_news(error: BaseException) -> None:
     long enough, or a process has said why it stopped.
     """
     if _watch is not None and not _watch.over and _is_of_the_runtime(error):
-        time.sleep(_watch.lost_s + 3 * _watch.beat_s)
+        if not _watch.awaited:
+            time.sleep(_watch.lost_s + 3 * _watch.beat_s)
+        _watch.awaited = True  # the caller above may ask again
 
 
 def tell(reason: str, code: int) -> None:
@@ -91,6 +93,7 @@ class _Watch:
     def __init__(self, lost_s: float):
         self.lost_s, self.beat_s, self.over = lost_s, max(lost_s / 6, 0.5), False
         self._client, self._me = joined().client, joined().process_id
+        self.awaited = False
         self._leaving = threading.Event()
         self._abort_handler = _catch_abort()  # kept alive
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -99,7 +102,7 @@ class _Watch:
 
     def tell(self, reason: str, code: int) -> None:
         self.over = True
-        text = f"process {self._me} on {socket.gethostname()} stopped: {reason}"
+        text = f"process {self._me} on {socket.gethostname()} stopped: {reason or 'interrupted'}"
         self._publish(text, code)
         self._leave(3)
 

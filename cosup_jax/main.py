@@ -4,13 +4,14 @@ Whatever the user can get wrong here ends in one line on stderr and exit code 2,
 """
 
 import difflib
+import functools
 import importlib
 import logging
 import os
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -83,12 +84,11 @@ def main(argv: Sequence[str]) -> int:
         state = run(config, flags["--workdir"], **options)
         processes.finish()
     except (UserError, LostProcess) as error:
-        _print_error(error)
-        _tell_the_others(error, error.code)
+        _tell_the_others(error, error.code, functools.partial(_print_error, error))
         return error.code
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", flush=True)
-        _tell_the_others("interrupted", LostProcess.code)
+    except KeyboardInterrupt as error:
+        stopped = "stopped; the same command goes on from the last checkpoint"
+        _tell_the_others(error, LostProcess.code, functools.partial(print, stopped, flush=True))
         state = "stopped"
     return int(os.environ.get("COSUP_STOPPED_CODE", "0")) if state == "stopped" else 0
 
@@ -215,18 +215,22 @@ def _print_error(error: UserError | str) -> None:
     print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
 
 
-def _tell_the_others(reason: object, code: int) -> None:
-    if "cosup_jax.liveness" in sys.modules:
-        sys.modules["cosup_jax.liveness"].tell(str(reason), code)
+def _tell_the_others(error: BaseException, code: int, say: Callable[[], None]) -> None:
+    """Says what went wrong, here and in the other processes, unless one of them is the cause."""
+    liveness = sys.modules.get("cosup_jax.liveness")  # else there are none yet
+    if liveness:
+        liveness.await_news(error)
+    say()
+    if liveness:
+        liveness.tell(f"{type(error).__name__}: {error}" if code == 1 else str(error), code)
 
 
 def _run_and_exit() -> None:
     try:
         code = main(sys.argv[1:])
     except Exception as error:
-        traceback.print_exc()
         code = 1
-        _tell_the_others(f"{type(error).__name__}: {error}", code)
+        _tell_the_others(error, code, traceback.print_exc)
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         # Not finished together: a normal exit would wait in JAX's shutdown barrier for the others.
         sys.stdout.flush()
