@@ -5,9 +5,10 @@ import os
 # Threads for the fake devices to wait in for each other: with one a core, a step can block itself.
 os.environ.setdefault("PJRT_NPROC", "32")
 # Of XLA's two generators of loop code for CPUs the one that compiles in a third of the time.
-OLDER_LOOPS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-if OLDER_LOOPS not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OLDER_LOOPS}".strip()
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 
 import jax
 import pytest
