@@ -1,4 +1,4 @@
-"""--mode=benchmark: how fast this machine tokenises, and reads batches from cached tokens."""
+"""--mode=benchmark: how fast this machine tokenises, reads batches from cached tokens, searches."""
 
 import resource
 import tempfile
@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from cosup_jax import assemble, sharding
+from cosup_jax import assemble, index, sharding
 from cosup_jax.config import Config
 from cosup_jax.data import pipeline, tokens
 from cosup_jax.data.batch import Batch
@@ -15,11 +17,24 @@ from cosup_jax.data.plan import Plan
 from cosup_jax.errors import UserError
 from cosup_jax.workdir import Workdir
 
+SEARCHED_FOR = (1, 2, 4, 8, 32, 256)  # queries at once
+ROUNDS = 5  # of which medians are taken
+SIDE = 2048  # of the square matrices that are multiplied
 
-def benchmark(config: Config, workdir: str, steps: int = 400) -> None:
-    """Prints tokens per second, by the clock and for each second of one core.
 
-    Raises UserError for whatever is wrong with config or data.
+def benchmark(
+    config: Config, workdir: str, steps: int = 400, vectors: int = 1_000_000, width: int = 0
+) -> None:
+    """Prints tokens per second, by the clock and for each second of one core; and how long search
+    takes beside what memory or arithmetic alone would.
+
+    Args:
+      steps: batches that are read.
+      vectors: float32 vectors that are searched.
+      width: of these; 0: as Gen's.
+
+    Raises:
+      UserError: whatever is wrong with config or data.
     """
     if steps < 1:
         raise UserError("--steps=0 reads nothing; give at least 1")
@@ -41,6 +56,68 @@ def benchmark(config: Config, workdir: str, steps: int = 400) -> None:
         for _ in range(2):  # starts Grain and its workers, and compiles what it needs
             jax.block_until_ready(next(reader))
         _print(f"reading {steps} batches", lambda: sum(map(_tokens, reader)), int)
+        if vectors:
+            search_speed(vectors, width or config.gen.arch.width)
+
+
+def search_speed(vectors: int, width: int, k: int = 10) -> dict[int, float]:
+    """Prints, and returns by number of queries, the roofline's share of the time of a search.
+
+    The roofline is the time to read all vectors once, or to multiply, whichever is longer: each
+    the fastest of several ways, in the same rounds as the searches. One device.
+    """
+    rng = np.random.default_rng(0)
+    corpus_NxD = jnp.asarray(rng.random((vectors, width), np.float32) - 0.5)
+    query_QxD = rng.random((max(SEARCHED_FOR), width), np.float32) - 0.5
+    square = jnp.asarray(rng.random((SIDE, SIDE), np.float32))
+    ways = {
+        **{("read", name): (jax.jit(read), corpus_NxD) for name, read in _READS.items()},
+        ("multiply", 2 * SIDE**3): (jax.jit(lambda x: x @ x), square),
+        ("multiply", SIDE**3): (jax.jit(lambda x: x @ x[: SIDE // 2].T), square),
+    }
+    ways |= {
+        ("search", Q): (lambda query: index.search(query, corpus_NxD, k), query_QxD[:Q])
+        for Q in SEARCHED_FOR
+    }
+    took_s = {way: [] for way in ways}
+    for _ in range(1 + ROUNDS):
+        for way, run in ways.items():
+            took_s[way].append(_seconds(*run))
+    median_s = {way: float(np.median(took[1:])) for way, took in took_s.items()}  # 0 compiled
+    read_s = min(seconds for (kind, _), seconds in median_s.items() if kind == "read")
+    flops = max(size / s for (kind, size), s in median_s.items() if kind == "multiply")
+    print(
+        f"search in {vectors:,} x {width} float32, top {k}, medians of {ROUNDS}; this machine "
+        f"reads {corpus_NxD.nbytes / read_s / 1e9:.1f} GB/s and does {flops / 1e9:.0f} GFLOP/s",
+        flush=True,
+    )
+    share = {}
+    for Q in SEARCHED_FOR:
+        multiply_s, search_s = 2 * Q * vectors * width / flops, median_s["search", Q]
+        share[Q] = max(read_s, multiply_s) / search_s
+        bound = "reading" if read_s > multiply_s else "multiplying"
+        print(
+            f"  {Q} queries: {search_s * 1e3:.0f} ms, {bound} alone "
+            f"{max(read_s, multiply_s) * 1e3:.0f} ms: {share[Q]:.0%} of the roofline",
+            flush=True,
+        )
+    return share
+
+
+def _tiles(corpus_NxD: jax.Array) -> jax.Array:
+    """1024 rows at a time, multiplied by one query."""
+    n = min(len(corpus_NxD), 1024)
+    cut = lambda i: jax.lax.dynamic_slice_in_dim(corpus_NxD, i * n, n) @ corpus_NxD[0]
+    return jax.lax.map(cut, jnp.arange(len(corpus_NxD) // n)).max()
+
+
+_READS = {"max": jnp.max, "sum": jnp.sum, "tiles": _tiles}
+
+
+def _seconds(run: Callable, *args) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run(*args))
+    return time.perf_counter() - start
 
 
 def _tokens(batch: Batch) -> int:

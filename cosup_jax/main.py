@@ -25,11 +25,15 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "validate": "check config and data, every bad row with file, line and reason; compiles nothing",
     "prepare": "check and tokenise all sources into WORKDIR/prepared, for any run to read",
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
-    "benchmark": "the speed of tokenising and of the input pipeline on this machine",
+    "benchmark": "the speed of tokenising, of the input pipeline and of search on this machine",
 }
 OPTIONS = {  # flags of one mode: what they are called in its function, and int (0 or more) or str
     "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
-    "benchmark": {"--steps": ("steps", int)},
+    "benchmark": {
+        "--steps": ("steps", int),
+        "--vectors": ("vectors", int),
+        "--width": ("width", int),
+    },
 }
 JOINING = {  # flags that stand for variables of the environment
     "--coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -44,7 +48,8 @@ modes:
 {modes}
 
 --mode=validate also takes --show=N, training rows as the model reads them, and --limit=N, rows
-named of each kind of finding; --mode=benchmark takes --steps=N, batches that are read.
+named of each kind of finding; --mode=benchmark takes --steps=N, batches that are read, and
+--vectors=N of --width=D, vectors that are searched.
 
 Add --help to --config=FILE.py[:VARIANT] for every key and its value there; cosup_jax/config.py
 gives the meanings. Several processes: the scripts in launch/, or srun; else give each process

@@ -19,7 +19,21 @@ def test_the_clock_starts_after_the_first_batch(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark.pipeline, "batches", slow_start)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock() + sum(late_s))
-    benchmark.benchmark(write(tmp_path, *rows()), str(tmp_path / "work"), steps=3)
+    benchmark.benchmark(write(tmp_path, *rows()), str(tmp_path / "work"), steps=3, vectors=0)
     out = capsys.readouterr().out
     tokens, seconds = re.search(r"reading 3 batches: ([\d,]+) tokens in ([\d.]+) s", out).groups()
     assert float(seconds) < 500 and int(tokens.replace(",", "")) > 0
+
+
+def test_search_is_timed_beside_the_roofline(monkeypatch, capsys):
+    """Bug: a roofline of another size than the search: the share is then no share."""
+    monkeypatch.setattr(benchmark, "SIDE", 16)
+    monkeypatch.setattr(benchmark, "SEARCHED_FOR", (1, 3))
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(ticks))  # all take 1 s
+    share = benchmark.search_speed(2000, 4)
+    flops = 2 * 16**3  # the largest product in 1 s
+    assert share == {Q: max(1.0, 2 * Q * 2000 * 4 / flops) for Q in benchmark.SEARCHED_FOR}
+    assert "3 queries: 1000 ms, multiplying alone 5859 ms: 586% of the roofline" in (
+        capsys.readouterr().out
+    )
