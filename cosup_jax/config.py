@@ -185,12 +185,38 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept
 
 
+ARMS = {  # of --mode=evaluate: where passages come from at [Ret]
+    "corpus": "trained retrieval",
+    "candidates": "its candidates",
+    "gold": "gold passage",
+    "bm25": "BM25",
+    "wrong": "wrong passage",
+    "none": "no retrieval",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation during training."""
+    """Held-out evaluation, during training and by --mode=evaluate."""
 
     every_steps: int = 100  # steps between evaluations; step 0 and the last are always evaluated
     examples: int = 400  # questions per evaluation set, drawn once by seed
+    answers: int = 0  # training: questions per set that are answered and scored, drawn by seed
+    answers_every_steps: int = 100  # training: steps between answering them; also at the last
+    questions: int = 100  # evaluate: questions per set, drawn by seed; 0 = all
+    arms: str = ",".join(ARMS)  # evaluate: where passages come from, each over the same questions
+    corpus_sizes: str = "100,1000,10000"  # evaluate: passages searched besides all; gold is in each
+    judge: str = "containment"  # of grounding: token containment | NLI model, hub id or directory
+
+    @property
+    def arm_names(self) -> list[str]:
+        """Of `arms`."""
+        return [name.strip() for name in self.arms.split(",")]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of `corpus_sizes`, ascending. Raises ValueError for what is no number."""
+        return sorted(int(size) for size in self.corpus_sizes.split(",") if size.strip())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from cosup_jax.config import TEMPERATURE_RANGE, Config, get_dotted, replace_dotted, sources
+from cosup_jax.config import ARMS, TEMPERATURE_RANGE, Config, get_dotted, replace_dotted, sources
 from cosup_jax.errors import UserError
 from cosup_jax.families import FAMILIES, KERNELS
 
@@ -37,6 +37,7 @@ _MAY_BE_ZERO = {
     *("loss.ntp_weight", "loss.nsp_weight", "loss.nsp_ramp_steps", "loss.nsp_ramp_from"),
     *("loss.sigmoid_bias", "loss.margin", "loss.tile_mib", "bank.start_step", "bank.ema_decay"),
     *("generate.examples", "log.probe_every_steps", "data.dev_fraction"),
+    *("eval.answers", "eval.questions"),
     *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
     *("optim.gen_learning_rate", "optim.ctx_learning_rate"),
     *(f"{t}.arch.{name}" for t in ("gen", "ctx") for name in ("window", "lora.rank")),
@@ -141,6 +142,7 @@ def _apply_official(config: Config, explicit: frozenset[str]) -> Config:
 
 def _check(config: Config) -> None:
     _check_objective(config)
+    _check_evaluation(config)
     if (config.num_steps > 0) == (config.num_epochs > 0):
         raise UserError(
             f"set exactly one of config.num_steps (now {config.num_steps}) and config.num_epochs "
@@ -240,3 +242,21 @@ def _check_objective(config: Config) -> None:
         raise UserError("config.log.probe_bank compares what a dual bank holds; set bank.kind=dual")
     if config.bank.ema_decay >= 1:
         raise UserError(f"config.bank.ema_decay={config.bank.ema_decay} must be below 1")
+
+
+def _check_evaluation(config: Config) -> None:
+    names = config.eval.arm_names
+    for name in names:
+        if name not in ARMS or names.count(name) > 1:
+            raise UserError(
+                f"config.eval.arms={config.eval.arms!r}: name some of {', '.join(ARMS)}, each once"
+            )
+    try:
+        sizes = config.eval.sizes
+    except ValueError:
+        sizes = [0]
+    if min(sizes, default=1) < 1:
+        raise UserError(
+            f"config.eval.corpus_sizes={config.eval.corpus_sizes!r} must be numbers of passages, "
+            "comma-separated, such as 100,1000; empty for none but all"
+        )

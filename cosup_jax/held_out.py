@@ -19,7 +19,7 @@ from cosup_jax.data.markup import EVIDENCE, TARGET, passage_text
 from cosup_jax.data.pipeline import PackedExamples, PackedPassages, pack_examples, pack_passages
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.sources import eval_sets
-from cosup_jax.data.storage import Chosen
+from cosup_jax.data.storage import Chosen, span
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.encoder import Encoder, to_mesh
 from cosup_jax.evaluation import retrieval
@@ -39,6 +39,17 @@ class HeldOut(NamedTuple):
     questions: Sequence[PackedExamples]  # Gen rows
     corpus: "Corpus"
     seen: np.ndarray  # bool, of each [Ret]: training reads its passage as evidence too
+
+    def evidence(self, question: int) -> list[int]:
+        """Rows of the corpus that a question's evidence is, each once, in the order needed."""
+        ids = self.examples[question].evidence
+        rows = (self.corpus.row_of[self.dataset.passages.row(id)] for id in ids)
+        return list(dict.fromkeys(map(int, rows)))
+
+    def evidence_seen(self, question: int) -> bool | None:
+        """Whether training reads all of it as evidence too; None of a question without [Ret]."""
+        seen = self.seen[span(self.store.ret_offsets, question)]
+        return bool(seen.all()) if len(seen) else None
 
 
 class Corpus(Iterable[PackedPassages]):
@@ -88,6 +99,33 @@ def held_out_sets(
         corpus = Corpus(dataset, store, batch_shape(config))
         seen = tokens.seen_in(store, train, left_out)
         found.append(HeldOut(name, dataset, examples, store, packed, corpus, seen))
+    return found
+
+
+def asked_sets(
+    datasets: Sequence[Dataset],
+    tokenizers: Any,
+    config: Config,
+    directory: Path,
+    train: TokenStore,
+    left_out: np.ndarray,
+) -> list[HeldOut]:
+    """Every held-out split, to be answered: eval.questions of each, in the order in which the seed
+    draws them, however long. Not packed, as nothing of their answers is read.
+
+    Args and errors as those of `held_out_sets`.
+    """
+    found = []
+    for name, (dataset, split) in eval_sets(datasets).items():
+        rows = dataset.splits[split]
+        order = np.random.default_rng(config.seed).permutation(len(rows))
+        chosen = rows[order[: config.eval.questions or None]]
+        part = dataclasses.replace(dataset, splits={split: chosen})
+        store = tokens.tokenize([(part, 1.0)], *tokenizers, config, directory, split=split)
+        examples = [dataset.examples[row] for row in chosen]
+        corpus = Corpus(dataset, store, batch_shape(config))
+        seen = tokens.seen_in(store, train, left_out)
+        found.append(HeldOut(name, dataset, examples, store, (), corpus, seen))
     return found
 
 

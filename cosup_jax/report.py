@@ -1,11 +1,13 @@
 """The run as one self-contained page, report.html, and its closing table as plain text."""
 
 import html
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosup_jax import report_answers, tables
+from cosup_jax import records, report_answers, tables
+from cosup_jax.config import ARMS
 from cosup_jax.report_plots import Curve, chart
 from cosup_jax.report_style import CSS, PAGE
 from cosup_jax.workdir import write_atomic
@@ -49,6 +51,36 @@ def write_report(path: str | Path, run: Mapping[str, Any]) -> None:
     )
     page = PAGE.format(title=html.escape(run["title"]), style=CSS, body="\n".join(body))
     write_atomic(Path(path), page)
+
+
+def read_run(workdir: Path, shown: int) -> dict[str, Any]:
+    """What `write_report` shows, from the files of a workdir; `shown` answers of each set.
+
+    The answers are those of --mode=evaluate, or else those of the last training step.
+    """
+    evaluation = workdir / "evaluation"
+    training, summary = (
+        _read_json(evaluation / f"{name}.json") for name in ("training", "summary")
+    )
+    metrics = [json.loads(line) for line in _text(workdir / "metrics.jsonl").splitlines()]
+    answers: dict[str, dict[str, list]] = {}
+    for part in summary["sets"] if summary else ():
+        whole = [arm for arm in part["arms"] if not arm["subset"]]
+        answers[part["name"]] = {
+            arm["label"]: records.read(evaluation / part["name"] / f"{arm['arm']}.jsonl")
+            for arm in whole
+        }
+    for record in () if summary else records.read(evaluation / "answers.jsonl"):
+        answers.setdefault(record["set"], {}).setdefault(ARMS["corpus"], []).append(record)
+    return {
+        "title": workdir.name,
+        "facts": training.get("facts", {}),
+        "metrics": metrics,
+        "baselines": training.get("baselines", {}),
+        "summary": summary,
+        "answers": answers,
+        "shown": shown,
+    }
 
 
 def closing_rows(metrics: Sequence[Mapping], baselines: Mapping) -> list[dict[str, Any]]:
@@ -195,3 +227,11 @@ def _held_out(metrics, baselines: Mapping, metric: str) -> list[Curve]:
                 value = scores[name][metric]
                 curves.append(Curve(system, color, (), (value,), baseline=True))
     return curves
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(text) if (text := _text(path)) else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

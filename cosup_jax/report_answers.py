@@ -9,20 +9,24 @@ from cosup_jax import tables
 from cosup_jax.report_plots import Measured, Score, by_row, by_size
 
 Record = Mapping[str, Any]
-_PLOTTED = {"retrieval_hit": ("evidence found", 4), "citation_recall": ("cited and grounded", 3)}
 
 
 def tables_and_plots(summary: Mapping[str, Any]) -> str:
     """All of an evaluation's summary but its records."""
-    checked = {
-        "containment": "Grounding is checked by token containment, which is no NLI model.",
-    }.get(summary["judge"], f"Grounding is judged by {summary['judge']}.")
+    judge = summary["judge"]
+    checked = (
+        "Grounding is a check that tokens are contained, no NLI model's verdict."
+        if judge["prefix"]
+        else f"Grounding is judged by {judge['name']}."
+    )
     about = (
-        f'<p class="note">Answers at step {summary["step"]:,}, every row over the same questions '
-        f"with one token budget; intervals are bootstrapped, 95 %. {html.escape(checked)}</p>"
+        f'<p class="note">Answers at step {summary["step"]:,}. Every row answers the same '
+        "questions within one budget of tokens; intervals are bootstrapped over questions, 95 %. "
+        f"{html.escape(checked)}</p>"
     )
     domains = "".join(_domain(name, part) for name, part in summary["domains"].items())
-    return about + domains + "".join(_set(part) for part in summary["sets"])
+    sets = "".join(_set(part, judge["prefix"]) for part in summary["sets"])
+    return about + domains + sets
 
 
 def examples(records: Mapping[str, Mapping[str, Sequence[Record]]], shown: int) -> str:
@@ -55,22 +59,24 @@ def _domain(name: str, part: Mapping[str, Any]) -> str:
     return f'<p class="note"><b>{name}</b> ({sets}): {html.escape(scores)}</p>'
 
 
-def _set(part: Mapping[str, Any]) -> str:
+def _set(part: Mapping[str, Any], prefix: str) -> str:
     facts = [f"{part['questions']:,} questions", f"{part['passages']:,} passages"]
     facts.append("training reads this source" if part["in_domain"] else "training never reads it")
     if part["evidence_seen"] is not None:
         facts.append(f"and the evidence of {part['evidence_seen']:.0%} of its questions")
     correct = f"correct: {part['correct']}, {tables.CORRECT[part['correct']]}"
-    folded = _details("Splits", _splits(part)) + _details("All scores", _all_scores(part))
+    table = _table(tables.headings(prefix)[1:], tables.rows(part, prefix))
+    folded = _details("Splits", _splits(part, prefix)) + _details("All scores", _all_scores(part))
     return (
         f'<h3>{html.escape(part["name"])}</h3><p class="note">{", ".join(facts)}; {correct}</p>'
-        f"{_table(tables.HEADINGS[1:], tables.rows(part))}{_plots(part)}{folded}"
+        f"{table}{_plots(part, prefix)}{folded}"
     )
 
 
-def _plots(part: Mapping[str, Any]) -> str:
+def _plots(part: Mapping[str, Any], prefix: str) -> str:
     """Arms side by side, sizes of the corpus, and what retrieval and training make of it."""
-    name, metrics = part["name"], {part["correct"]: ("correct", 2), **_PLOTTED}
+    name, metrics = part["name"], {part["correct"]: ("correct", 2)}
+    metrics |= {"retrieval_hit": ("evidence found", 4), f"{prefix}citation_rec": ("grounded", 3)}
     whole = [arm for arm in part["arms"] if not arm["subset"]]
     sized = [arm for arm in part["arms"] if arm["subset"] or arm["arm"] == "corpus"]
     sized.sort(key=lambda arm: arm["passages"])
@@ -96,7 +102,10 @@ def _measured(
     scores: Sequence[Mapping[str, Any]], metrics: Mapping[str, tuple[str, int]]
 ) -> list[Measured]:
     def score(found):
-        return found and Score(found["mean"], found["low"], found["high"])
+        if found is None:
+            return None
+        bounds = [found["mean"] if found[end] is None else found[end] for end in ("low", "high")]
+        return Score(found["mean"], *bounds)
 
     lines = [
         Measured(label, color, [score(found.get(metric)) for found in scores])
@@ -105,16 +114,16 @@ def _measured(
     return [line for line in lines if any(line.scores)]
 
 
-def _splits(part: Mapping[str, Any]) -> str:
+def _splits(part: Mapping[str, Any], prefix: str) -> str:
     rows = []
     for arm in part["arms"]:
         size = f", {arm['passages']:,} passages" if arm["subset"] else ""
         for split, found in arm["splits"].items():
             correct = found["scores"].get(part["correct"])
-            cited = found["scores"].get("citation_recall")
+            cited = found["scores"].get(f"{prefix}citation_rec")
             cells = [tables.number(correct), tables.interval(correct), tables.number(cited)]
             rows.append([arm["label"] + size, split, *cells, f"{found['questions']:,}"])
-    return _table(("answered with", "split", "correct", "95 %", "cite rec", "n"), rows, left=2)
+    return _table(("answered with", "split", "correct", "95 %", "grounded", "n"), rows, left=2)
 
 
 def _all_scores(part: Mapping[str, Any]) -> str:
@@ -122,7 +131,7 @@ def _all_scores(part: Mapping[str, Any]) -> str:
     for arm in part["arms"]:
         size = f", {arm['passages']:,} passages" if arm["subset"] else ""
         for metric, score in arm["scores"].items():
-            apart = arm["differences"].get(metric)
+            apart = arm["minus_trained"].get(metric)
             paired = f"{apart['mean']:+.3f}" if apart else tables.MISSING
             cells = [tables.number(score), tables.interval(score), paired, tables.interval(apart)]
             rows.append([arm["label"] + size, metric, *cells, f"{score['n']:,}"])

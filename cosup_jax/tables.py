@@ -4,63 +4,70 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MISSING = "-"
-CORRECT = {  # what "correct" means, by the metric a set is judged by
+CORRECT = {  # what "correct" means, by the score that a set is judged by
     "acc_substring": "an answer stands in the text",
     "accuracy": "the answer, letter for letter",
-    "exact_match": "the answer, normalised",
-    "str_em": "share of the answer groups in the text",
-    "f1": "token F1",
-    "rouge_l": "ROUGE-L",
+    "em": "the answer, normalised",
+    "str_em": "share of the groups of answers in the text",
+    "f1": "F1 of tokens",
+    "rougel": "ROUGE-L",
 }
-_COLUMNS = {  # metric -> heading
+_COLUMNS = {  # score, after the judge's prefix -> heading, before which its kind stands
     "f1": "F1",
     "retrieval_hit": "hit",
-    "r_precision": "R-prec",
-    "recall_at_5": "recall@5",
-    "citation_recall": "cite rec",
-    "citation_precision": "cite prec",
+    "Rprec": "R-prec",
+    "recall@5": "recall@5",
+    "{}citation_rec": "{} rec",
+    "{}citation_prec": "{} prec",
 }
-HEADINGS = ("set", "answered with", "passages", "correct", "95 %", *_COLUMNS.values(), "n")
 _LEFT = 2  # columns of text; numbers follow
 
 
-def rows(part: Mapping[str, Any]) -> list[list[str]]:
-    """The cells under HEADINGS, but for the set's, of one set of an evaluation's summary."""
+def headings(prefix: str) -> list[str]:
+    """Of `rows`, with the set's in front; `prefix` is that of the judge's scores."""
+    shown = [heading.format("contained" if prefix else "cite") for heading in _COLUMNS.values()]
+    return ["set", "answered with", "passages", "correct", "95 %", *shown, "n"]
+
+
+def rows(part: Mapping[str, Any], prefix: str) -> list[list[str]]:
+    """The cells under `headings`, but for the set's, of one set of an evaluation's summary."""
     found = []
     for arm in (*part["arms"], *part["references"]):
         scores = arm["scores"]
         correct = scores.get(part["correct"])
-        first = next(iter(scores.values()), {"n": 0})
+        any_score = correct or next(iter(scores.values()), {"n": 0})
         found.append(
             [
                 arm["label"],
                 f"{arm['passages']:,}" if arm["passages"] else MISSING,
                 number(correct),
                 interval(correct),
-                *(number(scores.get(metric)) for metric in _COLUMNS),
-                f"{(correct or first)['n']:,}",
+                *(number(scores.get(metric.format(prefix))) for metric in _COLUMNS),
+                f"{any_score['n']:,}",
             ]
         )
     return found
 
 
-def number(score: Mapping[str, float] | None) -> str:
+def number(score: Mapping[str, Any] | None) -> str:
     """A mean, or that there is none."""
     return MISSING if score is None else f"{score['mean']:.3f}"
 
 
-def interval(score: Mapping[str, float] | None) -> str:
-    """low-high of a mean."""
-    return MISSING if score is None else f"{score['low']:.3f}-{score['high']:.3f}"
+def interval(score: Mapping[str, Any] | None) -> str:
+    """low-high of a mean; of one answer there is none."""
+    if score is None or score["low"] is None:
+        return MISSING
+    return f"{score['low']:.3f}-{score['high']:.3f}"
 
 
 def answers_table(summary: Mapping[str, Any]) -> str:
     """An evaluation's summary as aligned plain text, without a final newline."""
-    cells = []
+    prefix, cells = summary["judge"]["prefix"], []
     for part in summary["sets"]:
         names = iter((part["name"], f"  {part['correct']}"))
-        cells += [[next(names, ""), *row] for row in rows(part)]
-    return aligned([list(HEADINGS), *cells], _LEFT)
+        cells += [[next(names, ""), *row] for row in rows(part, prefix)]
+    return aligned([headings(prefix), *cells], _LEFT)
 
 
 def aligned(cells: Sequence[Sequence[str]], left: int) -> str:

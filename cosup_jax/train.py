@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, bank, liveness, optim, processes, report, sharding
+from cosup_jax import assemble, bank, liveness, optim, processes, records, report, sharding
 from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
 from cosup_jax.assemble import Sources, Tokenizers
@@ -232,17 +232,13 @@ def _check_finite(metrics: dict[str, jax.Array], job: Job, checkpointer: Checkpo
 def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, count: int):
     """Baselines, example answers, report.html, closing table."""
     path = job.workdir.path
-    lines = (path / "metrics.jsonl").read_text().splitlines() if jax.process_index() == 0 else []
-    metrics = [json.loads(line) for line in lines]
     baselines = held_out_lib.baselines(job.held_out, job.store, job.config)
     tokenizer = job.tokenizers.gen
     examples = example_answers(
         state.params, job.held_out, evaluator, tokenizer, job.mesh, towers, job.config
     )
-    rows = report.closing_rows(metrics, baselines)
     if jax.process_index() != 0:
         return
-    job.workdir.write_json("evaluation/summary.json", {"rows": rows, "baselines": baselines})
     facts = {
         "steps": f"{job.num_steps:,}",
         "parameters": f"{count:,}",
@@ -253,12 +249,11 @@ def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, c
             f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")
         ),
     }
-    run = {"title": path.name, "facts": facts, "metrics": metrics}
-    answers = {}
-    for record in examples:
-        answers.setdefault(record["set"], {}).setdefault("trained retrieval", []).append(record)
-    run |= {"baselines": baselines, "summary": None, "answers": answers}
-    report.write_report(path / "report.html", run | {"shown": len(examples)})
+    job.workdir.write_json("evaluation/training.json", {"facts": facts, "baselines": baselines})
+    job.workdir.write_text("evaluation/answers.jsonl", records.lines(examples))
+    run = report.read_run(path, len(examples))
+    report.write_report(path / "report.html", run)
+    rows = report.closing_rows(run["metrics"], run["baselines"])
     print(report.closing_table(rows), flush=True)
 
 

@@ -50,7 +50,7 @@ def evaluation(step, recall):
 
 def scores(mean, n=20):
     part = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": n}
-    return {"acc_substring": part, "retrieval_hit": part, "citation_recall": part}
+    return {"acc_substring": part, "retrieval_hit": part, "containment_citation_rec": part}
 
 
 def arm(name, label, mean, **more):
@@ -58,21 +58,26 @@ def arm(name, label, mean, **more):
     splits["retrieval failed"] = {"questions": 8, "scores": scores(mean / 2, 8)}
     splits["evidence seen"] = {"questions": 0, "scores": {}}
     found = {"arm": name, "label": label, "passages": 1000, "subset": False, "splits": splits}
-    return found | {"questions": 20, "scores": scores(mean), "differences": {}} | more
+    return found | {"questions": 20, "scores": scores(mean), "minus_trained": {}} | more
 
 
 def make_summary():
     arms = [
         arm("corpus", "trained <retrieval>", 0.7, passages=1000),
         arm("corpus_100", "trained <retrieval>", 0.8, passages=100, subset=True),
-        arm("gold", "gold passage", 0.9, passages=None, differences=scores(0.2)),
+        arm("gold", "gold passage", 0.9, passages=None, minus_trained=scores(0.2)),
     ]
     part = {"name": "world <b>", "questions": 20, "passages": 1000, "in_domain": True}
     part |= {"evidence_seen": 0.25, "correct": "acc_substring", "arms": arms}
     part["references"] = [{"label": "majority label (no)", "passages": None, "scores": scores(0.3)}]
     domains = {"in-domain": {"sets": ["world <b>"], "scores": {"acc_substring": 0.7}}}
     other = part | {"name": "elements"}
-    return {"step": 1000, "judge": "containment", "sets": [part, other], "domains": domains}
+    return {
+        "step": 1000,
+        "judge": {"name": "containment", "prefix": "containment_"},
+        "sets": [part, other],
+        "domains": domains,
+    }
 
 
 def make_run():

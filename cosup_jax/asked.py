@@ -1,0 +1,74 @@
+"""What an evaluation asks of a set: its questions, in several arms."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cosup_jax.config import ARMS, Config
+from cosup_jax.held_out import HeldOut
+
+
+class Arm(NamedTuple):
+    """One way to come by passages, the same for all questions of a set."""
+
+    name: str
+    label: str
+    passages: int | None  # searched; None where none are
+    rows: np.ndarray | None = None  # of the corpus, where not all of it is searched
+
+    @property
+    def subset(self) -> bool:
+        """Whether this is the trained retrieval over a part of the corpus."""
+        return self.rows is not None
+
+
+def arms(held_out: HeldOut, config: Config) -> list[Arm]:
+    """Those that config.eval names and the set allows, each size of the corpus behind the whole."""
+    passages, found = len(held_out.corpus), []
+    for name in config.eval.arm_names:
+        if name == "candidates" and not all(e.candidates for e in held_out.examples):
+            continue
+        if name in ("gold", "wrong") and not any(e.evidence for e in held_out.examples):
+            continue
+        searched = passages if name in ("corpus", "bm25") else None
+        found.append(Arm(name, ARMS[name], searched))
+        if name == "corpus":
+            for rows in subsets(held_out, config.eval.sizes, config.seed):
+                found.append(Arm(f"corpus_{len(rows)}", ARMS[name], len(rows), rows))
+    return found
+
+
+def subsets(held_out: HeldOut, sizes: Sequence[int], seed: int) -> list[np.ndarray]:
+    """Rows of the corpus, ascending, of each size below the whole; every one holds the smaller.
+
+    All hold the evidence of all questions, which may make one larger than asked; the rest is drawn
+    by the seed. Sizes that come to the same rows are one.
+    """
+    total = len(held_out.corpus)
+    evidence = [held_out.evidence(question) for question in range(len(held_out.examples))]
+    gold = np.unique(np.array([row for rows in evidence for row in rows], np.int64))
+    others = np.setdiff1d(np.arange(total), gold)
+    order = np.concatenate([gold, np.random.default_rng(seed).permutation(others)])
+    counts = dict.fromkeys(max(size, len(gold)) for size in sizes)
+    return [np.sort(order[:count]) for count in counts if 0 < count < total]
+
+
+def about(held_out: HeldOut, question: int) -> dict[str, Any]:
+    """What a question's answers are scored by, as its records have it.
+
+    `evidence` are passages of the corpus: of several whose tokens are the same, the first.
+    """
+    example, passages = held_out.examples[question], held_out.corpus.passages
+    return {
+        "set": held_out.name,
+        "id": example.id,
+        "task": example.task,
+        "kind": example.kind,
+        "question": example.question,
+        "answers": list(example.answers),
+        "long_answer": example.long_answer,
+        "answer_groups": [list(group) for group in example.answer_groups],
+        "evidence": [passages[row].id for row in held_out.evidence(question)],
+        "seen": held_out.evidence_seen(question),
+    }

@@ -1,0 +1,141 @@
+"""Each answer's scores, by KILT's, ALCE's and the official code's rules, under their names.
+
+All are in 0..1, where ALCE and the official code give percent. A score is absent where the question
+has no ground for it: no answer, no evidence, no groups of answers. Records are answers as
+`retrieve.Answerer` writes them, of one evaluation set.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cosup_jax.evaluation import alce, kilt, nli, support, text
+from cosup_jax.evaluation.cited import groundings
+from cosup_jax.evaluation.nli import Judge
+
+Record = Mapping[str, Any]
+Scores = dict[str, float]
+KS = (1, 5, 10)
+_EXACT = {"label", "choice"}  # kinds of answers that are right letter for letter, or not
+_LEFT_OUT = ("entity", "answer_and_ent")  # of KILT's: our evidence has no titles to find
+
+
+def judged_by(records: Sequence[Record]) -> str:
+    """The score that says whether an answer to these questions is correct.
+
+    Groups of answers ask for str_em, long answers for rougel, labels and choices for accuracy, free
+    text for f1, a string of the evidence for acc_substring, and a mixture of kinds for em.
+    """
+    most = lambda holds: sum(map(bool, map(holds, records))) > len(records) / 2
+    kinds = {record["kind"] for record in records}
+    if most(lambda record: record["answer_groups"]):
+        return "str_em"
+    if most(lambda record: record["task"] == "long_form" or record["long_answer"]):
+        return "rougel"
+    if kinds <= _EXACT:
+        return "accuracy"
+    if kinds == {"text"}:
+        return "f1"
+    return "em" if kinds & {*_EXACT, "text"} else "acc_substring"
+
+
+def answer_scores(record: Record) -> Scores:
+    """Is it right? KILT's accuracy, em, f1 and rougel of the short answer, ALCE's str_em and
+    rougeLsum and the official acc_substring of the whole text."""
+    scores: Scores = {}
+    if answers := gold_answers(record):
+        short = record["answer"]
+        scores |= {name: score(short, answers) for name, score in kilt.DOWNSTREAM.items()}
+        scores["acc_substring"] = float(text.answer_present(record["text"], answers))
+    if record["long_answer"]:
+        scores["rougel"] = text.rouge_l(record["answer"], [record["long_answer"]])
+        item = {"output": record["output"], "answer": record["long_answer"]}
+        scores["rougeLsum"] = alce.rouge_lsum_of(item)
+    if record["answer_groups"]:
+        pairs = [{"short_answers": group} for group in record["answer_groups"]]
+        scores["str_em"] = alce.str_em_of({"output": record["output"], "qa_pairs": pairs})
+    return scores
+
+
+def retrieval_scores(record: Record) -> Scores:
+    """Were the right passages found? KILT's Rprec, recall@k, ... of the ranking, and the official
+    retrieval_hit and retrieval_precision of what was shown.
+
+    Where a question has no evidence, a shown passage is right if it holds an answer.
+    """
+    shown = {"docs": record["sources"], "gold_docs": record["evidence"]}
+    scores: Scores = {}
+    if record["evidence"]:
+        gold, guess = _kilt_records(record)
+        found = kilt.retrieval_scores(guess, gold, KS)
+        scores |= {name: v for name, v in found.items() if not name.startswith(_LEFT_OUT)}
+        found = support.support_by_gold(shown)
+    else:
+        found = support.support_by_answer(shown | {"answers": gold_answers(record)})
+    if found.hit is not None:
+        scores |= {"retrieval_hit": found.hit, "retrieval_precision": found.precision}
+    return scores
+
+
+def gated_scores(scores: Scores) -> Scores:
+    """KILT's scores that count only where all of the evidence was found first."""
+    if "Rprec" not in scores:
+        return {}
+    passes = scores["Rprec"] == 1
+    names = [name for name in kilt.DOWNSTREAM if name in scores]
+    return {f"KILT-{name}": scores[name] if passes else 0.0 for name in names}
+
+
+def grounding_scores(records: Sequence[Record], judge: Judge) -> list[Scores]:
+    """Is it supported by what it cites? ALCE's citation_rec and citation_prec, and the official
+    grounding, each with the judge's prefix; an answer without a statement or a span has 0."""
+    items = [
+        {
+            "question": record["question"],
+            "output": record["output"],
+            "raw_output": record["raw"],
+            "docs": record["sources"],
+        }
+        for record in records
+    ]
+    cited = [found or alce.Citation(0.0, 0.0) for found in alce.citations_of(items, judge)]
+    return [
+        nli.labelled(
+            judge,
+            {
+                "citation_rec": citation.recall,
+                "citation_prec": citation.precision,
+                "grounding": share or 0.0,
+            },
+        )
+        for citation, share in zip(cited, groundings(items, judge), strict=True)
+    ]
+
+
+def scored(records: Sequence[Record], judge: Judge) -> list[Scores]:
+    """All scores of each answer."""
+    grounded = grounding_scores(records, judge)
+    found = []
+    for record, grounding in zip(records, grounded, strict=True):
+        scores = answer_scores(record) | retrieval_scores(record)
+        found.append(scores | gated_scores(scores) | grounding)
+    return found
+
+
+def gold_answers(record: Record) -> list[str]:
+    """Answers that are right; of a question with nothing but groups or a long answer, those."""
+    flat = [answer for group in record["answer_groups"] for answer in group]
+    return [a for a in record["answers"] or flat or [record["long_answer"]] if a.strip()]
+
+
+def _kilt_records(record: Record) -> tuple[Record, Record]:
+    """Gold and guess as KILT has them; a passage is a page."""
+    pages = [{"wikipedia_id": id} for id in record["evidence"]]
+    answers = gold_answers(record) or [""]
+    gold = [{"answer": answer, "provenance": pages} for answer in answers]
+    texts = {source["id"]: source["text"] for source in record["sources"]}
+    ranked = [
+        {"wikipedia_id": id} | ({"text": texts[id]} if id in texts else {})
+        for id in record["ranking"]
+    ]
+    guess = {"answer": record["answer"], "provenance": ranked}
+    return {"id": record["id"], "output": gold}, {"id": record["id"], "output": [guess]}

@@ -1,0 +1,96 @@
+"""Which questions an evaluation asks, over which passages, and what is known of them."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from batches import config
+
+from cosup_jax import asked, assemble, held_out
+from cosup_jax.data import tokenizer, tokens
+from cosup_jax.data.schema import Dataset, Example, Passage
+
+
+@pytest.fixture(scope="module")
+def towns(tmp_path_factory):
+    """20 towns; 12 questions about the first 8, training read the first 3; one passage twice."""
+    directory = tmp_path_factory.mktemp("towns")
+    passages = [Passage(f"p{i}", "", f"town {i} lies by river {i}") for i in range(20)]
+    passages.append(dataclasses.replace(passages[4], id="copy"))
+    ask = lambda i, split, *more: Example(
+        f"{split}{i}", "open_qa", f"town {i}?", (f"river {i}",), (f"p{i % 8}", *more), split=split
+    )
+    examples = [ask(i, "train") for i in range(3)]
+    examples += [ask(i, "test") for i in range(10)]
+    examples += [ask(10, "test", "copy"), ask(11, "test", "p0")]
+    examples.append(dataclasses.replace(ask(12, "test"), evidence=(), answer_groups=(("a", "b"),)))
+    dataset = Dataset.of("towns", "1", examples, passages)
+    c = assemble.resolve(config(data__max_gen_tokens=48, data__max_ctx_tokens=20))
+    bpe = tokenizer.train([passage.text for passage in passages], 280)
+    both = assemble.Tokenizers(bpe, bpe)
+    store = tokens.tokenize([(dataset, 1.0)], *both, c, directory)
+
+    def sets(**changed):
+        changed = dataclasses.replace(c, eval=dataclasses.replace(c.eval, **changed))
+        none = np.zeros(0, np.int32)
+        (found,) = held_out.asked_sets([dataset], both, changed, directory, store, none)
+        return found
+
+    return sets
+
+
+def test_fewer_questions_are_the_first_of_more(towns):
+    """Bugs: another draw for another number, so that nothing answered can be used again; questions
+    in the order of the file, of which the first are all alike."""
+    few, more, every = (
+        [example.id for example in towns(questions=count).examples] for count in (4, 9, 0)
+    )
+    assert few == more[:4] and more == every[:9]
+    assert len(set(every)) == 13 and every != sorted(every)
+
+
+def test_what_is_known_of_a_question(towns):
+    """Bugs: evidence by an id that retrieval never returns, as the corpus holds its text once;
+    a question counted as seen for one of its two passages."""
+    part = towns(questions=0)
+    facts = {f["id"]: f for f in (asked.about(part, i) for i in range(len(part.examples)))}
+    first = part.corpus.passages[part.corpus.row_of[20]].id
+    assert facts["test4"]["evidence"] == [first] and first in ("p4", "copy")
+    assert facts["test10"]["evidence"] == ["p2", first]
+    seen = {id: fact["seen"] for id, fact in facts.items()}
+    assert seen["test0"] is True and seen["test3"] is False
+    assert seen["test10"] is False and seen["test11"] is False  # one of two
+    assert seen["test12"] is None and facts["test12"]["answer_groups"] == [["a", "b"]]
+    assert {fact["set"] for fact in facts.values()} == {"towns.test"}
+
+
+def test_corpora_of_growing_size(towns):
+    """Bugs: a question whose evidence is not there to be found; sizes that are not nested, so that
+    more passages may be easier; a size that is the whole corpus, or the same as another."""
+    part = towns(questions=0)
+    gold = {row for question in range(13) for row in part.evidence(question)}
+    assert len(gold) == 8 and len(part.corpus) == 20
+    found = asked.subsets(part, [2, 5, 12, 15, 20, 100], seed=0)
+    assert [len(rows) for rows in found] == [8, 12, 15]
+    for small, large in itertools.pairwise(found):
+        assert set(small) < set(large)
+    assert gold == set(found[0]) and all((np.diff(rows) > 0).all() for rows in found)
+    again = asked.subsets(part, [12], seed=1)
+    assert set(again[0]) != set(found[1]) and gold < set(again[0])
+
+
+def test_arms(towns):
+    """Bugs: an arm without passages to take, or a size of the corpus passed off as the whole."""
+    part = towns(questions=0, corpus_sizes="12", arms="none,corpus,candidates,gold")
+    c = config(eval__corpus_sizes="12", eval__arms="none,corpus,candidates,gold")
+    arms = asked.arms(part, c)
+    assert [(a.name, a.passages, a.subset) for a in arms] == [
+        ("none", None, False),
+        ("corpus", 20, False),
+        ("corpus_12", 12, True),
+        ("gold", None, False),
+    ]
+    named = [dataclasses.replace(e, candidates=("p1",), evidence=()) for e in part.examples]
+    arms = asked.arms(part._replace(examples=named), c)
+    assert [a.name for a in arms] == ["none", "corpus", "corpus_12", "candidates"]

@@ -1,0 +1,42 @@
+"""Answers on disk, across kills and changes of the model."""
+
+import json
+import os
+
+from cosup_jax import records
+
+
+def test_records_survive_a_kill(tmp_path):
+    """Bugs: half a line read as an answer, or the next one written behind it; answers of another
+    model, config or data taken for this one's; a question answered twice."""
+    path = tmp_path / "set" / "corpus.jsonl"
+    with records.Answers(path, "run1") as answers:
+        answers.add({"id": "a", "text": "é\u2028"})
+        answers.add({"id": "b", "text": "2"})
+    whole = path.read_bytes()
+    for cut in (len(whole) - 1, len(whole) - 9):
+        path.write_bytes(whole[:cut])
+        with records.Answers(path, "run1") as answers:
+            assert list(answers.known) == ["a"] and answers.known["a"]["text"] == "é\u2028"
+            answers.add({"id": "b", "text": "2"})
+        assert path.read_bytes() == whole
+    assert [record["id"] for record in records.read(path)] == ["a", "b"]
+    with records.Answers(path, "run2") as answers:
+        assert answers.known == {}
+        answers.add({"id": "b", "text": "3"})
+        answers.add({"id": "a", "text": "4"})
+        finished = answers.finish(["a", "b"], {"a": {"scores": {"em": 1.0}}})
+    assert records.read(path) == finished
+    assert [record["text"] for record in finished] == ["4", "3"]
+    assert finished[0]["scores"] == {"em": 1.0} and "scores" not in finished[1]
+    assert records.read(tmp_path / "none.jsonl") == []
+    assert os.listdir(path.parent) == ["corpus.jsonl"]
+
+
+def test_lines_that_are_no_records(tmp_path):
+    """Bug: a file that something else wrote ends the evaluation in a traceback."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'[1]\n{"run": "r"}\n\xff\n\n' + json.dumps({"id": 3, "run": "r"}).encode())
+    with records.Answers(path, "r") as answers:
+        assert answers.known == {}
+    assert path.read_bytes() == b""

@@ -1,0 +1,110 @@
+"""Scores of one answer, each against what the rules of the peers give by hand."""
+
+import pytest
+
+from cosup_jax.evaluation import scoring
+from cosup_jax.evaluation.nli import Containment
+
+PARIS = {"number": 1, "id": "p1", "title": "Paris", "text": "Paris is the capital of France."}
+ROME = {"number": 2, "id": "p2", "title": "", "text": "Rome is old."}
+
+
+def answer(**more):
+    """A record: right, cited, its evidence found first."""
+    found = {
+        "id": "q",
+        "question": "Capital of France?",
+        "task": "open_qa",
+        "kind": "span",
+        "answers": ["Paris", "City of Light"],
+        "long_answer": "",
+        "answer_groups": [],
+        "evidence": ["p1"],
+        "answer": "Paris",
+        "text": "Paris",
+        "output": "Paris[1] ",
+        "raw": "[Ret]Paris :: Paris is the capital of France.[Cs]Paris[Ce]",
+        "sources": [PARIS],
+        "ranking": ["p1", "p2", "p3"],
+    }
+    return found | more
+
+
+def scores_of(record):
+    (scores,) = scoring.scored([record], Containment())
+    return scores
+
+
+def test_right_cited_and_found():
+    """Bugs: a score in percent beside others in 0..1; one of a long answer that is not there."""
+    scores = scores_of(answer())
+    one = {name: score for name, score in scores.items() if score == 1}
+    assert scores["rougel"] == pytest.approx(1) and scores["KILT-rougel"] == pytest.approx(1)
+    assert set(scores) - set(one) == {
+        *("rougel", "KILT-rougel", "precision@5", "precision@10"),  # one page of evidence
+    }
+    assert not {"str_em", "rougeLsum", "citation_rec"} & set(scores)
+    assert {"containment_citation_rec", "containment_citation_prec"} <= set(one)
+
+
+def test_found_late_and_cited_badly():
+    """Bugs: a gate that opens for evidence at rank 2; citations judged against another source than
+    the one they number; the rank confused with what was shown."""
+    late = answer(ranking=["p2", "p1"], sources=[ROME | {"number": 1}], output="Paris[1] ")
+    scores = scores_of(late)
+    assert scores["Rprec"] == 0 and scores["recall@5"] == 1 and scores["retrieval_hit"] == 0
+    assert scores["em"] == 1 and scores["KILT-em"] == 0
+    assert scores["containment_citation_rec"] == 0
+    both = answer(sources=[PARIS, ROME], output="Paris[2] Paris[1] ", evidence=["p1", "p2"])
+    assert scores_of(both)["retrieval_precision"] == 1
+
+
+def test_short_answer_and_whole_text_are_told_apart():
+    """Bugs: a label after its grounding never exact, as the span stands before it; an answer that
+    is only quoted in the span counted as said exactly."""
+    claim = answer(
+        kind="label",
+        answers=["supports"],
+        answer="supports",
+        text="Paris is the capital of France. supports",
+        output="Paris is the capital of France[1]. supports",
+    )
+    scores = scores_of(claim)
+    assert scores["accuracy"] == scores["em"] == scores["acc_substring"] == 1
+    assert scores["containment_citation_rec"] == 0.5  # "supports" is not in the passage
+    assert scores_of(claim | {"answer": "refutes", "text": "it supports"})["accuracy"] == 0
+
+
+def test_what_a_question_has_no_ground_for_is_absent():
+    """Bug: a question without evidence, or without a short answer, counted as missed."""
+    free = scores_of(answer(evidence=[], answers=["Rome"], sources=[ROME]))
+    assert not {"Rprec", "recall@5", "KILT-em"} & set(free) and free["retrieval_hit"] == 1
+    grouped = answer(answers=[], answer_groups=[["Paris"], ["Rome", "Roma"]], text="Paris it is")
+    grouped["output"] = "Paris it is[1]."
+    assert scores_of(grouped)["str_em"] == 0.5
+    long = scores_of(answer(answers=["x"], long_answer="Paris is big", answer="Paris is big"))
+    assert long["rougel"] == pytest.approx(1) and long["em"] == 0 and long["rougeLsum"] < 0.6
+
+
+def test_empty_answer_counts_zero():
+    """Bug: an answer without words left out of a mean, or scored right."""
+    empty = answer(answer="", text="", output="", raw="", sources=[], ranking=[], answers=["The"])
+    assert set(scores_of(empty).values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "metric"),
+    [
+        ([{"answer_groups": [["a"]]}], "str_em"),
+        ([{"long_answer": "x"}, {"long_answer": "y"}, {}], "rougel"),
+        ([{"task": "long_form", "kind": "text"}], "rougel"),
+        ([{"long_answer": "x"}, {}, {}], "acc_substring"),
+        ([{"kind": "label"}, {"kind": "choice"}], "accuracy"),
+        ([{"kind": "text"}], "f1"),
+        ([{"kind": "span"}, {"kind": ""}], "acc_substring"),
+        ([{"kind": "span"}, {"kind": "label"}], "em"),
+    ],
+)
+def test_what_a_set_is_judged_by(rows, metric):
+    """Bug: "A", the letter of a choice, is in every text, so that a set of choices is all right."""
+    assert scoring.judged_by([answer(**row) for row in rows]) == metric
