@@ -5,6 +5,7 @@ pairs at once. A judge's `prefix` stands before the names of the scores that wer
 that what is not an NLI model's verdict cannot be taken for one.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 
 from tqdm import tqdm
@@ -83,6 +84,10 @@ class TransformersNli:
 
         try:
             config = transformers.AutoConfig.from_pretrained(self.name)
+            if importlib.util.find_spec("torch") is None:
+                raise UserError(
+                    f"the NLI model {self.name} needs torch: pip install 'cosup_jax[parity]'"
+                )
             self._writes = config.is_encoder_decoder and not any(
                 "SequenceClassification" in name for name in config.architectures or ()
             )
@@ -90,11 +95,7 @@ class TransformersNli:
             auto = getattr(transformers, f"AutoModelFor{kind}")
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
             self._model = auto.from_pretrained(self.name, dtype=dtype)
-        except ImportError as error:
-            raise UserError(
-                f"the NLI model {self.name} needs torch: pip install 'cosup_jax[parity]' ({error})"
-            ) from error
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(
                 f"the NLI model {self.name} cannot be read: {first}; name a hub id or a directory "
