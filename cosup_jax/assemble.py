@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,26 +85,27 @@ def trained(config: Config, workdir: Path) -> Trained:
     return Trained(config, data, tokenizers, towers, mesh, params, step, contract, meta)
 
 
-def mesh_for(config: Config) -> Mesh:
+def mesh_for(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices. Raises UserError if the batch does not split over it."""
-    mesh, shape = sharding.make_mesh(config.mesh), batch_shape(config)
+    mesh, shape = sharding.make_mesh(config.mesh, devices), batch_shape(config)
     sharding.check_rows(mesh, "config.batch_size", shape.B, config.micro_batches)
     sharding.check_rows(mesh, "config.data.ctx_rows", shape.U, config.micro_batches)
     return mesh
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, shape_only: bool = False) -> Config:
     """The config with the shapes that pretrained weights bring, and Ctx's where it starts as Gen.
 
-    Raises UserError if the weights are not there, or the towers cannot do what the config asks.
+    `shape_only` asks the hub for no weights. Raises UserError if they are not there, or the towers
+    cannot do what the config asks.
     """
-    config = _with_shape(config, "gen", _shape_of(config, "gen"))
+    config = _with_shape(config, "gen", _shape_of(config, "gen", shape_only))
     if config.ctx.init == "gen" or config.tie_ctx_to_gen:
         same = (*_SHAPE, *_LAYOUT) if config.tie_ctx_to_gen else _SHAPE
         shape = {name: getattr(config.gen.arch, name) for name in same}
         config = _with_shape(config, "ctx", shape)
     else:
-        config = _with_shape(config, "ctx", _shape_of(config, "ctx"))
+        config = _with_shape(config, "ctx", _shape_of(config, "ctx", shape_only))
     _check_towers(config)
     return config
 
@@ -277,7 +278,7 @@ def abstract_state(
     config: Config, towers: Towers, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the whole train state."""
-    fresh = jax.eval_shape(lambda: _fresh(config, towers, tx))
+    fresh = jax.eval_shape(lambda: step_lib.fresh_state(config, towers, tx))
     shardings = step_lib.state_shardings(fresh, mesh, towers, config)
     describe = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     return jax.tree.map(describe, fresh, shardings)
@@ -303,7 +304,7 @@ def initial_state(
             path = weights.resolve(inits[tower])
             pretrained[tower] = load[tower](path, tree, known, config.seed)
     return jax.jit(
-        lambda loaded: _fresh(config, towers, tx, loaded),
+        lambda loaded: step_lib.fresh_state(config, towers, tx, loaded),
         out_shardings=shardings,
         donate_argnums=0,
     )(pretrained)
@@ -350,18 +351,11 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
     return saved
 
 
-def _fresh(config: Config, towers: Towers, tx, pretrained: dict | None = None) -> TrainState:
-    key_params, key_state = jax.random.split(jax.random.key(config.seed))
-    params = step_lib.init_params(key_params, towers, config)
-    params = step_lib.overlaid(params, pretrained or {})
-    return step_lib.init_state(params, key_state, tx, config)
-
-
-def _shape_of(config: Config, tower: str) -> dict:
+def _shape_of(config: Config, tower: str, shape_only: bool) -> dict:
     init = getattr(config, tower).init
     if init in ("scratch", "gen"):
         return {}
-    found, default = weights.arch_from_hf(weights.resolve(init)), ArchConfig()
+    found, default = weights.arch_from_hf(weights.resolve(init, shape_only)), ArchConfig()
     return {name: found.get(name, getattr(default, name)) for name in _SHAPE}
 
 

@@ -25,10 +25,12 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "validate": "check config and data, every bad row with file, line and reason; compiles nothing",
     "prepare": "check and tokenise all sources into WORKDIR/prepared, for any run to read",
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
+    "preflight": "compile the step for --topology=..., without data: its memory, FLOPs and time",
     "benchmark": "the speed of tokenising, of the input pipeline and of search on this machine",
 }
 OPTIONS = {  # flags of one mode: what they are called in its function, and int (0 or more) or str
     "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
+    "preflight": {"--topology": ("topology", str), "--steps": ("steps", int)},
     "benchmark": {
         "--steps": ("steps", int),
         "--vectors": ("vectors", int),
@@ -49,7 +51,9 @@ modes:
 
 --mode=validate also takes --show=N, training rows as the model reads them, and --limit=N, rows
 named of each kind of finding; --mode=benchmark takes --steps=N, batches that are read, and
---vectors=N of --width=D, vectors that are searched.
+--vectors=N of --width=D, vectors that are searched; --mode=preflight takes --topology=host or a
+TPU slice such as v5e:16x16, and on the host --steps=N, steps on random data whose time is set
+beside the predicted one.
 
 Add --help to --config=FILE.py[:VARIANT] for every key and its value there; cosup_jax/config.py
 gives the meanings. Several processes: the scripts in launch/, or srun; else give each process

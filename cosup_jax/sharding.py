@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,9 +46,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does "
             f"not make {len(devices)} devices; set one axis to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    # An axis of the mesh may end inside one of the torus: 64 x 2 on v5p:4x4x8.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes), list(devices), allow_split_physical_axes=True
     )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(mesh, shape: Sequence[int], logical: Sequence[str | None]) -> P:
@@ -113,6 +116,12 @@ def check_rows(mesh: Mesh, name: str, count: int, micro_batches: int) -> None:
             f"{mesh.shape['fsdp']} x micro_batches {micro_batches}; try "
             f"{-(-count // parts) * parts}"
         )
+
+
+def whole_over(place: NamedSharding) -> list[str]:
+    """Axes of several devices, meant to split parameters, that do not split this array."""
+    used = {axis for entry in place.spec for axis in (entry or ())}
+    return [a for a in ("fsdp", "tensor") if place.mesh.shape[a] > 1 and a not in used]
 
 
 def replicated_share(shardings: Any, shapes: Any) -> dict[str, float]:

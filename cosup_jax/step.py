@@ -130,6 +130,13 @@ def init_state(params: dict, key: jax.Array, tx: optax.GradientTransformation, c
     )
 
 
+def fresh_state(config: Config, towers: Towers, tx, pretrained: dict | None = None) -> TrainState:
+    """Step 0; random where `pretrained` has nothing."""
+    key_params, key_state = jax.random.split(jax.random.key(config.seed))
+    params = overlaid(init_params(key_params, towers, config), pretrained or {})
+    return init_state(params, key_state, tx, config)
+
+
 def objective(
     trained: dict, state: TrainState, batch: Batch, towers: Towers, config: Config, pad_id: int
 ) -> tuple[jax.Array, cosup.Terms]:

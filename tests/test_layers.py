@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cosup_jax"
 LAYERS = (  # low to high; a module imports strictly lower ones
-    "errors families",
-    "liveness",
+    "errors families hlo",
+    "liveness kernels",
     "processes",
     "config workdir",
-    "freeze records",
+    "freeze records roofline",
     "hf.names",
     "hf.gguf",
     "hf.gguf_tokenizer",
@@ -26,11 +26,11 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "step checkpoint",
     "encoder probe",
     "generate",
-    "held_out report show preflight",
+    "held_out report show",
     "asked",
     "examples assemble",
     "parity",
-    "train benchmark validate prepare export",
+    "train benchmark validate prepare export preflight",
     "study",
     "main",
 )

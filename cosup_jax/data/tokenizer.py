@@ -25,6 +25,7 @@ from cosup_jax.hf.gguf_tokenizer import read_tokenizer
 from cosup_jax.workdir import writing
 
 RET, CS, CE, EMB, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"
+ADDED = (RET, CS, CE, EMB, PAD)  # to a tokenizer that has none of them
 LLAMA2_ENTRIES = 32000
 RELEASED = ("<PAD>", CS, CE, RET)  # kaist-ai/cosupervision-*: ids 32000 to 32003
 CONNECT_S = 5  # seconds until the hub counts as out of reach

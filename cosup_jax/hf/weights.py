@@ -27,10 +27,10 @@ NEW_ROW_NOISE = 0.02  # noise of a new vocabulary row, in standard deviations of
 _CHUNK_ROWS = 8192  # rows of the embedding read at a time for its statistics
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, shape_only: bool = False) -> Path:
     """A directory or .gguf file as it is; a hub id downloaded, or from the cache if that is silent.
 
-    Raises UserError in seconds if there is neither.
+    `shape_only` downloads config.json alone. Raises UserError in seconds if there is neither.
     """
     path = Path(source).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
@@ -38,7 +38,9 @@ def resolve(source: str | Path) -> Path:
     if path.is_absolute() or path.suffix == ".gguf" or str(source).startswith((".", "~")):
         raise UserError(f"model {str(source)!r}: no such directory or file; check the path")
     offline = _offline()
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json"]
+    if not shape_only:
+        wanted += ["*.safetensors", "*.safetensors.index.json"]
     try:
         found = snapshot_download(str(source), allow_patterns=wanted, local_files_only=offline)
     except (OSError, ValueError) as error:
