@@ -26,9 +26,10 @@ from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.families import FAMILIES
 from cosup_jax.hf import weights
+from cosup_jax.rotary import rotated_features
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer, rotated_features
+from cosup_jax.transformer import Transformer
 
 _ARCH = [field.name for field in dataclasses.fields(ArchConfig)]
 _SHAPE = _ARCH[: _ARCH.index("dtype")]  # what weights determine

@@ -11,7 +11,7 @@ Beside a kernel `q` may stand `q_bias` and the adapters `q_lora_a`, `q_lora_b`; 
 bias; beside embed/table `positions` and `types`. Layers that are frozen lie in `frozen_blocks`.
 
 N layers, D width, H query heads, G kv heads, E head_dim, F mlp_width, V padded vocabulary,
-B rows, T tokens.
+B rows, T tokens, S slots of the cache.
 """
 
 import dataclasses
@@ -21,17 +21,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cosup_jax.config import ArchConfig, LoraConfig, RopeScaling
+from cosup_jax.config import ArchConfig, LoraConfig
 from cosup_jax.families import FAMILIES
+from cosup_jax.rotary import rotate
 from cosup_jax.sharding import constrain
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to it, so that any tensor axis up to 128 splits it
 _NEVER = -1e30  # logit of a padded vocabulary entry; finite, so that gradients stay finite
-
-
 ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -78,6 +76,31 @@ class Transformer:
         stands at segment 0 is meaningless and finite.
         """
         return self._module().apply({"params": params}, tokens_BxT, segments_BxT, positions_BxT)
+
+    def cache(self, rows: int, slots: int) -> dict:
+        """Room for the keys and values of `slots` tokens a row, in the compute dtype."""
+        a, family = self.arch, FAMILIES[self.arch.family]
+        if not family.causal:
+            raise ValueError(f"a {a.family} sees later tokens: nothing of it can be kept")
+        shape = lambda layers: (layers, rows, slots, a.kv_heads, a.head_dim)
+        empty = lambda layers: constrain(
+            jnp.zeros(shape(layers), a.dtype), "layers", "batch", None, "kv_heads", None
+        )
+        return {
+            name: {"k": empty(layers), "v": empty(layers)} for name, layers in _stacks(a).items()
+        }
+
+    def extend(self, params: dict, cache: dict, tokens_BxT, starts_B) -> tuple[jax.Array, dict]:
+        """Final hidden states [B, T, D] of tokens behind those in the cache, and the new cache.
+
+        Row b's tokens stand at positions starts_B[b], starts_B[b] + 1, ... and see all before
+        them. Whatever the cache held from there on is forgotten: a lower start takes tokens back,
+        and padding behind a row's tokens is gone with the next start. Tokens beyond the cache's
+        slots are not kept, and their states are meaningless.
+        """
+        T = tokens_BxT.shape[1]
+        positions_BxT = starts_B[:, None] + jnp.arange(T)[None]
+        return self._module().apply({"params": params}, tokens_BxT, None, positions_BxT, cache)
 
     def unembedding(self, params: dict) -> jax.Array:
         """Output embedding [D, V]; columns from vocab_size on belong to no token."""
@@ -133,47 +156,20 @@ def attention_mask(segments_BxT: jax.Array, causal: bool = True, window: int = 0
     return (same & (key_BxT > 0) & near[None])[:, None]
 
 
-def rotate(x_BxTxHxE: jax.Array, positions_BxT: jax.Array, arch: ArchConfig) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), Llama's rotate-half layout, in float32."""
-    half = rotated_features(arch) // 2
-    frequency = arch.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if arch.rope_scaling.kind != "none":
-        frequency *= stretch(arch.rope_scaling, arch.rope_theta, half)
-    angle_BxTx1xh = (
-        positions_BxT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    )
-    cos, sin = jnp.cos(angle_BxTx1xh), jnp.sin(angle_BxTx1xh)
-    if arch.rope_scaling.kind == "yarn":
-        cos, sin = cos * arch.rope_scaling.attention, sin * arch.rope_scaling.attention
-    turned, straight = jnp.split(x_BxTxHxE.astype(jnp.float32), [2 * half], axis=-1)
-    first, second = jnp.split(turned, 2, axis=-1)
-    parts = (first * cos - second * sin, second * cos + first * sin, straight)
-    return jnp.concatenate(parts, axis=-1).astype(x_BxTxHxE.dtype)
+def cache_mask(positions_BxT: jax.Array, slots: int, window: int = 0) -> jax.Array:
+    """[B, 1, T, S], True where a token may look at a slot: slot s holds the token at position s."""
+    slot_S, at_BxTx1 = jnp.arange(slots)[None, None], positions_BxT[:, :, None]
+    seen_BxTxS = slot_S <= at_BxTx1
+    seen_BxTxS &= slot_S > at_BxTx1 - window if window else True
+    return seen_BxTxS[:, None]
 
 
-def rotated_features(arch: ArchConfig) -> int:
-    """Leading features of a head that carry the position."""
-    return int(arch.head_dim * arch.rope_fraction)
-
-
-def stretch(scaling: RopeScaling, theta: float, half: int) -> np.ndarray:
-    """[half] factor on each rotary frequency, below 1 where positions are interpolated.
-
-    linear: arXiv 2306.15595; llama3: the Llama 3.1 release; yarn: arXiv 2309.00071.
-    """
-    s = scaling
-    if s.kind == "linear":
-        return np.full(half, 1 / s.factor, np.float32)
-    feature = np.arange(half)
-    if s.kind == "llama3":  # by how often a feature turns within the length of pretraining
-        turns = s.original * theta ** (-feature / half) / (2 * math.pi)
-        kept = (turns - s.low) / (s.high - s.low)
-    else:  # yarn: the same, linear in the feature's number, between whole features
-        at = lambda turns: half * math.log(s.original / (2 * math.pi * turns)) / math.log(theta)
-        first, last = max(math.floor(at(s.high)), 0), min(math.ceil(at(s.low)), 2 * half - 1)
-        kept = 1 - (feature - first) / max(last - first, 0.001)
-    kept = np.clip(kept, 0, 1)
-    return (kept + (1 - kept) / s.factor).astype(np.float32)
+def _remember(cache: dict, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE) -> tuple:
+    """The cache with a layer's new keys and values in it, and all of the layer's."""
+    rows_Bx1 = jnp.arange(len(positions_BxT))[:, None]
+    put = lambda held, new: held.at[layer, rows_Bx1, positions_BxT].set(new, mode="drop")
+    cache = {"k": put(cache["k"], k_BxTxGxE), "v": put(cache["v"], v_BxTxGxE)}
+    return cache, cache["k"][layer], cache["v"][layer]
 
 
 def _attend(arch: ArchConfig, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT):
@@ -243,7 +239,7 @@ class _Attention(nn.Module):
     arch: ArchConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1xTxT, positions_BxT):
+    def __call__(self, x_BxTxD, mask_Bx1xTxS, positions_BxT, cache, layer):
         a, family = self.arch, FAMILIES[self.arch.family]
         linear = lambda name, *args: _linear(self, name, *args, bias=name in family.biases)
         # Attention starts almost uniform, so that [Ret] first reads all of its context alike: a
@@ -257,8 +253,12 @@ class _Attention(nn.Module):
         if family.positions == "rotary":
             q_BxTxHxE = rotate(q_BxTxHxE, positions_BxT, a)
             k_BxTxGxE = rotate(k_BxTxGxE, positions_BxT, a)
-        out_BxTxHxE = _attend(a, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT)
-        return linear("o", out_BxTxHxE, "he->d", _branch(a))
+        if cache is not None:
+            cache, k_BxTxGxE, v_BxTxGxE = _remember(
+                cache, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE
+            )
+        out_BxTxHxE = _attend(a, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxS)
+        return linear("o", out_BxTxHxE, "he->d", _branch(a)), cache
 
 
 class _MLP(nn.Module):
@@ -281,20 +281,24 @@ class _Block(nn.Module):
     arch: ArchConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1xTxT, positions_BxT):
+    def __call__(self, carry, layer, mask_Bx1xTxS, positions_BxT):
+        """`carry` is [B, T, D] and the stack's cache, or None; `layer` the number within it."""
+        x_BxTxD, cache = carry
         a, kind = self.arch, FAMILIES[self.arch.family].block
         attn_norm, mlp_norm = _Norm(a, name="attn_norm"), _Norm(a, name="mlp_norm")
         attention, mlp = _Attention(a, name="attn"), _MLP(a, name="mlp")
-        attend = lambda x: attention(x, mask_Bx1xTxT, positions_BxT)
         settle = lambda x: constrain(x, "batch", None, None)
+        read_BxTxD = x_BxTxD if kind == "post" else attn_norm(x_BxTxD)
+        attended_BxTxD, cache = attention(read_BxTxD, mask_Bx1xTxS, positions_BxT, cache, layer)
         if kind == "post":
-            x_BxTxD = settle(attn_norm(x_BxTxD + attend(x_BxTxD)))
-            return settle(mlp_norm(x_BxTxD + mlp(x_BxTxD))), None
-        attended_BxTxD = attend(attn_norm(x_BxTxD))
-        if kind == "parallel":
-            return settle(x_BxTxD + attended_BxTxD + mlp(mlp_norm(x_BxTxD))), None
-        x_BxTxD = settle(x_BxTxD + attended_BxTxD)
-        return settle(x_BxTxD + mlp(mlp_norm(x_BxTxD))), None
+            x_BxTxD = settle(attn_norm(x_BxTxD + attended_BxTxD))
+            x_BxTxD = mlp_norm(x_BxTxD + mlp(x_BxTxD))
+        elif kind == "parallel":
+            x_BxTxD = x_BxTxD + attended_BxTxD + mlp(mlp_norm(x_BxTxD))
+        else:
+            x_BxTxD = settle(x_BxTxD + attended_BxTxD)
+            x_BxTxD = x_BxTxD + mlp(mlp_norm(x_BxTxD))
+        return (settle(x_BxTxD), cache), None
 
 
 class _Decoder(nn.Module):
@@ -303,30 +307,35 @@ class _Decoder(nn.Module):
     has_head: bool
 
     @nn.compact
-    def __call__(self, tokens_BxT, segments_BxT, positions_BxT):
+    def __call__(self, tokens_BxT, segments_BxT, positions_BxT, cache=None):
+        """Final states; with a cache also the new cache, and segments have no meaning then."""
         a, family = self.arch, FAMILIES[self.arch.family]
         x_BxTxD = _Embedding(a, self.padded_vocab, name="embed")(tokens_BxT, positions_BxT)
-        mask_Bx1xTxT = attention_mask(segments_BxT, family.causal, a.window)
-        for name, layers in (
-            ("frozen_blocks", a.frozen_layers),
-            ("blocks", a.layers - a.frozen_layers),
-        ):
-            if layers:
-                blocks = nn.scan(
-                    _remat(_Block, a.remat),
-                    variable_axes={"params": 0},
-                    split_rngs={"params": True},
-                    in_axes=nn.broadcast,
-                    length=layers,
-                    unroll=min(a.scan_unroll, layers),
-                    metadata_params={nn.PARTITION_NAME: "layers"},
-                )(_plain(a) if name == "frozen_blocks" else a, name=name)
-                x_BxTxD, _ = blocks(x_BxTxD, mask_Bx1xTxT, positions_BxT)
+        if cache is None:
+            mask_Bx1xTxS = attention_mask(segments_BxT, family.causal, a.window)
+        else:
+            slots = jax.tree.leaves(cache)[0].shape[2]
+            mask_Bx1xTxS = cache_mask(positions_BxT, slots, a.window)
+        kept = {}
+        for name, layers in _stacks(a).items():
+            blocks = nn.scan(
+                _remat(_Block, a.remat),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=layers,
+                unroll=min(a.scan_unroll, layers),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(_plain(a) if name == "frozen_blocks" else a, name=name)
+            number = None if cache is None else jnp.arange(layers)
+            carry = (x_BxTxD, None if cache is None else cache[name])
+            (x_BxTxD, kept[name]), _ = blocks(carry, number, mask_Bx1xTxS, positions_BxT)
         if self.has_head and not a.tie_embeddings and self.is_initializing():
             _Table((a.width, self.padded_vocab), ("embed", "vocab"), "kernel", name="head")()
         if family.block != "post":
             x_BxTxD = _Norm(a, name="final_norm")(x_BxTxD)
-        return constrain(x_BxTxD, "batch", None, None)
+        x_BxTxD = constrain(x_BxTxD, "batch", None, None)
+        return x_BxTxD if cache is None else (x_BxTxD, kept)
 
 
 class _Embedding(nn.Module):
@@ -365,6 +374,12 @@ class _Table(nn.Module):
     def __call__(self) -> jax.Array:
         init = nn.initializers.normal(0.02)
         return _param(self, self.param_name, self.shape, self.axes, init)
+
+
+def _stacks(arch: ArchConfig) -> dict[str, int]:
+    """Layers of each scanned stack, lowest first; a stack without any is left out."""
+    stacks = {"frozen_blocks": arch.frozen_layers, "blocks": arch.layers - arch.frozen_layers}
+    return {name: layers for name, layers in stacks.items() if layers}
 
 
 def _plain(arch: ArchConfig) -> ArchConfig:

@@ -17,6 +17,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "hf.names",
     "hf.gguf",
     "hf.gguf_tokenizer",
+    "rotary",
     "sharding data.* evaluation.* transformer optim telemetry contract hf.configs tables",
     "report_plots report_style",
     "report_answers ntp contrast microbatch towers hf.* index data.pipeline",
