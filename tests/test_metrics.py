@@ -38,6 +38,7 @@ def test_the_peers_own_numbers(name):
         ("“Caf\u00e9” — ok。", "“caf\u00e9” — ok。"),
         ("cafe\u0301", "cafe\u0301"),
         ("x\u00a0 \u3000y", "x y"),
+        ("“the”", "“ ”"),
         ("The", ""),
         ("...", ""),
         ("?", ""),

@@ -86,7 +86,7 @@ def answer_text(item: Item) -> str:
 
 
 def str_em(items: Sequence[Item]) -> dict[str, float]:
-    """STR-EM (ALCE's "EM recall"): `{"str_em", "str_hit", "n"}`.
+    """STR-EM (ALCE's "EM recall") of items, or of one item: `{"str_em", "str_hit", "n"}`.
 
     str_em is the mean over items of the share of `qa_pairs` of which a short answer is in the text
     (`exact_presence`), str_hit the share of items where all are. Both are 0 where the first item
