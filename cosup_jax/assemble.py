@@ -122,7 +122,7 @@ def _check_towers(config: Config) -> None:
         )
     lengths = {
         "data.max_gen_tokens": (config.data.max_gen_tokens, "gen", gen),
-        "generate.max_tokens": (config.generate.max_tokens, "gen", gen),
+        "generate.context_tokens": (config.generate.context_tokens, "gen", gen),
         "data.max_ctx_tokens": (config.data.max_ctx_tokens, "ctx", ctx),
     }
     for key, (tokens, tower, arch) in lengths.items():

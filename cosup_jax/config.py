@@ -221,10 +221,24 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Example answers of the report."""
+    """Answers written with retrieval."""
 
     examples: int = 6  # answers written into report.html
-    max_tokens: int = 192  # prompt, inserted passages and answer together
+    batch_size: int = 32  # questions answered at once; rows of the cache of keys and values
+    context_tokens: int = 256  # prompt, inserted passages and answer together; slots of the cache
+    max_tokens: int = 64  # tokens that Gen writes per question, eos too; no [Ret], [Ce] or passage
+    max_retrievals: int = 4  # [Ret]s per question
+    retrieval: str = (
+        "corpus"  # corpus | candidates | gold | bm25 | wrong | none, as ARMS names them
+    )
+    passages: int = 1  # that are inserted at a [Ret], the best first
+    keep_passages: bool = True  # False: dropped behind [Ce], their spans stay (ctx_truncate)
+    retrieve_first: bool = False  # True: every answer begins with a [Ret]
+    ret_threshold: float = 0.0  # > 0: [Ret] where its probability reaches it, and only there
+    temperature: float = 0.0  # 0 = the likeliest token; else one is drawn from softmax(logits / it)
+    top_p: float = 1.0  # drawn among the likeliest tokens that have this probability together
+    seed: int = 0  # of what is drawn
+    chunk_tokens: int = 32  # of a prompt or a passage that are read at once
 
 
 @dataclasses.dataclass(frozen=True)

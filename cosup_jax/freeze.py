@@ -28,6 +28,7 @@ _CHOICES = {
     "bank.kind": ("off", "passage", "dual"),
     "bank.dtype": ("float32", "bfloat16"),
     "data.bad_rows": ("refuse", "drop"),
+    "generate.retrieval": tuple(ARMS),
     "export.dtype": ("float32", "bfloat16", "float16"),
     "optim.clip": ("global", "tower"),
     "optim.schedule": ("constant", "cosine", "epoch"),
@@ -36,7 +37,8 @@ _MAY_BE_ZERO = {
     *("seed", "num_steps", "num_epochs", "data.workers", "data.no_evidence_fraction"),
     *("loss.ntp_weight", "loss.nsp_weight", "loss.nsp_ramp_steps", "loss.nsp_ramp_from"),
     *("loss.sigmoid_bias", "loss.margin", "loss.tile_mib", "bank.start_step", "bank.ema_decay"),
-    *("generate.examples", "log.probe_every_steps", "data.dev_fraction"),
+    *("generate.examples", "generate.max_retrievals", "generate.seed", "generate.temperature"),
+    *("generate.ret_threshold", "log.probe_every_steps", "data.dev_fraction"),
     *("eval.answers", "eval.questions"),
     *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
     *("optim.gen_learning_rate", "optim.ctx_learning_rate"),
@@ -193,9 +195,14 @@ def _check(config: Config) -> None:
         )
     if config.seed >= 2**63:
         raise UserError(f"config.seed={config.seed} is no 64-bit number; take a smaller one")
-    for name in ("no_evidence_fraction", "dev_fraction"):
-        if getattr(config.data, name) > 1:
-            raise UserError(f"config.data.{name} is a share: at most 1")
+    for dotted in (
+        *("data.no_evidence_fraction", "data.dev_fraction"),
+        *("generate.ret_threshold", "generate.top_p"),
+    ):
+        if get_dotted(config, dotted) > 1:
+            raise UserError(f"config.{dotted} is a share: at most 1")
+    if config.generate.seed >= 2**32:
+        raise UserError(f"config.generate.seed={config.generate.seed} must fit 32 bits")
     if config.data.packing and config.data.max_ctx_tokens > config.data.ctx_row_tokens:
         raise UserError(
             f"config.data.max_ctx_tokens={config.data.max_ctx_tokens} does not fit a Ctx row of "

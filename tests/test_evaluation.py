@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from batches import config, towers
+from batches import config
 
-from cosup_jax import assemble, generate, index, sharding
+from cosup_jax import assemble, index, sharding
 from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
 from cosup_jax.config import MeshConfig
@@ -65,33 +65,6 @@ def test_answers_are_compared_as_the_peers_do():
     assert normalize_answer("The  U.S.A., a Country") == "usa country"
     assert answer_present("It is the Danube.", ["Rhine", "danube"])
     assert not answer_present("", [""]) and not answer_present("Rhine", ["Danube"])
-
-
-def test_writing_with_retrieval(monkeypatch):
-    """Bugs: text cited to no passage or to the wrong one; `[Cs]` left to chance; a passage beyond
-    the budget; a prompt beyond the budget that takes the whole report with it."""
-    marks = generate.Marks(ret=90, cs=91, ce=92, eos=93)
-    c = config(generate__max_tokens=12)
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    writer = generate.Generator(mesh, towers(), c, marks)
-    follows = {2: 90, 91: 5, 5: 92, 92: 6, 6: 93}  # what is written after each token
-
-    def look(params, tokens_BxT, last_B):
-        last = tokens_BxT[np.arange(len(last_B)), last_B]
-        return np.array([follows.get(int(token), 7) for token in last]), np.eye(2)[last % 2]
-
-    monkeypatch.setattr(writer, "_look", look)
-    corpus = np.array([[0.5, 0.0], [0.0, 1.0]], np.float32)  # [Ret], 90, is even: passage 0
-    answers = writer.answer({}, [[1, 2], [1] * 20, [3, 3, 3, 3, 3, 3, 3, 3, 3, 2]], corpus, _insert)
-    written, too_long, no_room = answers
-    assert written.parts == [generate.Part([5], 0), generate.Part([6], None)]
-    assert written.retrieved == [(0, 0.5)] and written.finished
-    assert too_long.parts == [] and not too_long.finished
-    assert no_room.retrieved == [] and not no_room.finished
-
-
-def _insert(row: int) -> list[int]:
-    return [40 + row, 41 + row, 91]
 
 
 def test_scores_are_given_for_seen_and_unseen_passages(tmp_path):

@@ -108,7 +108,7 @@ def test_generation_sees_what_training_saw(bpe):
     """A prompt or an inserted passage tokenised otherwise at inference is out of distribution."""
     (marked,) = markup.encode([markup.pieces(QUESTION, PASSAGES)], bpe, 5)
     prompt = markup.prompt(QUESTION, bpe)
-    inserted = markup.insertion(PASSAGES["p"], bpe, 5)
+    inserted = markup.insertion([PASSAGES["p"]], bpe, 5)
     assert len(inserted) == 6 and inserted[-1] == bpe.cs
     seen = [*prompt, bpe.ret, *inserted]
     assert marked.tokens[: len(seen)].tolist() == seen

@@ -76,9 +76,14 @@ def prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer.prefix) + tokenizer.encode(prompt_text(example))
 
 
-def insertion(passage: Passage, tokenizer: Tokenizer, max_passage_tokens: int) -> list[int]:
-    """Ids that follow a generated [Ret]: the passage, cut, and [Cs]."""
-    return [*tokenizer.encode(passage_text(passage))[:max_passage_tokens], tokenizer.cs]
+def insertion(
+    passages: Sequence[Passage], tokenizer: Tokenizer, max_passage_tokens: int
+) -> list[int]:
+    """Ids that follow a generated [Ret]: the passages, each cut, a line break between, and [Cs]."""
+    texts = [tokenizer.encode(passage_text(one))[:max_passage_tokens] for one in passages]
+    between = tokenizer.encode("\n")
+    joined = texts[0] + [token for text in texts[1:] for token in (*between, *text)]
+    return [*joined, tokenizer.cs]
 
 
 def ctx_tokens(

@@ -36,6 +36,7 @@ class Tokenizer:
 
     `prefix` and `suffix` are what the tokenizer itself puts around a text: a bos for Llama, [CLS]
     and [SEP] for BERT. Entries from `pretrained_size` on are ours: no pretrained weights know them.
+    `control` holds all ids that no text has.
     """
 
     def __init__(self, fast: PreTrainedTokenizerFast, weight_rows: int = 0):
@@ -75,10 +76,8 @@ class Tokenizer:
         self._backend.no_truncation()
         self.ret, self.cs, self.ce, self.emb = fast.convert_tokens_to_ids([RET, CS, CE, EMB])
         self.pad, self.eos = fast.pad_token_id, fast.eos_token_id
-        self._control = {
-            *(self.ret, self.cs, self.ce, self.emb, self.pad, self.eos, fast.bos_token_id),
-            *(self.prefix + self.suffix),
-        }
+        ids = (self.ret, self.cs, self.ce, self.emb, self.pad, self.eos, fast.bos_token_id)
+        self.control = {*ids, *self.prefix, *self.suffix} - {None}
 
     @property
     def vocab_size(self) -> int:
@@ -102,7 +101,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
         """Text of ids; `skip_control` leaves out [Ret], [Cs], [Ce], [Emb], padding, eos, bos."""
-        ids = [int(i) for i in ids if not (skip_control and int(i) in self._control)]
+        ids = [int(i) for i in ids if not (skip_control and int(i) in self.control)]
         return self._backend.decode(ids, skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> None:

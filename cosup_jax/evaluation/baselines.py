@@ -9,19 +9,28 @@ import numpy as np
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index it builds
 
 
+class BM25:
+    """An index of texts (bm25s, its defaults, no stop words)."""
+
+    def __init__(self, texts: Sequence[str]):
+        self._index, self._count = bm25s.BM25(), len(texts)
+        words = bm25s.tokenize(list(texts), stopwords=None, show_progress=False)
+        self._index.index(words, show_progress=False)
+
+    def scores(self, query: str) -> np.ndarray:
+        """[N] of every text; 0 where no word is shared."""
+        (words,) = bm25s.tokenize([query], stopwords=None, return_ids=False, show_progress=False)
+        return self._index.get_scores(words) if words else np.zeros(self._count, np.float32)
+
+
 def bm25_ranks(queries: Sequence[str], corpus: Sequence[str], gold: np.ndarray) -> np.ndarray:
-    """Rank, from 1, of each query's gold passage under BM25 (bm25s, its defaults, no stop words).
+    """Rank, from 1, of each query's gold passage under BM25.
 
     Passages of equal score are ordered by row, as in `index.search`.
     """
-    retriever = bm25s.BM25()
-    retriever.index(
-        bm25s.tokenize(list(corpus), stopwords=None, show_progress=False), show_progress=False
-    )
-    found = []
-    tokens = bm25s.tokenize(list(queries), stopwords=None, return_ids=False, show_progress=False)
-    for words, row in zip(tokens, gold, strict=True):
-        scores = retriever.get_scores(words)
+    bm25, found = BM25(corpus), []
+    for query, row in zip(queries, gold, strict=True):
+        scores = bm25.scores(query)
         ahead = np.sum(scores > scores[row]) + np.sum(scores[:row] == scores[row])
         found.append(1 + int(ahead))
     return np.array(found)

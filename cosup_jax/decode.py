@@ -1,0 +1,217 @@
+"""Answers to many questions at once, with retrieval where Gen asks for it.
+
+The device writes (advance.py); this is the host's part: it searches for rows that wait, collects
+those that have ended and starts the next questions in them. It is asked once a good part of the
+batch has need of it, never for a single token.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cosup_jax import advance, sharding
+from cosup_jax.advance import Marks, Status, vacant
+from cosup_jax.config import Config
+from cosup_jax.data import markup
+from cosup_jax.data.schema import Passage
+from cosup_jax.data.tokenizer import Tokenizer
+from cosup_jax.towers import Towers
+from cosup_jax.transformer import padded_vocab
+
+TOGETHER = 4  # a quarter of the batch is served at once
+
+
+class Found(NamedTuple):
+    """A passage that was retrieved."""
+
+    row: int  # of the retriever's passages
+    score: float | None  # None where nothing is scored
+
+
+class Retriever(Protocol):
+    """Where passages come from; retrieve.py has them all."""
+
+    passages: Sequence[Passage]
+
+    def limit(self, question: int) -> int:
+        """How often this question may ask, beside the budget."""
+        ...
+
+    def __call__(
+        self, query_QxD: np.ndarray, questions: Sequence[int], turns: Sequence[int], k: int
+    ) -> list[list[Found]]:
+        """For each query at least one passage and at most k, best first.
+
+        Args:
+          query_QxD: Gen's vectors.
+          questions: of which prompt each is.
+          turns: how often that question has asked before.
+        """
+        ...
+
+
+class Answer(NamedTuple):
+    """What was written behind a prompt."""
+
+    tokens: list[int]  # passages included, unless they were dropped behind their spans
+    retrieved: list[list[Found]]  # of each [Ret], best first
+    written: int  # tokens of Gen's own choice, [Ret] and [Ce] not counted
+    stopped: str  # eos | tokens | context | prompt (which left no room for an answer)
+
+
+class Decoder:
+    """Compiled once for a number of rows; parameters are arguments."""
+
+    def __init__(
+        self, mesh: Mesh, towers: Towers, config: Config, tokenizer: Tokenizer, most: int = 0
+    ):
+        """`most` questions at once instead of generate.batch_size; `tokenizer` is Gen's."""
+        parts = sharding.row_parts(mesh)
+        self.rows = -(-(most or config.generate.batch_size) // parts) * parts
+        self.compiled: list[str] = []  # shapes, as they are traced
+        self._mesh, self._config, self._tokenizer = mesh, config, tokenizer
+        self._served, self._width = max(1, self.rows // TOGETHER), towers.gen.width
+        gen, settings = towers.gen, config.generate
+        marks = Marks.of(tokenizer, padded_vocab(gen.vocab_size))
+        make = lambda: gen.cache(self.rows, settings.context_tokens)
+        with jax.set_mesh(mesh):
+            shapes = jax.eval_shape(make)
+        axes = ("layers", "batch", None, "kv_heads", None)
+        places = jax.tree.map(lambda x: sharding.leaf_sharding(mesh, x.shape, axes), shapes)
+        self._empty = jax.jit(make, out_shardings=places)
+
+        def write(params, cache, rows, patience):
+            self.compiled.append(f"write {self.rows} x 1")
+            return advance.write(params, cache, rows, patience, gen, marks, config)
+
+        def fill(params, cache, *rows):
+            self.compiled.append(f"fill {self._served} x {settings.chunk_tokens}")
+            return advance.fill(params, cache, *rows, gen, settings.chunk_tokens)
+
+        replicated = sharding.replicated(mesh)
+        self._write = jax.jit(write, donate_argnums=1, out_shardings=(places, replicated))
+        self._fill = jax.jit(fill, donate_argnums=1, out_shardings=places)
+
+    def answers(
+        self, params: dict, prompts: Sequence[Sequence[int]], retriever: Retriever | None = None
+    ) -> Iterator[Answer]:
+        """One Answer per prompt, in their order, each as soon as all before it are there.
+
+        Args:
+          params: of the train state.
+          prompts: token ids up to and including `## Output:`.
+          retriever: None: Gen has to do without [Ret].
+        """
+        batch = _Batch(self.rows, self._width, self._config, self._tokenizer, retriever)
+        with jax.set_mesh(self._mesh):
+            cache = self._empty()
+        waiting, finished = enumerate(prompts), {}
+        for wanted in range(len(prompts)):
+            while wanted not in finished:
+                batch.insert()
+                finished |= batch.collect()
+                finished |= batch.load(waiting)
+                cache = self._run(params["gen"], cache, batch)
+            yield finished.pop(wanted)
+
+    def _run(self, gen_params: dict, cache: dict, batch: "_Batch") -> dict:
+        rows = batch.rows
+        unread = np.flatnonzero(
+            (rows.status_B == Status.RUNNING) & (rows.cached_B < rows.known_B - 1)
+        )
+        with jax.set_mesh(self._mesh):
+            for start in range(0, len(unread), self._served):
+                group = unread[start : start + self._served]
+                index_P = np.full(self._served, self.rows, np.int32)
+                index_P[: len(group)] = group
+                own = np.minimum(index_P, self.rows - 1)
+                known_P = np.where(index_P < self.rows, rows.known_B[own], 0)
+                places = (index_P, rows.tokens_BxS[own], rows.cached_B[own], known_P)
+                cache = self._fill(gen_params, cache, *places)
+            rows.cached_B[unread] = rows.known_B[unread] - 1
+            cache, rows = self._write(gen_params, cache, rows, np.int32(self._served))
+            batch.rows = jax.tree.map(np.array, jax.device_get(rows))  # copies: the host writes
+        return cache
+
+
+class _Batch:
+    """The rows of a batch between two runs, and whose they are."""
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        config: Config,
+        tokenizer: Tokenizer,
+        retriever: Retriever | None,
+    ):
+        self.rows = vacant(rows, config.generate.context_tokens, width)
+        self._config, self._tokenizer, self._retriever = config, tokenizer, retriever
+        self._question, self._start = np.zeros(rows, int), np.zeros(rows, int)
+        self._retrieved: list[list[list[Found]]] = [[] for _ in range(rows)]
+
+    def load(self, waiting: Iterator[tuple[int, Sequence[int]]]) -> dict[int, Answer]:
+        """Starts questions in all vacant rows; those whose prompt is too long have their answer."""
+        rows, settings, refused = self.rows, self._config.generate, {}
+        for row in np.flatnonzero(rows.status_B == Status.VACANT):
+            for question, prompt in waiting:
+                limit = self._retriever.limit(question) if self._retriever else 0
+                retrievals = min(settings.max_retrievals, limit)
+                forced = settings.retrieve_first and retrievals > 0
+                text = [*prompt, *[self._tokenizer.ret] * forced]
+                if len(text) >= settings.context_tokens:
+                    refused[question] = Answer([], [], 0, "prompt")
+                    continue
+                rows.tokens_BxS[row, : len(text)] = text
+                rows.known_B[row], rows.cached_B[row] = len(text), 0
+                rows.status_B[row], rows.spanning_B[row] = Status.RUNNING, False
+                rows.ret_B[row] = len(prompt)
+                rows.tokens_left_B[row] = settings.max_tokens
+                rows.retrievals_left_B[row] = retrievals - forced
+                rows.stream_B[row] = zlib.crc32(np.array(prompt, np.int32).tobytes())
+                rows.drawn_B[row] = 0
+                self._question[row], self._start[row] = question, len(prompt)
+                self._retrieved[row] = []
+                break
+        return refused
+
+    def insert(self) -> None:
+        """Puts passages and [Cs] behind the [Ret] of rows that wait; ends those without room."""
+        rows = self.rows
+        asking = np.flatnonzero(rows.status_B == Status.WAITING)
+        if not len(asking):
+            return
+        turns = [len(self._retrieved[row]) for row in asking]
+        k, questions = self._config.generate.passages, self._question[asking]
+        answers = self._retriever(rows.query_BxD[asking], questions.tolist(), turns, k)
+        for row, found in zip(asking, answers, strict=True):
+            tokens, known = self._insertion(found), rows.known_B[row]
+            if known + len(tokens) >= rows.tokens_BxS.shape[1]:
+                rows.status_B[row] = Status.CONTEXT
+                continue
+            self._retrieved[row].append(found)
+            rows.tokens_BxS[row, known : known + len(tokens)] = tokens
+            rows.known_B[row] += len(tokens)
+            rows.cs_B[row] = rows.known_B[row] - 1
+            rows.status_B[row], rows.spanning_B[row] = Status.RUNNING, True
+
+    def _insertion(self, found: Sequence[Found]) -> list[int]:
+        passages = [self._retriever.passages[one.row] for one in found]
+        longest = self._config.data.max_ctx_tokens
+        return markup.insertion(passages, self._tokenizer, longest)
+
+    def collect(self) -> dict[int, Answer]:
+        """The answers of all rows that have ended, which are vacant then."""
+        rows, found = self.rows, {}
+        for row in np.flatnonzero(rows.status_B >= Status.EOS):
+            tokens = rows.tokens_BxS[row, self._start[row] : rows.known_B[row]].tolist()
+            written = self._config.generate.max_tokens - int(rows.tokens_left_B[row])
+            stopped = Status(rows.status_B[row]).name.lower()
+            answer = Answer(tokens, self._retrieved[row], written, stopped)
+            found[int(self._question[row])] = answer
+            rows.status_B[row] = Status.VACANT
+        return found

@@ -1,0 +1,148 @@
+"""Where passages come from at [Ret]: the arms that an evaluation compares.
+
+All but `Search` and `Candidates` ignore Gen's query, and so score what the trained retrieval adds.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cosup_jax import index
+from cosup_jax.data.schema import Example, Passage
+from cosup_jax.decode import Found
+from cosup_jax.evaluation.baselines import BM25
+from cosup_jax.evaluation.text import answer_present
+
+ALWAYS = 2**31 - 1  # a limit that no budget reaches
+
+
+class Search:
+    """The nearest of all passages."""
+
+    def __init__(
+        self,
+        passages: Sequence[Passage],
+        corpus: np.ndarray | index.Corpus,
+        mesh: Mesh | None = None,
+    ):
+        """`corpus` is [N, D], or vectors on disk, row by row those of `passages`."""
+        self.passages, self._mesh = passages, mesh
+        on_host = isinstance(corpus, np.ndarray) and mesh is None
+        self._corpus = jax.device_put(corpus) if on_host else corpus
+
+    def limit(self, question: int) -> int:
+        """As often as the budget allows."""
+        return ALWAYS if len(self.passages) else 0
+
+    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+        """By `index.search`."""
+        scores, rows = index.search(query_QxD, self._corpus, k, self._mesh)
+        return [_found(*pair) for pair in zip(rows, scores, strict=True)]
+
+
+class Candidates:
+    """The nearest of each question's own candidates, as KILT's and ALCE's top 100."""
+
+    def __init__(
+        self,
+        passages: Sequence[Passage],
+        corpus_NxD: np.ndarray,
+        candidates: Sequence[Sequence[int]],
+    ):
+        """`candidates` are rows of the corpus, for each question."""
+        self.passages, self._corpus_NxD = passages, corpus_NxD
+        self._candidates = [np.unique(np.array(rows, np.int64)) for rows in candidates]
+
+    def limit(self, question: int) -> int:
+        """None without candidates."""
+        return ALWAYS if len(self._candidates[question]) else 0
+
+    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+        """Best first, equal scores by row."""
+        found = []
+        for query_D, question in zip(query_QxD, questions, strict=True):
+            rows = self._candidates[question]
+            score_n = np.asarray(self._corpus_NxD[rows], np.float32) @ query_D
+            best = np.argsort(-score_n, kind="stable")[:k]
+            found.append(_found(rows[best], score_n[best]))
+        return found
+
+
+class Gold:
+    """The evidence in the order in which it is needed, one passage at each [Ret]."""
+
+    def __init__(self, passages: Sequence[Passage], evidence: Sequence[Sequence[int]]):
+        """`evidence` are rows of the corpus, for each question."""
+        self.passages, self._evidence = passages, evidence
+
+    def limit(self, question: int) -> int:
+        """Once for each passage."""
+        return len(self._evidence[question])
+
+    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+        """Unscored."""
+        pairs = zip(questions, turns, strict=True)
+        return [[Found(int(self._evidence[question][turn]), None)] for question, turn in pairs]
+
+
+class Lexical:
+    """BM25 over all passages by the words of the question, whatever has been written since.
+
+    Each further [Ret] of a question gets the passages after those that it has had.
+    """
+
+    def __init__(self, passages: Sequence[Passage], bm25: BM25, questions: Sequence[str]):
+        """`bm25` has indexed these passages."""
+        self.passages, self._bm25, self._questions = passages, bm25, questions
+
+    def limit(self, question: int) -> int:
+        """As often as there is another passage."""
+        return len(self.passages)
+
+    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+        """Best first, equal scores by row."""
+        found = []
+        for question, turn in zip(questions, turns, strict=True):
+            score_N = self._bm25.scores(self._questions[question])
+            first = min(turn * k, len(score_N) - 1)
+            best = np.argsort(-score_N, kind="stable")[first : first + k]
+            found.append(_found(best, score_N[best]))
+        return found
+
+
+class Wrong:
+    """One passage of each question that is no evidence of it and holds none of its answers."""
+
+    def __init__(
+        self,
+        passages: Sequence[Passage],
+        examples: Sequence[Example],
+        evidence: Sequence[Sequence[int]],
+    ):
+        """The same for the same corpus and question; `evidence` are rows, for each question."""
+        self.passages = passages
+        pairs = zip(examples, evidence, strict=True)
+        self._rows = [self._wrong(example, set(rows)) for example, rows in pairs]
+
+    def _wrong(self, example: Example, evidence: set[int]) -> int | None:
+        first = zlib.crc32(example.question.encode())
+        for row in ((first + n) % len(self.passages) for n in range(len(self.passages))):
+            text = self.passages[row].text
+            if row not in evidence and not answer_present(text, example.answers):
+                return row
+        return None
+
+    def limit(self, question: int) -> int:
+        """None where every passage is right."""
+        return 0 if self._rows[question] is None else ALWAYS
+
+    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+        """Unscored."""
+        return [[Found(self._rows[question], None)] for question in questions]
+
+
+def _found(rows: np.ndarray, scores: np.ndarray) -> list[Found]:
+    return [Found(int(r), float(s)) for r, s in zip(rows, scores, strict=True) if r >= 0]
