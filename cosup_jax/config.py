@@ -242,6 +242,19 @@ class GenerateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class IndexConfig:
+    """Passage vectors on disk, --mode=encode, and hard negatives found with them, --mode=mine."""
+
+    corpus: str = ""  # FILE.jsonl[.gz], FILE.array_record or a directory; empty = of all data sets
+    dtype: str = "float32"  # of the vectors on disk: float32 | bfloat16 | int8 (a scale a vector)
+    shard_rows: int = 32_768  # vectors of a file; what a kill may cost
+    faiss: bool = False  # also write index.faiss, float32, for faiss.read_index
+    mine_top: int = 100  # best passages of a [Ret] among which hard negatives are sought
+    mine_keep: int = 4  # hard negatives of an example, at most
+    mine_margin: float = 0.05  # kept below: the positive's score less this share of its size
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """Files of --mode=export."""
 
@@ -279,6 +292,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     generate: GenerateConfig = GenerateConfig()
+    index: IndexConfig = IndexConfig()
     export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from cosup_jax import cosup, index, sharding
 from cosup_jax.config import Config
+from cosup_jax.corpus import Corpus
 from cosup_jax.data import tokens
-from cosup_jax.data.batch import BatchShape, batch_shape
-from cosup_jax.data.blocks import canonical
+from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.markup import EVIDENCE, TARGET, passage_text
-from cosup_jax.data.pipeline import PackedExamples, PackedPassages, pack_examples, pack_passages
-from cosup_jax.data.schema import Dataset, Example, Passage
+from cosup_jax.data.pipeline import PackedExamples, pack_examples
+from cosup_jax.data.schema import Dataset, Example
 from cosup_jax.data.sources import eval_sets
-from cosup_jax.data.storage import Chosen, span
+from cosup_jax.data.storage import span
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.encoder import Encoder, to_mesh
 from cosup_jax.evaluation import retrieval
@@ -37,7 +37,7 @@ class HeldOut(NamedTuple):
     examples: list[Example]  # the questions asked
     store: TokenStore
     questions: Sequence[PackedExamples]  # Gen rows
-    corpus: "Corpus"
+    corpus: Corpus
     seen: np.ndarray  # bool, of each [Ret]: training reads its passage as evidence too
 
     def evidence(self, question: int) -> list[int]:
@@ -50,25 +50,6 @@ class HeldOut(NamedTuple):
         """Whether training reads all of it as evidence too; None of a question without [Ret]."""
         seen = self.seen[span(self.store.ret_offsets, question)]
         return bool(seen.all()) if len(seen) else None
-
-
-class Corpus(Iterable[PackedPassages]):
-    """Every distinct passage of a store once; iterated in Ctx rows, packed anew each time."""
-
-    def __init__(self, dataset: Dataset, store: TokenStore, shape: BatchShape):
-        self._passages, self._store, self._shape = dataset.passages, store, shape
-        self._rows, self.row_of = np.unique(canonical(store.identities), return_inverse=True)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[PackedPassages]:
-        return pack_passages(Chosen(self._store.ctx.__getitem__, self._rows), self._shape)
-
-    @property
-    def passages(self) -> Sequence[Passage]:
-        """In the order of the corpus."""
-        return Chosen(self._passages.at, self._rows)
 
 
 def held_out_sets(

@@ -1,6 +1,5 @@
 """--mode=prepare: all sources, checked and tokenised, as ArrayRecord files for any run to read."""
 
-import collections
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from cosup_jax.config import Config
 from cosup_jax.data import prepared, tokens
 from cosup_jax.data.prepared import Encoded
 from cosup_jax.data.schema import Dataset
+from cosup_jax.data.sources import by_name
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
 from cosup_jax.workdir import Workdir
@@ -31,10 +31,7 @@ def prepare(config: Config, workdir: str) -> None:
         say = lambda text: print(text, flush=True) if first else None
         for line in assemble.refuse_bad_rows(data, config):
             say(line)
-        datasets = dict.fromkeys([*(dataset for dataset, _ in data.train), *data.held_out])
-        for name, count in collections.Counter(d.name for d in datasets).items():
-            if count > 1:
-                raise UserError(f"{count} sources are called {name}; rename their files")
+        datasets = by_name([*(dataset for dataset, _ in data.train), *data.held_out])
         tokenizers = assemble.read_tokenizers(config, directory.path, data)
         target = directory.path / "prepared"
         target.mkdir(exist_ok=True)

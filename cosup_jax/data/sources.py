@@ -12,7 +12,7 @@ import numpy as np
 from cosup_jax.config import DataConfig
 from cosup_jax.data import prepared, world
 from cosup_jax.data.digests import digest
-from cosup_jax.data.formats import alce, jsonl, kilt, official, selfrag, tfds
+from cosup_jax.data.formats import alce, jsonl, kilt, official, passages, selfrag, tfds
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems, printable
@@ -60,6 +60,17 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
     raise UserError(f"unknown data source {source!r}; known are {KNOWN}")
 
 
+def load_corpus(where: str, directory: Path) -> tuple[Dataset, Problems]:
+    """Passages without questions: a file or a directory, as formats/passages.py reads them.
+
+    Raises UserError if there is none; bad rows are left out and noted in the problems.
+    """
+    paths = passages.files(where)
+    name, version = _name(where.rstrip("/")), digest(paths, directory)
+    read = lambda problems: passages.read(where, problems)
+    return ingest(name, f"passages-{version}", read, directory, where)
+
+
 def expand(source: str) -> list[str]:
     """The sources that a prepared directory, or a name with wildcards, stands for, sorted.
 
@@ -79,6 +90,15 @@ def expand(source: str) -> list[str]:
     if not found:
         raise UserError(f"data source {source!r} matches no file; check the path")
     return ["::".join([prefix + path, *rest]) for path in found]
+
+
+def by_name(datasets: Iterable[Dataset]) -> list[Dataset]:
+    """Each once. Raises UserError if two of them have one name, by which files are called."""
+    found: dict[str, Dataset] = {}
+    for dataset in datasets:
+        if found.setdefault(dataset.name, dataset) is not dataset:
+            raise UserError(f"two sources are called {dataset.name}; rename one of their files")
+    return list(found.values())
 
 
 def identity(source: str) -> tuple[str, ...]:
@@ -161,7 +181,11 @@ def _kind(source: str) -> tuple[str, str]:
 
 def _name(where: str) -> str:
     """x of DIR/x.jsonl.gz. Raises UserError if it cannot name what is made of it."""
-    name = re.sub(r"(\.jsonl|\.json|\.pickle|\.pkl)?(\.gz)?$", "", Path(where.split("::")[0]).name)
+    name = re.sub(
+        r"(\.jsonl|\.json|\.pickle|\.pkl|\.array_?record.*)?(\.gz)?$",
+        "",
+        Path(where.split("::")[0]).name,
+    )
     is_utf8 = os.fsencode(where) == where.encode(errors="replace")
     if not is_utf8 or len(name.encode()) > _LONGEST_NAME:
         raise UserError(

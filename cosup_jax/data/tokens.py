@@ -60,7 +60,24 @@ _GEN = {
 _PER_SOURCE = {"weights": "<f4", "sources": "<i4"}  # [examples]: draws an epoch; which source
 
 
-class TokenStore:
+class PassageStore:
+    """Read-only arrays of a tokenised corpus, memory-mapped; the names are those of `_CTX`."""
+
+    def __init__(self, directory: str | Path):
+        with intact(Path(directory)):
+            self._map_passages(Path(directory))
+
+    def _map_passages(self, directory: Path) -> None:
+        for name, dtype in _CTX.items():
+            setattr(self, name, map_array(directory / name, dtype))
+        self.identities = self.identities.reshape(-1, 2)
+        check_lengths("ctx_offsets", int(self.ctx_offsets[-1]), self.ctx_tokens)
+        self.num_passages = len(self.ctx_offsets) - 1
+        check_lengths("ctx_offsets", self.num_passages, self.ctx_cut, self.identities)
+        self.ctx = Ragged(self.ctx_tokens, self.ctx_offsets)  # int32 [n], by passage row
+
+
+class TokenStore(PassageStore):
     """Read-only arrays of one tokenised split, memory-mapped; the names are those of `_CTX`, `_GEN`
     and `_PER_SOURCE`.
 
@@ -75,26 +92,20 @@ class TokenStore:
             self.dropped: int = about["dropped"]  # examples left out by data.drop_without_ret
             for name, dtype in (_GEN | _PER_SOURCE).items():
                 setattr(self, name, map_array(self.directory / name, dtype))
-            corpus = self.directory / about["corpus"]  # stores of the same sources share one
-            for name, dtype in _CTX.items():
-                setattr(self, name, map_array(corpus / name, dtype))
-            self.identities = self.identities.reshape(-1, 2)
+            # Stores of the same sources share a corpus.
+            self._map_passages(self.directory / about["corpus"])
             self._check_lengths()
-        self.ctx = Ragged(self.ctx_tokens, self.ctx_offsets)  # int32 [n], by passage row
         self.num_examples = len(self.gen_offsets) - 1
-        self.num_passages = len(self.ctx_offsets) - 1
 
     def _check_lengths(self) -> None:
         for name, *flat in (
             ("gen_offsets", self.gen_tokens, self.gen_roles),
             ("ret_offsets", self.ret_positions, self.ret_passages),
             ("negative_offsets", self.negative_passages),
-            ("ctx_offsets", self.ctx_tokens),
         ):
             check_lengths(name, int(getattr(self, name)[-1]), *flat)
         items = (self.ret_offsets[1:], self.negative_offsets[1:], self.gen_rows)
         check_lengths("gen_offsets", len(self.gen_offsets) - 1, *items, self.weights, self.sources)
-        check_lengths("ctx_offsets", len(self.ctx_offsets) - 1, self.ctx_cut, self.identities)
 
     def __reduce__(self):
         return TokenStore, (self.directory,)
@@ -168,16 +179,7 @@ def tokenize(
     fingerprint = _fingerprint(settings, versions, list(map(_digest, rows)), weights)
     target = directory / f"{split}-{fingerprint[:16]}"
     if not target.is_dir():
-        passages = [
-            _Part(
-                directory / f"passages-{dataset.name}-{_fingerprint(SHARD, ctx_settings, version)}",
-                len(dataset.passages),
-                functools.partial(_passages, dataset, ctx_tokenizer, config),
-            )
-            for dataset, version in zip(datasets, versions, strict=True)
-        ]
-        corpus = directory / f"corpus-{_fingerprint(ctx_settings, versions)}"
-        _build(corpus, passages, _join_corpus)
+        corpus = _corpus(datasets, ctx_tokenizer, ctx_settings, config, directory)
         shards = directory / f".{target.name}.shards-of-{SHARD}"
         examples = [
             _Part(
@@ -188,7 +190,7 @@ def tokenize(
             for source, dataset in enumerate(datasets)
         ]
         about = {"fingerprint": fingerprint, "corpus": f"../{corpus.name}"}
-        sizes = [part.count for part in passages]
+        sizes = [len(dataset.passages) for dataset in datasets]
         _build(target, examples, functools.partial(_join_examples, sizes, weights, about))
         shutil.rmtree(shards, ignore_errors=True)
     store = TokenStore(target)
@@ -200,13 +202,43 @@ def tokenize(
     return store
 
 
+def tokenize_passages(
+    dataset: Dataset, ctx_tokenizer: Tokenizer, config: Config, directory: str | Path
+) -> PassageStore:
+    """All passages of a data set, tokenised under `directory`, where `tokenize` finds them too."""
+    settings = _ctx_settings(ctx_tokenizer, config)
+    return PassageStore(_corpus([dataset], ctx_tokenizer, settings, config, Path(directory)))
+
+
+def _corpus(
+    datasets: Sequence[Dataset], tokenizer: Tokenizer, settings: tuple, config: Config, under: Path
+) -> Path:
+    """The directory of the passages of all data sets, end to end."""
+    parts = [
+        _Part(
+            under / f"passages-{d.name}-{_fingerprint(SHARD, settings, (d.name, d.version))}",
+            len(d.passages),
+            functools.partial(_passages, d, tokenizer, config),
+        )
+        for d in datasets
+    ]
+    versions = [(dataset.name, dataset.version) for dataset in datasets]
+    target = under / f"corpus-{_fingerprint(settings, versions)}"
+    _build(target, parts, _join_corpus)
+    return target
+
+
+def _ctx_settings(tokenizer: Tokenizer, config: Config) -> tuple:
+    """What the tokens of a corpus depend on besides the data."""
+    ctx = (FORMAT, markup.VERSION, config.data.max_ctx_tokens, config.ctx.pooling)
+    return (*ctx, config.ctx.prompt, tokenizer.fingerprint)
+
+
 def _settings(
     gen_tokenizer: Tokenizer, ctx_tokenizer: Tokenizer, config: Config, split: str
 ) -> tuple[tuple, tuple]:
     """What the tokens of a corpus, and those of a split, depend on besides the data."""
-    data = config.data
-    ctx = (FORMAT, markup.VERSION, data.max_ctx_tokens, config.ctx.pooling)
-    ctx += (config.ctx.prompt, ctx_tokenizer.fingerprint)
+    data, ctx = config.data, _ctx_settings(ctx_tokenizer, config)
     train_only = (data.no_evidence_fraction, data.drop_without_ret) if split == "train" else ()
     return ctx, (*ctx, gen_tokenizer.fingerprint, split, train_only)
 

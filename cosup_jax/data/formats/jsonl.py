@@ -31,7 +31,7 @@ def files(where: str) -> list[Path]:
 def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage | Example]]:
     """All passages, then all examples, each with its FILE:LINE. Raises UserError for files."""
     examples, passages = files(where)
-    for source, make in ((passages, _passage), (examples, _example)):
+    for source, make in ((passages, passage), (examples, _example)):
         for row in read_lines(source, problems):
             try:
                 record = make(row)
@@ -42,7 +42,7 @@ def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage | Exampl
             yield row.where, record
 
 
-def _passage(row: Row) -> Passage:
+def passage(row: Row) -> Passage:
     return Passage(row.text("id"), row.text("title", default="", empty=True), row.text("text"))
 
 

@@ -1,0 +1,105 @@
+"""The passages of a data set as something to search: each distinct one once, encoded to disk."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from cosup_jax import processes, vectors
+from cosup_jax.config import IndexConfig
+from cosup_jax.contract import EmbeddingContract
+from cosup_jax.data.batch import BatchShape
+from cosup_jax.data.blocks import canonical
+from cosup_jax.data.pipeline import PackedPassages, pack_passages
+from cosup_jax.data.schema import Dataset, Passage
+from cosup_jax.data.storage import Chosen
+from cosup_jax.data.tokens import PassageStore
+from cosup_jax.encoder import Encoder
+from cosup_jax.errors import UserError
+from cosup_jax.vectors import Layout, Vectors
+
+
+class Corpus(Iterable[PackedPassages]):
+    """Every distinct passage of a store once; iterated in Ctx rows, packed anew each time."""
+
+    def __init__(self, dataset: Dataset, store: PassageStore, shape: BatchShape):
+        self._dataset, self._store, self._shape = dataset, store, shape
+        self._rows, self.row_of = np.unique(canonical(store.identities), return_inverse=True)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[PackedPassages]:
+        return self.packed(range(len(self)))
+
+    def packed(self, rows: range) -> Iterator[PackedPassages]:
+        """Some of them, numbered from 0 on."""
+        chosen = self._rows[rows.start : rows.stop]
+        return pack_passages(Chosen(self._store.ctx.__getitem__, chosen), self._shape)
+
+    @property
+    def passages(self) -> Sequence[Passage]:
+        """In the order of the corpus."""
+        return Chosen(self._dataset.passages.at, self._rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the texts and ids, and of their order."""
+        found = hashlib.sha256(self._dataset.version.encode())
+        found.update(np.ascontiguousarray(self._store.identities[self._rows]))
+        return found.hexdigest()
+
+
+def encode_to_disk(
+    directory: Path,
+    corpus: Corpus,
+    encoder: Encoder,
+    params: dict,
+    contract: EmbeddingContract,
+    config: IndexConfig,
+) -> Vectors:
+    """The vectors of a corpus in a directory; what is there of them already is not made again.
+
+    Shards are encoded one after the other, by all processes together, and written in turn.
+
+    Raises:
+      UserError: a vector that is not finite; no room on the disk.
+    """
+    layout = Layout(contract, corpus.fingerprint, len(corpus), config.dtype, config.shard_rows)
+    shards, first = layout.shards(), jax.process_index() == 0
+    todo = json.dumps(vectors.missing(directory, layout)) if first else None
+    todo = json.loads(processes.broadcast("shards to encode", todo, processes.BARRIER_SECONDS))
+    done = len(corpus) - sum(len(shards[number][1]) for number in todo)
+    shown = {"desc": f"encoding {directory.name}", "unit": " passages", "delay": 2, "leave": False}
+    with tqdm(total=len(corpus), initial=done, disable=None, **shown) as bar:
+
+        def counted(batches: Iterable[PackedPassages]) -> Iterator[PackedPassages]:
+            for batch in batches:
+                yield batch
+                bar.update(int(batch.passage_valid_UxP.sum()))
+
+        for number in todo:
+            name, rows = shards[number]
+            vector_NxD = encoder.corpus(params, counted(corpus.packed(rows)), len(rows))
+            ids = [corpus.passages[row].id for row in rows]
+            _check_finite(vector_NxD, ids)
+            if number % jax.process_count() == jax.process_index():
+                vectors.write_shard(directory / name, vector_NxD, ids, config.dtype)
+    processes.barrier("vectors written")
+    if first:
+        vectors.write_manifest(directory, layout)
+    processes.barrier("manifest written")
+    return Vectors.open(directory, contract)
+
+
+def _check_finite(vector_NxD: np.ndarray, ids: Sequence[str]) -> None:
+    bad = np.flatnonzero(~np.isfinite(vector_NxD).all(axis=1))
+    if len(bad):
+        raise UserError(
+            f"the vector of passage {ids[bad[0]]!r} (first of {len(bad)}) is not finite: the "
+            "model has diverged; take another checkpoint"
+        )

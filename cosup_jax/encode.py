@@ -1,0 +1,73 @@
+"""--mode=encode: the passages of all data sets, or of one corpus, as vectors to search.
+
+WORKDIR/index/NAME              the vectors of data set NAME, as vectors.py lays them out
+WORKDIR/index/NAME/index.faiss  the same for faiss.read_index, where config.index.faiss
+"""
+
+import os
+from pathlib import Path
+
+import jax
+
+from cosup_jax import assemble, processes
+from cosup_jax.assemble import Sources, Trained
+from cosup_jax.config import Config
+from cosup_jax.corpus import Corpus, encode_to_disk
+from cosup_jax.data.batch import batch_shape
+from cosup_jax.data.schema import Dataset
+from cosup_jax.data.sources import by_name, load_corpus
+from cosup_jax.data.tokens import tokenize_passages
+from cosup_jax.encoder import Encoder
+from cosup_jax.errors import UserError
+from cosup_jax.vectors import Vectors
+from cosup_jax.workdir import Workdir
+
+
+def encode(config: Config, workdir: str) -> None:
+    """Writes or completes WORKDIR/index, by the newest checkpoint.
+
+    Raises UserError without a checkpoint of this config, for bad data, or without room.
+    """
+    with Workdir(workdir) as directory:
+        trained = assemble.trained(config, directory.path)
+        for dataset in _datasets(trained, directory.path):
+            corpus, found = index(dataset, trained, directory.path)
+            count, size = len(dataset.passages), sum(map(os.path.getsize, found.files))
+            _say(
+                f"{dataset.name}: {len(corpus):,} distinct of {count:,} passages, {found.width} x "
+                f"{found.dtype}, {size / 2**20:,.1f} MiB, in {found.directory}"
+            )
+            if trained.config.index.faiss and jax.process_index() == 0:
+                found.write_faiss(found.directory / "index.faiss")
+        processes.barrier("encoded")
+
+
+def index(dataset: Dataset, trained: Trained, workdir: Path) -> tuple[Corpus, Vectors]:
+    """The distinct passages of a data set, and their vectors, encoded where they are not yet."""
+    config = trained.config
+    store = tokenize_passages(dataset, trained.tokenizers.ctx, config, workdir / "data")
+    corpus = Corpus(dataset, store, batch_shape(config))
+    encoder = Encoder(trained.mesh, trained.towers, config)
+    place = workdir / "index" / dataset.name
+    made = encode_to_disk(place, corpus, encoder, trained.params, trained.contract, config.index)
+    return corpus, made
+
+
+def _datasets(trained: Trained, workdir: Path) -> list[Dataset]:
+    """Whose passages are encoded. Raises UserError for bad rows, or where there are none."""
+    config, data = trained.config, trained.data
+    if config.index.corpus:
+        dataset, problems = load_corpus(config.index.corpus, workdir / "data")
+        data = Sources([(dataset, 1.0)], [], {config.index.corpus: problems})
+    for line in assemble.refuse_bad_rows(data, config):
+        _say(line)
+    found = by_name([*(dataset for dataset, _ in data.train), *data.held_out])
+    for dataset in found:
+        if not len(dataset.passages):
+            raise UserError(f"data source {dataset.name}: no good passage; see --mode=validate")
+    return found
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
