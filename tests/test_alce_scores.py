@@ -51,6 +51,8 @@ def test_rouge_lsum():
     ]
     assert alce.rouge_lsum_of(items[0]) == 1.0  # stems, and sentences matched apart
     assert metrics.rouge_lsum(items) == {"rougeLsum": 75.0, "n": 2}
+    cased = item("in The home. The left. In ran", answer="far The In Mr. In Dr. left.")
+    assert alce.rouge_lsum_of(cased) == pytest.approx(3 / 7)  # split in lower case: In opens none
     items = [item("one two", answer="one" + count * " x") for count in range(9)]
     draws = set()
     for seed in range(2):

@@ -85,6 +85,7 @@ def test_rouge_l():
     assert metrics.rouge_l("a. ", ["a"]) == metrics.rouge_l("a.", ["a"])  # stripped
     assert text.rouge_l_of("a. ", "a") < 0.7  # not stripped: the blank is a word
     assert metrics.rouge_l("a a a b", ["a b"]) == pytest.approx(1)  # types, not tokens
+    assert metrics.rouge_l("b a. b", ["a b"]) == pytest.approx(0.5)  # of two LCS, b is found
     assert metrics.rouge_l("...", ["x"]) == 0.0
     long = " ".join(map(str, range(1100)))
     assert metrics.rouge_l(long, [long]) == pytest.approx(1)
@@ -175,6 +176,7 @@ def test_kilt_ranks():
     nameless["output"][0]["provenance"].append({"title": "x"})
     assert metrics.r_precision(guess("a", ["3"]), nameless) == 1.0  # yet its set is never complete
     assert metrics.recall_at_k(guess("a", ["3"]), nameless, 5) == 0.0
+    assert metrics.recall_at_k(guess("a", ["3", " "]), nameless, 5) == 1.0  # "" is that page's id
     both = gold(("a", ["1", "2"]), ("b", ["2", "3"]))
     assert metrics.precision_at_k(guess("a", ["1", "3", "2"]), both, 2) == 1.0  # 2 completes both
     assert metrics.r_precision(guess("a", [" 3", 3, "1"]), gold(("a", ["1", "3"]))) == 1.0
