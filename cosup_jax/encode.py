@@ -30,7 +30,7 @@ def encode(config: Config, workdir: str) -> None:
     """
     with Workdir(workdir) as directory:
         trained = assemble.trained(config, directory.path)
-        for dataset in _datasets(trained, directory.path):
+        for dataset in datasets(trained, directory.path):
             corpus, found = index(dataset, trained, directory.path)
             count, size = len(dataset.passages), sum(map(os.path.getsize, found.files))
             _say(
@@ -53,7 +53,7 @@ def index(dataset: Dataset, trained: Trained, workdir: Path) -> tuple[Corpus, Ve
     return corpus, made
 
 
-def _datasets(trained: Trained, workdir: Path) -> list[Dataset]:
+def datasets(trained: Trained, workdir: Path) -> list[Dataset]:
     """Whose passages are encoded. Raises UserError for bad rows, or where there are none."""
     config, data = trained.config, trained.data
     if config.index.corpus:

@@ -25,12 +25,14 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "validate": "check config and data, every bad row with file, line and reason; compiles nothing",
     "prepare": "check and tokenise all sources into WORKDIR/prepared, for any run to read",
     "encode": "passages -> vectors -> WORKDIR/index; goes on where it left off",
+    "generate": "cited answers to --questions=FILE.jsonl, or at a prompt",
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "preflight": "compile the step for --topology=..., without data: its memory, FLOPs and time",
     "benchmark": "the speed of tokenising, of the input pipeline and of search on this machine",
 }
 OPTIONS = {  # flags of one mode: what they are called in its function, and int (0 or more) or str
     "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
+    "generate": {"--questions": ("questions", str), "--output": ("output", str)},
     "preflight": {"--topology": ("topology", str), "--steps": ("steps", int)},
     "benchmark": {
         "--steps": ("steps", int),
@@ -51,8 +53,9 @@ modes:
 {modes}
 
 --mode=validate also takes --show=N, training rows as the model reads them, and --limit=N, rows
-named of each kind of finding; --mode=benchmark takes --steps=N, batches that are read, and
---vectors=N of --width=D, vectors that are searched; --mode=preflight takes --topology=host or a
+named of each kind of finding; --mode=generate takes --questions=FILE and --output=FILE, both JSONL;
+--mode=benchmark takes --steps=N, batches that are read, and --vectors=N of --width=D, vectors that
+are searched; --mode=preflight takes --topology=host or a
 TPU slice such as v5e:16x16, and on the host --steps=N, steps on random data whose time is set
 beside the predicted one.
 

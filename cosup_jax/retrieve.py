@@ -49,11 +49,11 @@ class Candidates:
     def __init__(
         self,
         passages: Sequence[Passage],
-        corpus_NxD: np.ndarray,
+        corpus: np.ndarray | index.Corpus,
         candidates: Sequence[Sequence[int]],
     ):
         """`candidates` are rows of the corpus, for each question."""
-        self.passages, self._corpus_NxD = passages, corpus_NxD
+        self.passages, self._corpus = passages, corpus
         self._candidates = [np.unique(np.array(rows, np.int64)) for rows in candidates]
 
     def limit(self, question: int) -> int:
@@ -65,7 +65,9 @@ class Candidates:
         found = []
         for query_D, question in zip(query_QxD, questions, strict=True):
             rows = self._candidates[question]
-            score_n = np.asarray(self._corpus_NxD[rows], np.float32) @ query_D
+            array = isinstance(self._corpus, np.ndarray)
+            vector_nxD = self._corpus[rows] if array else self._corpus.take(rows)
+            score_n = vector_nxD @ query_D
             best = np.argsort(-score_n, kind="stable")[:k]
             found.append(_found(rows[best], score_n[best]))
         return found

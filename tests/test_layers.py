@@ -34,7 +34,8 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "examples assemble",
     "parity",
     "train benchmark validate prepare export preflight encode",
-    "mine",
+    "mine library",
+    "generate",
     "study",
     "main",
 )

@@ -1,0 +1,220 @@
+"""--mode=generate: cited answers to a file of questions, or at a prompt.
+
+A line of the questions' file is an object with `question`; `id`, `task`, `answers`, `evidence` and
+`candidates` are as in a data set, and may be left out.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from cosup_jax import assemble, cited, records
+from cosup_jax.assemble import Trained
+from cosup_jax.config import Config
+from cosup_jax.data import markup
+from cosup_jax.data.problems import BadRow, Problems
+from cosup_jax.data.rows import Row, existing, read_lines
+from cosup_jax.data.schema import Example
+from cosup_jax.decode import Decoder, Retriever
+from cosup_jax.errors import UserError
+from cosup_jax.evaluation.baselines import BM25
+from cosup_jax.library import Library
+from cosup_jax.retrieve import Candidates, Gold, Lexical, Search, Wrong
+from cosup_jax.workdir import Workdir
+
+BY_QUESTION = ("candidates", "gold", "wrong")  # arms that need more of it than its words
+NO_DIFFERENCE = ("examples", "batch_size", "chunk_tokens")  # settings that change no answer
+UNDERLINED = ("\033[4m", "\033[0m")  # in a terminal
+
+
+def generate(config: Config, workdir: str, questions: str = "", output: str = "") -> None:
+    """Answers all questions of a file, or those typed in.
+
+    Args:
+      questions: JSONL; empty: a prompt.
+      output: JSONL, one line an answer, written as they come, so that a run that was killed goes
+        on; empty: WORKDIR/answers/, under the name of the questions' file.
+
+    Raises:
+      UserError: no checkpoint of this config, a bad line, or an output of something else.
+    """
+    arm = config.generate.retrieval
+    if jax.process_count() > 1:
+        raise UserError("--mode=generate runs in one process; start it on one host")
+    if output and not questions:
+        raise UserError(f"--output={output} means nothing at a prompt; give --questions=FILE too")
+    if arm in BY_QUESTION and not questions:
+        raise UserError(f"config.generate.retrieval={arm} needs --questions=FILE, which names them")
+    asked = read_questions(questions) if questions else []
+    with Workdir(workdir) as directory:
+        trained = assemble.trained(config, directory.path)
+        library = None if arm == "none" else Library.of(trained, directory.path)
+        writer = Writer(trained, library, most=0 if questions else 1)
+        if not questions:
+            converse(writer)
+            return
+        path = (
+            Path(output) if output else directory.path / "answers" / f"{Path(questions).stem}.jsonl"
+        )
+        _answer_file(path, asked, writer)
+
+
+def read_questions(name: str) -> list[Example]:
+    """Of a file. Raises UserError for the first bad line, and for an id that is given twice."""
+    problems, found = Problems(), {}
+    for row in read_lines(existing(name, "check --questions"), problems):
+        try:
+            example = _question(row)
+            if example.id in found:
+                raise BadRow("duplicate_id", f"an earlier line has the id {example.id!r}")
+            found[example.id] = example
+        except BadRow as error:
+            problems.add(error.kind, row.where, row.id, error.reason)
+    if problems.errors:
+        raise UserError(f"{problems.first_error} (first of {problems.errors} bad lines)")
+    return list(found.values())
+
+
+def _question(row: Row) -> Example:
+    return Example(
+        id=row.key("id", default=row.where.rpartition(":")[2]),
+        task=row.text("task", default="open_qa"),
+        question=row.text("question"),
+        answers=row.texts("answers", default=()),
+        evidence=row.texts("evidence", default=()),
+        candidates=row.texts("candidates", default=()),
+    )
+
+
+class Writer:
+    """Records of answers, by one arm."""
+
+    def __init__(self, trained: Trained, library: Library | None, most: int = 0):
+        """`most` questions at once instead of generate.batch_size."""
+        self.trained, self.library = trained, library
+        self._settings, self._tokenizer = trained.config.generate, trained.tokenizers.gen
+        parts = (trained.mesh, trained.towers, trained.config, self._tokenizer)
+        self.decoder = Decoder(*parts, most)
+        self._bm25 = None
+
+    def answers(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        """As files have them, in order. Raises UserError for a passage that is not there."""
+        retriever = self._retriever(examples)  # before anything is compiled
+        prompts = [markup.prompt(example, self._tokenizer) for example in examples]
+        found = self.decoder.answers(self.trained.params, prompts, retriever)
+        passages = retriever.passages if retriever else ()
+        longest = self.trained.config.data.max_ctx_tokens
+        for example, answer in zip(examples, found, strict=True):
+            yield cited.record(example, answer, passages, self._tokenizer, longest)
+
+    def _retriever(self, examples: Sequence[Example]) -> Retriever | None:
+        library, arm = self.library, self._settings.retrieval
+        named = lambda field: [library.rows(example, field) for example in examples]
+        if arm == "none":
+            return None
+        if arm == "candidates":
+            return Candidates(library.passages, library.vectors, named("candidates"))
+        if arm == "gold":
+            return Gold(library.passages, named("evidence"))
+        if arm == "wrong":
+            return Wrong(library.passages, examples, named("evidence"))
+        if arm == "bm25":
+            self._bm25 = self._bm25 or BM25([markup.passage_text(p) for p in library.passages])
+            return Lexical(library.passages, self._bm25, [e.question for e in examples])
+        return Search(library.passages, library.vectors, self.trained.mesh)
+
+
+def _answer_file(path: Path, asked: Sequence[Example], writer: Writer) -> None:
+    run = _run(asked, writer)
+    _check_output(path, run)
+    with records.Answers(path, run) as answers:
+        todo = [example for example in asked if example.id not in answers.known]
+        done, started, stopped = len(asked) - len(todo), time.perf_counter(), Counter()
+        if done:
+            print(f"{done} of {len(asked)} answers are in {path} already", flush=True)
+        bar = tqdm(total=len(asked), initial=done, unit="question", disable=None, leave=False)
+        tokens = retrievals = 0
+        with bar:
+            for record in writer.answers(todo):
+                answers.add(record)
+                bar.update()
+                tokens, retrievals = tokens + record["tokens"], retrievals + record["retrievals"]
+                stopped[record["stopped"]] += 1
+    if todo:
+        seconds = time.perf_counter() - started
+        print(
+            f"{len(todo)} answers in {seconds:.1f} s, compilation included: "
+            f"{retrievals / len(todo):.2f} retrievals and {tokens / len(todo):.1f} tokens each; "
+            f"stopped by {', '.join(f'{why} {count}' for why, count in stopped.most_common())}; "
+            f"{len(writer.decoder.compiled)} compiled shapes: {', '.join(writer.decoder.compiled)}"
+        )
+    print(f"done: {path}", flush=True)
+
+
+def _run(asked: Sequence[Example], writer: Writer) -> str:
+    """Digest of all that an answer depends on."""
+    trained, library = writer.trained, writer.library
+    settings = dataclasses.asdict(trained.config.generate)
+    decides = {
+        "contract": trained.contract.to_dict(),
+        "settings": {k: v for k, v in settings.items() if k not in NO_DIFFERENCE},
+        "passages": library.version if library else "",
+        "questions": [dataclasses.asdict(example) for example in asked],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_output(path: Path, run: str) -> None:
+    """Raises UserError for a file that this run has not begun."""
+    if not path.exists():
+        return
+    found = records.read(path)
+    whole = path.read_bytes().count(b"\n")
+    if len(found) < whole or any(record.get("run") != run for record in found):
+        raise UserError(
+            f"{path} holds something else than answers to these questions by this model, corpus "
+            "and settings; give another --output, or move it away"
+        )
+
+
+def converse(writer: Writer) -> None:
+    """Reads questions line by line until there are no more, and prints each answer."""
+    shown = sys.stdout.isatty()
+    while True:
+        try:
+            question = input("question> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if question:
+            (record,) = writer.answers([Example("1", "open_qa", question, (), ())])
+            print(told(record, UNDERLINED if shown else ("<<", ">>")), flush=True)
+
+
+def told(record: Mapping[str, Any], marks: tuple[str, str]) -> str:
+    """An answer with its numbered sources, the grounded spans in them between `marks`."""
+    reasons = {
+        "prompt": "The question leaves no room for an answer (config.generate.context_tokens).",
+        "context": "(cut off: config.generate.context_tokens)",
+        "tokens": "(cut off: config.generate.max_tokens)",
+    }
+    lines = [" ".join(filter(None, (record["output"], reasons.get(record["stopped"]))))]
+    scores = {found["number"]: found["score"] for found in reversed(record["retrieved"])}
+    for source in record["sources"]:
+        text, number = source["text"], source["number"]
+        for span in dict.fromkeys(s["text"] for s in record["spans"] if s["number"] == number):
+            text = text.replace(span, f"{marks[0]}{span}{marks[1]}", 1) if span else text
+        score = "" if scores[number] is None else f"  ({scores[number]:.3f})"
+        lines.append(f"  [{number}] {source['title'] or source['id']}{score}")
+        lines += textwrap.wrap(text, 96, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""All passages that a trained run can retrieve: those of its data sets, set behind set."""
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cosup_jax import encode
+from cosup_jax.assemble import Trained
+from cosup_jax.corpus import Corpus
+from cosup_jax.data.schema import Dataset, Example, Passage
+from cosup_jax.errors import UserError
+from cosup_jax.index import Stored
+from cosup_jax.vectors import Vectors
+
+IN_MEMORY_BYTES = 2**31  # float32 vectors up to here are searched from memory, others from disk
+
+
+class Library:
+    """Distinct passages by row, and their vectors, as WORKDIR/index has them."""
+
+    def __init__(self, shelves: Sequence[tuple[Dataset, Corpus, Vectors]]):
+        self._shelves = shelves
+        self.passages: Sequence[Passage] = _Chained([corpus.passages for _, corpus, _ in shelves])
+        self._starts = list(itertools.accumulate((len(c) for _, c, _ in shelves), initial=0))
+        self.version = " ".join(vectors.key for *_, vectors in shelves)
+        chained = _ChainedVectors([vectors for *_, vectors in shelves])
+        small = 4 * len(chained) * chained.width <= IN_MEMORY_BYTES
+        self.vectors = _whole(chained) if small else chained
+
+    @classmethod
+    def of(cls, trained: Trained, workdir: Path) -> "Library":
+        """Of the config's data sets; encodes what WORKDIR/index lacks. Raises UserError."""
+        found = encode.datasets(trained, workdir)
+        return cls([(dataset, *encode.index(dataset, trained, workdir)) for dataset in found])
+
+    def rows(self, example: Example, field: str) -> list[int]:
+        """Of the passages that a field of a question names: in the first set that has the id.
+
+        Raises UserError for an id that none has.
+        """
+        return [self._row(id, example, field) for id in getattr(example, field)]
+
+    def _row(self, id: str, example: Example, field: str) -> int:
+        for (dataset, corpus, _), start in zip(self._shelves, self._starts, strict=False):
+            if id in dataset.passages:
+                return start + int(corpus.row_of[dataset.passages.row(id)])
+        raise UserError(
+            f"question {example.id!r}: {field} {id!r} is no passage of the config's data sets"
+        )
+
+
+def _whole(vectors: "_ChainedVectors") -> np.ndarray:
+    """[N, D] float32."""
+    found = np.zeros((len(vectors), vectors.width), np.float32)
+    first = 0
+    for stored, scales in vectors.chunks(2**16):
+        part = stored.astype(np.float32)
+        found[first : first + len(part)] = part if scales is None else part * scales[:, None]
+        first += len(part)
+    return found
+
+
+class _Chained(Sequence[Passage]):
+    def __init__(self, parts: Sequence[Sequence[Passage]]):
+        self._parts = parts
+        self._starts = list(itertools.accumulate(map(len, parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, row: int) -> Passage:
+        part, inside = _locate(self._starts, row)
+        return self._parts[part][inside]
+
+
+class _ChainedVectors:
+    """A corpus for `index.search`."""
+
+    def __init__(self, parts: Sequence[Vectors]):
+        self._parts, self.width = parts, parts[0].width
+        self._starts = list(itertools.accumulate(map(len, parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def chunks(self, rows: int) -> Iterator[Stored]:
+        """All rows in order, at most `rows` at a time."""
+        for part in self._parts:
+            yield from part.chunks(rows)
+
+    def take(self, rows: Sequence[int]) -> np.ndarray:
+        """[n, D] float32 vectors of some rows."""
+        places = [_locate(self._starts, int(row)) for row in rows]
+        return np.concatenate([self._parts[part].take([inside]) for part, inside in places])
+
+
+def _locate(starts: Sequence[int], row: int) -> tuple[int, int]:
+    """Which part a row lies in, and its row there."""
+    if not 0 <= row < starts[-1]:
+        raise IndexError(row)
+    part = bisect.bisect_right(starts, row) - 1
+    return part, row - starts[part]

@@ -1,0 +1,172 @@
+"""--mode=generate: a file of questions, a prompt, and what a user can get wrong."""
+
+import io
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from cosup_jax import assemble, generate, main, optim
+from cosup_jax import step as step_lib
+from cosup_jax.checkpoint import Checkpointer
+from cosup_jax.config import to_dict
+from cosup_jax.errors import UserError
+from cosup_jax.freeze import freeze
+from cosup_jax.records import read
+
+TOWNS = [f"town{i}" for i in range(9)]
+QUESTIONS = [{"question": f"where lies {town}?", "answers": ["river"]} for town in TOWNS]
+
+
+def write_lines(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A workdir with a checkpoint that nothing has trained, beside its data and config."""
+    home = tmp_path_factory.mktemp("generate")
+    passages = [{"id": t, "title": t, "text": f"{t} lies by a river."} for t in TOWNS]
+    write_lines(home / "towns.passages.jsonl", passages)
+    row = {"task": "open_qa", "answers": ["river"]}
+    rows = [row | {"id": t, "question": f"where lies {t}?", "evidence": [t]} for t in TOWNS]
+    source = write_lines(home / "towns.jsonl", rows)
+    small = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_width": 32}
+    keys = {
+        **{f"gen.arch.{name}": value for name, value in small.items()},
+        **{"num_steps": 1, "batch_size": 8, "data.train": str(source), "data.eval": str(source)},
+        **{"data.vocab_size": 300, "data.max_gen_tokens": 64, "data.ctx_rows": 8},
+        **{"data.max_ctx_tokens": 24, "data.ctx_row_tokens": 48, "generate.max_tokens": 9},
+        **{"generate.batch_size": 8, "generate.retrieve_first": True, "generate.max_retrievals": 2},
+    }
+    (home / "config.py").write_text(
+        "from cosup_jax.config import make\n"
+        f"def get_config(variant=''):\n    return make({keys!r}, {{}}, variant)\n"
+    )
+    config = config_of(home)
+    mesh, data = assemble.mesh_for(config), assemble.read_sources(config, home / "run/data")
+    config = assemble.resolve(config)
+    tokenizers = assemble.read_tokenizers(config, home / "run", data)
+    towers, tx = assemble.make_towers(config, tokenizers), optim.make(config, 1, 1)
+    abstract = assemble.abstract_state(config, towers, tx, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    make = lambda: step_lib.init_params(jax.random.key(0), towers, config)
+    params = jax.jit(make, out_shardings=places)()
+    contract = assemble.embedding_contract(config, tokenizers, "0" * 64).to_dict()
+    checkpointer = Checkpointer(home / "run/checkpoints", keep=1)
+    checkpointer.save(1, {"params": params}, {"config": to_dict(config), "contract": contract})
+    checkpointer.close()
+    write_lines(home / "asked.jsonl", QUESTIONS)
+    return home
+
+
+def config_of(home, **flags):
+    keys = {f"--config.{name.replace('__', '.')}": str(value) for name, value in flags.items()}
+    return freeze(main.resolve_config({"--config": str(home / "config.py")} | keys))
+
+
+def test_a_file_of_questions(home, capsys, monkeypatch):
+    """Bugs: a killed run starts over, answers twice, or leaves half a line; answers out of order or
+    to other questions; what was printed does not tell how it went."""
+    run = lambda: generate.generate(config_of(home), str(home / "run"), str(home / "asked.jsonl"))
+    run()
+    printed = capsys.readouterr().out
+    assert "9 answers in" in printed and "2 compiled shapes: fill 2 x 32, write 8 x 1" in printed
+    path = home / "run/answers/asked.jsonl"
+    whole = path.read_text()
+    rows = read(path)
+    assert [row["question"] for row in rows] == [row["question"] for row in QUESTIONS]
+    assert [row["id"] for row in rows] == [str(n) for n in range(1, 10)]
+    assert all(row["retrievals"] >= 1 and row["retrieved"][0]["score"] for row in rows)
+    assert all(0 < row["tokens"] <= 9 and row["raw"].startswith("[Ret]") for row in rows)
+    path.write_text(whole[: len(whole) * 2 // 3])  # in the middle of a line
+    run()
+    assert "answers are in" in capsys.readouterr().out and path.read_text() == whole
+    monkeypatch.setattr(generate, "Decoder", lambda *_: pytest.fail("compiled for nothing"))
+    monkeypatch.setattr(generate.Writer, "__init__", _without_decoder)
+    run()
+    assert path.read_text() == whole
+
+
+def _without_decoder(self, trained, library, most):
+    self.trained, self.library, self.decoder = trained, library, None
+    self.answers = lambda examples: iter(())
+
+
+def test_at_a_prompt(home, capsys, monkeypatch):
+    """Bugs: a source without its title, score or text; an empty line that is answered; the end of
+    input as a traceback."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("where lies town3?\n\n  \nand town4?"))
+    generate.generate(config_of(home), str(home / "run"))
+    printed = capsys.readouterr().out
+    assert printed.count("  [1] town") == 2 and "lies by a river." in printed and "(0." in printed
+
+
+def test_spans_are_marked_in_their_sources():
+    """Bugs: a span marked in another passage, or where it does not stand; a missing score."""
+    source = {"number": 1, "id": "p", "title": "", "text": "Ulm lies on the Danube."}
+    other = source | {"number": 2, "title": "Bonn"}
+    spans = [{"text": "the Danube", "number": 1}, {"text": "", "number": 2}]
+    record = {"output": "the Danube[1]", "spans": spans, "stopped": "tokens"}
+    retrieved = [{"number": 1, "score": 0.5}, {"number": 2, "score": None}]
+    lines = generate.told(record | {"sources": [source, other], "retrieved": retrieved}, ("<", ">"))
+    assert lines.splitlines() == [
+        "the Danube[1] (cut off: config.generate.max_tokens)",
+        "  [1] p  (0.500)",
+        "      Ulm lies on <the Danube>.",
+        "  [2] Bonn",
+        "      Ulm lies on the Danube.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['{"question": "a"}', '{"question": 3}'], "asked.jsonl:2: 'question' must be text"),
+        (['{"id": "x"}'], "asked.jsonl:1: x: 'question' is missing"),
+        (['{"question": "a", "id": "2"}', '{"question": "b"}'], "has the id '2'"),
+        (['{"question": "a"'], "asked.jsonl:1: not JSON"),
+        (["[]"], "asked.jsonl:1: the line is not a JSON object"),
+        ([], "the file is empty"),
+        (['{"question": "a", "evidence": "x"}'], "list of strings"),
+    ],
+)
+def test_malformed_questions(tmp_path, lines, says):
+    """Bug: a bad line is skipped, is a traceback, or is found after an hour of answers."""
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    with pytest.raises(UserError, match=says.replace("[", r"\[")):
+        generate.read_questions(str(path))
+
+
+def test_what_a_user_can_get_wrong(home, tmp_path, capsys, monkeypatch):
+    """Bugs: a traceback, or minutes of compiling before the mistake is told; somebody's file is
+    overwritten; answers of two settings in one file."""
+    monkeypatch.setattr(generate, "Decoder", lambda *_: pytest.fail("compiled"))
+    config, questions = f"--config={home / 'config.py'}", f"--questions={home / 'asked.jsonl'}"
+
+    def refused(*flags, workdir=home / "run", questions=questions):
+        asked = [questions] if questions else []
+        argv = ["--mode=generate", config, f"--workdir={workdir}", *asked, *flags]
+        assert main.main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "holds no checkpoint" in refused(workdir=tmp_path / "none")
+    assert "made with prompt=''" in refused("--config.ctx.prompt=about:")
+    assert "gen.arch.family='llama'" in refused("--config.gen.arch.family=mistral")
+    assert "No such file" in refused("--questions=none.jsonl")
+    assert "at a prompt" in refused(f"--output={tmp_path / 'x'}", questions="")
+    assert "needs --questions" in refused("--config.generate.retrieval=gold", questions="")
+    named = write_lines(tmp_path / "named.jsonl", [{"question": "a", "evidence": ["town1", "ulm"]}])
+    gold = "--config.generate.retrieval=gold"
+    monkeypatch.setattr(generate, "Decoder", lambda *_: None)  # made, but never run
+    assert "'1': evidence 'ulm' is no passage" in refused(gold, questions=f"--questions={named}")
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"id": "x", "text": "important"}\nnotes\n')
+    assert "something else than answers" in refused(f"--output={mine}")
+    assert mine.read_text().endswith("notes\n")
+    answers = write_lines(tmp_path / "old.jsonl", [{"id": "1", "run": "another"}])
+    assert "something else than answers" in refused(f"--output={answers}")
