@@ -8,12 +8,13 @@ from cosup_jax.towers import similarity_space
 
 
 class ByHand:
-    """Greedy; slow on purpose. `close` counts choices between logits less than 1e-4 apart."""
+    """Greedy; slow on purpose. `gaps` holds, of each question, how little the best token was ahead
+    of the second best where that was least."""
 
     def __init__(self, gen, params, config, tokenizer, search, most_retrievals=None):
         self._config, self._tokenizer, self._search = config, tokenizer, search
         self._limit = most_retrievals or (lambda question: 10**9)
-        self._slots, self.close = config.generate.context_tokens, 0
+        self._slots, self.gaps = config.generate.context_tokens, {}
         positions = np.arange(self._slots)[None]
 
         @jax.jit
@@ -32,6 +33,7 @@ class ByHand:
     def answer(self, question: int, prompt: list[int]):
         """(tokens behind the prompt, passages at each [Ret], tokens written, why it stopped)."""
         settings, t = self._config.generate, self._tokenizer
+        self._gap = np.inf
         budget = min(settings.max_retrievals, self._limit(question))
         tokens, found, written, asked, cited = list(prompt), [], 0, 0, None
         if settings.retrieve_first and budget:
@@ -40,6 +42,7 @@ class ByHand:
             return [], [], 0, "prompt"
         done = lambda why: (tokens[len(prompt) :], found, written, why)
         while True:
+            self.gaps[question] = self._gap
             logits, query = self._last(tokens)
             if tokens[-1] == t.ret:
                 (best,) = self._search(query[None], [question], [len(found)], settings.passages)
@@ -79,5 +82,5 @@ class ByHand:
         if settings.ret_threshold:
             ids = ids[ids != t.ret]
         second, first = np.sort(logits[ids])[-2:]
-        self.close += first - second < 1e-4
+        self._gap = min(self._gap, first - second)
         return int(ids[np.argmax(logits[ids])])

@@ -92,7 +92,6 @@ def test_together_is_one_by_one_without_cache(variant, bpe, corpus, mesh):
         rows = lambda found: [[one.row for one in each] for each in found]
         assert rows(answer.retrieved) == rows(passages)
         stopped.add(why)
-    print(decoder.compiled, stopped, [len(a.retrieved) for a in found], by_hand.close)
-    assert by_hand.close == 0 and {"eos", "tokens", "context", "prompt"} == stopped
+    assert min(by_hand.gaps.values()) > 1e-4 and stopped == {"eos", "tokens", "context", "prompt"}
     assert max(len(answer.retrieved) for answer in found) > 1
     assert len(decoder.compiled) == 2
