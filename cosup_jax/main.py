@@ -25,6 +25,7 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "validate": "check config and data, every bad row with file, line and reason; compiles nothing",
     "prepare": "check and tokenise all sources into WORKDIR/prepared, for any run to read",
     "encode": "passages -> vectors -> WORKDIR/index; goes on where it left off",
+    "mine": "training sources with the model's own hard negatives -> WORKDIR/mined",
     "generate": "cited answers to --questions=FILE.jsonl, or at a prompt",
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "preflight": "compile the step for --topology=..., without data: its memory, FLOPs and time",

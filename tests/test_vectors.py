@@ -47,7 +47,8 @@ def trained(tmp_path_factory):
     """Random towers on eight devices, as `assemble.trained` gives them."""
     small = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_width": 64}
     keys = {f"gen__arch__{name}": value for name, value in small.items()}
-    c = assemble.resolve(config(data__max_ctx_tokens=20, index__shard_rows=4, **keys))
+    keys |= {"data__max_gen_tokens": 160, "data__max_ctx_tokens": 20, "index__shard_rows": 4}
+    c = assemble.resolve(config(**keys))
     bpe = tokenizer.train(TEXTS, 300)
     both = assemble.Tokenizers(bpe, bpe)
     t, mesh = assemble.make_towers(c, both), sharding.make_mesh(MeshConfig(8, 1, 1))
