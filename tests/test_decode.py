@@ -9,12 +9,12 @@ import pytest
 from batches import config
 from decoding import ByHand
 
-from cosup_jax import assemble, sharding
+from cosup_jax import advance, assemble, sharding
 from cosup_jax.config import MeshConfig
 from cosup_jax.data import tokenizer
 from cosup_jax.data.schema import Passage
-from cosup_jax.decode import Decoder
-from cosup_jax.retrieve import Search
+from cosup_jax.decode import Decoder, Found
+from cosup_jax.retrieve import Gold, Search
 
 TEXTS = [f"town {i} lies by river {i * 7 % 11} in the land of ulm" for i in range(12)]
 PASSAGES = [Passage(f"p{i}", f"town {i}", text) for i, text in enumerate(TEXTS)]
@@ -95,3 +95,81 @@ def test_together_is_one_by_one_without_cache(variant, bpe, corpus, mesh):
     assert min(by_hand.gaps.values()) > 1e-4 and stopped == {"eos", "tokens", "context", "prompt"}
     assert max(len(answer.retrieved) for answer in found) > 1
     assert len(decoder.compiled) == 2
+
+
+def test_what_is_drawn_depends_on_question_and_seed_alone(bpe, corpus, mesh):
+    """Bugs: one key for the batch, so that neighbours or their number change an answer; the same
+    number drawn for every token; a seed that does nothing; top_p that keeps nothing or everything;
+    a temperature that changes the greedy choice as it goes to 0."""
+    prompts, search = prompts_of(bpe, (3, 17, 9, 30, 12, 5)), Search(PASSAGES, corpus)
+    drawn = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 12, "seed": 1}
+
+    def answers(chosen, **keys):
+        c = settings(**keys)
+        towers, params = gen_of(bpe, c)
+        found = Decoder(mesh, towers, c, bpe).answers(params, [prompts[i] for i in chosen], search)
+        return [answer.tokens for answer in found]
+
+    together = answers(range(6), **drawn)
+    alone = answers([4, 1], **drawn, batch_size=1)
+    assert alone == [together[4], together[1]]
+    assert answers([4, 1], **drawn | {"seed": 2}, batch_size=1) != alone
+    greedy = answers(range(6), max_tokens=12)
+    assert greedy != together
+    assert answers(range(6), **drawn | {"temperature": 1e-4, "top_p": 1.0}) == greedy
+    assert len({tuple(tokens) for tokens in together}) == 6
+
+
+def test_top_p_keeps_the_likeliest():
+    """Bugs: the token that reaches top_p is left out; one more than needed is kept; draws that do
+    not follow the probabilities."""
+    share_V = np.array([0.1, 0.4, 0.3, 0.2], np.float32)
+    B = 4000
+    rows = advance.vacant(B, 4, 1)._replace(stream_B=np.arange(B, dtype=np.uint32))
+    logits_BxV = jnp.log(jnp.tile(share_V[None], (B, 1)))
+    for top_p, kept in (
+        (1.0, [0.1, 0.4, 0.3, 0.2]),
+        (0.75, [0, 0.4, 0.3, 0.2]),
+        (0.69, [0, 4, 3, 0]),
+    ):
+        c = settings(temperature=1.0, top_p=top_p)
+        counts = np.bincount(
+            jax.jit(advance._draw, static_argnums=2)(logits_BxV, rows, c), minlength=4
+        )
+        wanted = np.array(kept) / np.sum(kept)
+        assert (counts[wanted == 0] == 0).all()
+        np.testing.assert_allclose(counts / B, wanted, atol=4 * 0.5 / np.sqrt(B))
+
+
+def test_without_a_retriever_there_is_no_ret(bpe, mesh):
+    """Bugs: Gen waits for ever where nothing is retrieved; a budget of 0 or a limit that is not
+    kept; a forced [Ret] all the same."""
+    c = settings(max_tokens=12, retrieve_first=True)
+    towers, params = gen_of(bpe, c)
+    prompts = prompts_of(bpe, (3, 17, 9))
+    decoder = Decoder(mesh, towers, c, bpe)
+    for answer in decoder.answers(params, prompts):
+        assert not {bpe.ret, bpe.cs, bpe.ce} & set(answer.tokens) and answer.retrieved == []
+        assert answer.written == len(answer.tokens) or answer.stopped == "eos"
+    gold = Gold(PASSAGES, [[2], [], [1, 4]])
+    found = [a.retrieved for a in decoder.answers(params, prompts, gold)]
+    assert found[0] == [[Found(2, None)]] and found[1] == []
+    assert found[2] in ([[Found(1, None)]], [[Found(1, None)], [Found(4, None)]])
+    assert decoder.compiled == ["fill 1 x 8", "write 4 x 1"]  # for all three
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_on_a_mesh(shape, bpe, corpus, devices):
+    """Bugs: rows, heads or the cache of another device; a batch that does not split."""
+    c = settings(**VARIANTS["dropped"])
+    prompts, found = prompts_of(bpe, LENGTHS), []
+    for sizes, used in (((1, 1, 1), devices[:1]), (shape, devices)):
+        mesh = sharding.make_mesh(MeshConfig(*sizes), used)
+        towers, params = gen_of(bpe, c)
+        places = sharding.tree_shardings(mesh, towers.gen.logical_axes(), params["gen"])
+        params = {"gen": jax.device_put(params["gen"], places)}
+        search = Search(PASSAGES, corpus, mesh)
+        answers = Decoder(mesh, towers, c, bpe).answers(params, prompts, search)
+        found.append([(a.tokens, a.written, a.stopped) for a in answers])
+    assert found[0] == found[1]
