@@ -38,6 +38,13 @@ def _program(c, mesh_shape, t):
 
 
 TRANSFORMERS, LOOKUPS = towers(), lookups()
+EVERYTHING = config(  # that a state can hold: one program for the tests of it
+    bank__kind="dual",
+    bank__size=96,
+    bank__queries=96,
+    bank__ema_decay=0.9,
+    optim__weight_decay=0.1,
+)
 
 
 def _compiled(c, mesh_shape=(2, 2, 2), t=TRANSFORMERS):
@@ -76,8 +83,7 @@ def test_overfits_a_batch():
 
 def test_everything_lies_where_it_should():
     """Bug: optimizer moments or the bank copied to every device."""
-    c = config(bank__kind="dual", bank__size=96, bank__queries=96)
-    _, state, _ = _compiled(c)
+    _, state, _ = _compiled(EVERYTHING)
     P = jax.sharding.PartitionSpec
     expected = {
         "embed/table": P("tensor", "fsdp"),
@@ -106,9 +112,8 @@ def test_everything_lies_where_it_should():
 
 def test_the_bank_is_filled_once_a_step():
     """Bug: a slot written twice or by another step; padding remembered as a passage."""
-    c = config(bank__kind="dual", bank__size=96, bank__queries=96)
-    step, state, mesh = _compiled(c)
-    batches = _batches(c, mesh, 4)
+    step, state, mesh = _compiled(EVERYTHING)
+    batches = _batches(EVERYTHING, mesh, 4)
     for batch in batches:
         state, _ = step(state, batch)
     rings = state.bank.passages, state.bank.queries
@@ -137,9 +142,8 @@ def test_a_mesh_that_would_copy_the_parameters_is_refused():
 
 def test_resume_is_bit_equal(tmp_path):
     """Bug: something that a step changes is not in the checkpoint; donation that corrupts it."""
-    c = config(bank__kind="dual", bank__size=96, bank__queries=96)
-    step, state, mesh = _compiled(c)
-    batches = _batches(c, mesh, 4)
+    step, state, mesh = _compiled(EVERYTHING)
+    batches = _batches(EVERYTHING, mesh, 4)
     unbroken, broken = [], []
     checkpointer = Checkpointer(tmp_path, keep=2)
     for k, batch in enumerate(batches):
@@ -212,10 +216,8 @@ def _poisoned(tree, value):
 def test_a_bad_step_changes_nothing():
     """Bug: a NaN in the moments, the bank or the moving average for good; a count that a good step
     does not end, or that hides the steps before."""
-    keys = {"bank__kind": "dual", "bank__size": 96, "bank__queries": 96, "bank__ema_decay": 0.9}
-    c = config(optim__weight_decay=0.1, **keys)
-    step, state, mesh = _compiled(c)
-    batches = _batches(c, mesh, 3)
+    step, state, mesh = _compiled(EVERYTHING)
+    batches = _batches(EVERYTHING, mesh, 3)
     state, _ = step(state, batches[0])
     good = jax.tree.map(jnp.copy, state.params)
     places = jax.tree.map(lambda x: x.sharding, state.params)
