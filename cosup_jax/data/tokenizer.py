@@ -18,7 +18,7 @@ from pathlib import Path
 import huggingface_hub
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
 from cosup_jax.hf.gguf_tokenizer import read_tokenizer
@@ -218,7 +218,7 @@ def load(source: str | Path, weight_rows: int = 0) -> Tokenizer:
 
 def _pretrained(name: str, source: str, weight_rows: int) -> Tokenizer:
     try:
-        fast = AutoTokenizer.from_pretrained(name)
+        fast = _from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"tokenizer {source!r} cannot be loaded: {reason}") from error
@@ -227,10 +227,16 @@ def _pretrained(name: str, source: str, weight_rows: int) -> Tokenizer:
     return Tokenizer(fast, weight_rows)
 
 
+def _from_pretrained(name: str, **options) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer  # slow to import, and a tokenizer of our own needs none
+
+    return AutoTokenizer.from_pretrained(name, **options)
+
+
 def _check_reachable(repository: str) -> None:
     """Fails in seconds where the hub client would retry for most of a minute."""
     try:
-        AutoTokenizer.from_pretrained(repository, local_files_only=True)
+        _from_pretrained(repository, local_files_only=True)
         return
     except (OSError, ValueError, ImportError):
         endpoint = huggingface_hub.constants.ENDPOINT
