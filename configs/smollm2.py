@@ -36,10 +36,11 @@ BASE = {
     "data.eval": "tfds:squad",
     "data.max_gen_tokens": 512,  # tokens of a Gen row
     "data.ret_slots": 16,  # [Ret] per Gen row
-    "data.max_ctx_tokens": 128,  # tokens of one passage
+    "data.max_ctx_tokens": 256,  # tokens of one passage
     "data.ctx_rows": 32,
     "data.ctx_row_tokens": 512,
     "data.passage_slots": 16,  # passages per Ctx row
+    "generate.max_tokens": 512,  # of an example answer, with what it reads
 }
 
 VARIANTS = {
@@ -55,6 +56,7 @@ VARIANTS = {
         "data.ctx_row_tokens": 320,
         "eval.examples": 100,
         "generate.examples": 3,
+        "generate.max_tokens": 320,
         "log.every_steps": 5,
         "log.probe_every_steps": 0,
     },
