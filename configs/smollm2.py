@@ -40,7 +40,7 @@ BASE = {
     "data.ctx_rows": 32,
     "data.ctx_row_tokens": 512,
     "data.passage_slots": 16,  # passages per Ctx row
-    "generate.max_tokens": 512,  # of an example answer, with what it reads
+    "generate.context_tokens": 512,  # of an answer, with all that it reads
 }
 
 VARIANTS = {
@@ -56,7 +56,7 @@ VARIANTS = {
         "data.ctx_row_tokens": 320,
         "eval.examples": 100,
         "generate.examples": 3,
-        "generate.max_tokens": 320,
+        "generate.context_tokens": 320,
         "log.every_steps": 5,
         "log.probe_every_steps": 0,
     },

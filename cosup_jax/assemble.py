@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from cosup_jax import optim, processes, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.checkpoint import check_readable, restore_params
-from cosup_jax.config import ArchConfig, Config, DataConfig, sources, to_dict
+from cosup_jax.config import SHAPE, Config, DataConfig, sources, to_dict
 from cosup_jax.contract import EmbeddingContract, check_match
 from cosup_jax.data import markup, prepared, tokenizer
 from cosup_jax.data.batch import batch_shape
@@ -24,16 +24,11 @@ from cosup_jax.data.schema import Dataset
 from cosup_jax.data.sources import carve, expand, identity, load, prepared_directory
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
-from cosup_jax.families import FAMILIES
 from cosup_jax.hf import weights
-from cosup_jax.rotary import rotated_features
+from cosup_jax.pretrained import resolve
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
 from cosup_jax.transformer import Transformer
-
-_ARCH = [field.name for field in dataclasses.fields(ArchConfig)]
-_SHAPE = _ARCH[: _ARCH.index("dtype")]  # what weights determine
-_LAYOUT = ("frozen_dtype", "lora", "frozen_layers", "freeze_embeddings")  # of its parameters
 
 
 class Sources(NamedTuple):
@@ -92,67 +87,6 @@ def mesh_for(config: Config, devices: Sequence[jax.Device] | None = None) -> Mes
     sharding.check_rows(mesh, "config.batch_size", shape.B, config.micro_batches)
     sharding.check_rows(mesh, "config.data.ctx_rows", shape.U, config.micro_batches)
     return mesh
-
-
-def resolve(config: Config, shape_only: bool = False) -> Config:
-    """The config with the shapes that pretrained weights bring, and Ctx's where it starts as Gen.
-
-    `shape_only` asks the hub for no weights. Raises UserError if they are not there, or the towers
-    cannot do what the config asks.
-    """
-    config = _with_shape(config, "gen", _shape_of(config, "gen", shape_only))
-    if config.ctx.init == "gen" or config.tie_ctx_to_gen:
-        same = (*_SHAPE, *_LAYOUT) if config.tie_ctx_to_gen else _SHAPE
-        shape = {name: getattr(config.gen.arch, name) for name in same}
-        config = _with_shape(config, "ctx", shape)
-    else:
-        config = _with_shape(config, "ctx", _shape_of(config, "ctx", shape_only))
-    _check_towers(config)
-    return config
-
-
-def _check_towers(config: Config) -> None:
-    gen, ctx = config.gen.arch, config.ctx.arch
-    if not FAMILIES[gen.family].causal:
-        raise UserError(f"config.gen: a {gen.family} sees what it should predict; only Ctx may be")
-    if config.compat == "official" and gen.width != ctx.width:
-        raise UserError(
-            f"config.gen.arch.width={gen.width} and config.ctx.arch.width={ctx.width} differ; "
-            "compat='official' has no projection between them, make them equal"
-        )
-    lengths = {
-        "data.max_gen_tokens": (config.data.max_gen_tokens, "gen", gen),
-        "generate.context_tokens": (config.generate.context_tokens, "gen", gen),
-        "data.max_ctx_tokens": (config.data.max_ctx_tokens, "ctx", ctx),
-    }
-    for key, (tokens, tower, arch) in lengths.items():
-        if FAMILIES[arch.family].positions == "learned" and tokens > arch.max_positions:
-            raise UserError(
-                f"config.{key}={tokens} is beyond the {arch.max_positions} positions that "
-                f"{tower}'s {arch.family} has learned; lower it"
-            )
-    for tower, arch in (("gen", gen), ("ctx", ctx)):
-        if problem := _unlike_its_family(arch):
-            raise UserError(f"config.{tower}.arch.{problem}")
-
-
-def _unlike_its_family(arch: ArchConfig) -> str:
-    """What the family does not compute, and whoever reads an export of it would not either."""
-    family, kernels = FAMILIES[arch.family], set(arch.lora.kernels.split(","))
-    if arch.frozen_layers >= arch.layers:
-        return (
-            f"frozen_layers={arch.frozen_layers} leaves none of its {arch.layers} layers; to freeze"
-            " the tower set its freeze"
-        )
-    if arch.window and not family.windows:
-        return f"window={arch.window}: a {arch.family} has none, a mistral or qwen has; set it to 0"
-    if arch.kv_heads != arch.heads and not family.groups:
-        return f"kv_heads={arch.kv_heads} must be heads={arch.heads} in a {arch.family}"
-    if arch.lora.rank and not family.gated and kernels == {"gate"}:
-        return f"lora.kernels=gate names none that a {arch.family} has"
-    if family.positions == "rotary" and rotated_features(arch) % 2:
-        return f"rope_fraction={arch.rope_fraction} of head_dim={arch.head_dim} is no even number"
-    return ""
 
 
 def read_sources(config: Config, directory: Path) -> Sources:
@@ -342,7 +276,7 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
     saved = EmbeddingContract.from_dict(meta["contract"], what)
     check_match(embedding_contract(config, tokenizers, saved.weights), saved, what)
     now = to_dict(config)
-    for tower, name in itertools.product(("gen", "ctx"), (*_SHAPE, "lora")):
+    for tower, name in itertools.product(("gen", "ctx"), (*SHAPE, "lora")):
         was, wanted = (found[tower]["arch"][name] for found in (meta["config"], now))
         if was != wanted:
             raise UserError(
@@ -350,20 +284,6 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
                 f"{wanted!r}; use the config that it was made with"
             )
     return saved
-
-
-def _shape_of(config: Config, tower: str, shape_only: bool) -> dict:
-    init = getattr(config, tower).init
-    if init in ("scratch", "gen"):
-        return {}
-    found, default = weights.arch_from_hf(weights.resolve(init, shape_only)), ArchConfig()
-    return {name: found.get(name, getattr(default, name)) for name in _SHAPE}
-
-
-def _with_shape(config: Config, tower: str, shape: dict) -> Config:
-    part = getattr(config, tower)
-    part = dataclasses.replace(part, arch=dataclasses.replace(part.arch, **shape))
-    return dataclasses.replace(config, **{tower: part})
 
 
 def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Tokenizer:

@@ -63,12 +63,16 @@ class ArchConfig:
     attention: str = "auto"  # auto | xla | cudnn (GPU, unpacked rows only)
 
 
+_ARCH = [field.name for field in dataclasses.fields(ArchConfig)]
+SHAPE = tuple(_ARCH[: _ARCH.index("dtype")])  # what pretrained weights bring
+
+
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
     """Where one language model comes from."""
 
     init: str = "scratch"  # scratch | HF directory | hub id | FILE.gguf; ctx: also gen (as Gen)
-    pooling: str = "eos"  # ctx: last token | eos, token ([Emb]), pad: appended | cls | mean
+    pooling: str = ""  # ctx: last | eos, token ([Emb]), pad: appended | cls | mean; "" = as init's
     prompt: str = ""  # ctx: text before every passage, as "passage: "
     freeze: bool = False  # True: no gradient, no optimizer state, weights stay as they start
     arch: ArchConfig = ArchConfig()

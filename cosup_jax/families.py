@@ -12,6 +12,7 @@ class Family(NamedTuple):
     gated: bool = True  # the MLP multiplies by a gate
     biases: str = ""  # kernels that have one: a letter of q, k, v, o, and m for the MLP's
     groups: bool = True  # several query heads may share a kv head
+    partial: bool = False  # a share of a head's features may be rotated
     windows: bool = False  # a token may see a stretch of what is before it
     qk_norm: bool = False  # queries and keys are normed per head
     causal: bool = True  # a token sees no later one
@@ -20,7 +21,7 @@ class Family(NamedTuple):
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer; gate where it is gated
 _GPT = Family("layer", "serial", "learned", gated=False, biases="qkvom", groups=False)
-_NEOX = _GPT._replace(positions="rotary", activation="gelu")
+_NEOX = _GPT._replace(positions="rotary", partial=True, activation="gelu")
 FAMILIES = {
     "llama": Family(),  # SmolLM2, TinyLlama
     "mistral": Family(windows=True),

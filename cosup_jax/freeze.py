@@ -6,7 +6,15 @@ from typing import Any
 
 import ml_collections
 
-from cosup_jax.config import ARMS, TEMPERATURE_RANGE, Config, get_dotted, replace_dotted, sources
+from cosup_jax.config import (
+    ARMS,
+    SHAPE,
+    TEMPERATURE_RANGE,
+    Config,
+    get_dotted,
+    replace_dotted,
+    sources,
+)
 from cosup_jax.errors import UserError
 from cosup_jax.families import FAMILIES, KERNELS
 
@@ -22,7 +30,7 @@ _ARCH = {
 _CHOICES = {
     "compat": ("", "official"),
     **{f"{tower}.arch.{name}": kinds for tower in ("gen", "ctx") for name, kinds in _ARCH.items()},
-    "ctx.pooling": ("last", "eos", "token", "pad", "cls", "mean"),
+    "ctx.pooling": ("", "last", "eos", "token", "pad", "cls", "mean"),
     "loss.contrastive": ("softmax", "sigmoid"),
     "loss.remote_negatives": ("full", "detached"),
     "bank.kind": ("off", "passage", "dual"),
@@ -87,7 +95,22 @@ def freeze(config: ml_collections.ConfigDict, explicit: frozenset[str] = frozens
     if frozen.compat == "official":
         frozen = _apply_official(frozen, explicit)
     _check(frozen)
+    _check_shapes(frozen, explicit)
+    if not frozen.ctx.pooling and (frozen.tie_ctx_to_gen or frozen.ctx.init in ("scratch", "gen")):
+        frozen = replace_dotted(frozen, "ctx.pooling", "eos")  # no files of its own tell another
     return frozen
+
+
+def _check_shapes(config: Config, explicit: frozenset[str]) -> None:
+    """Refuses a shape on the command line for a tower that has its shape from elsewhere."""
+    inits = {"gen": config.gen.init, "ctx": "gen" if config.tie_ctx_to_gen else config.ctx.init}
+    for key in sorted(explicit):
+        tower, *name = key.split(".")
+        if name[:1] == ["arch"] and name[1] in SHAPE and inits[tower] != "scratch":
+            raise UserError(
+                f"config.{key} means nothing: {tower} takes its shape from {inits[tower]!r}; drop "
+                f"it, or set config.{tower}.init=scratch"
+            )
 
 
 def _freeze_group(cls, group, prefix: str):

@@ -1,42 +1,21 @@
 """From config to towers: whose shape counts, and which towers cannot be compared."""
 
-import json
-
 import numpy as np
 import pytest
 from batches import config
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer as Backend
-from tokenizers import models
-from transformers import PreTrainedTokenizerFast
+from flax.traverse_util import flatten_dict
+from pretrained_files import WORDS, write_llama
 
 from cosup_jax import assemble, optim, parity
+from cosup_jax.config import replace_dotted, to_dict
 from cosup_jax.contract import check_match
 from cosup_jax.data import tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.hf import weights as hf
 
-GATE = {"gen__arch__lora__rank": 2, "gen__arch__lora__kernels": "gate"}
-WORDS = ["</s>", "a", "b", "c", "d", "e"]
-PADDING = 100.0  # what the file holds in rows that its tokenizer has no entry for
-
-
-def pretrained(directory, rows):
-    """A Llama of one layer whose table has `rows` rows, six of them its tokenizer's."""
-    D, rng = 8, np.random.default_rng(0)
-    make = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    padded = lambda: np.append(make(len(WORDS), D), np.full((rows - len(WORDS), D), PADDING), 0)
-    names = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up")
-    weights = {f"layers.0.{name}_proj": make(D, D) for name in (*names, "mlp.down")}
-    weights |= {f"layers.0.{name}_layernorm": make(D) for name in ("input", "post_attention")}
-    weights |= {"embed_tokens": padded(), "lm_head": padded(), "norm": make(D)}
-    found = {f"{name}.weight": array.astype(np.float32) for name, array in weights.items()}
-    save_file(found, directory / "model.safetensors")
-    shape = {"hidden_size": D, "intermediate_size": D, "vocab_size": rows, "num_hidden_layers": 1}
-    (directory / "config.json").write_text(json.dumps({"num_attention_heads": 2, **shape}))
-    backend = Backend(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "a"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(directory)
-    return found
+GATE = {"gen__arch__lora__rank": 2, "gen__arch__lora__kernels": "gate,up"}
+NEOX = {"gen__arch__family": "gpt_neox", "gen__arch__kv_heads": 4}
+GPT2 = {"gen__arch__family": "gpt2", "gen__arch__kv_heads": 4}
 
 
 def test_a_ctx_that_starts_as_gen_has_its_shape():
@@ -75,13 +54,16 @@ def test_a_tied_ctx_has_all_of_gens_parameters():
             "kv_heads=2 must be heads=4 in a gpt2",
         ),
         (
-            {"gen__arch__family": "gpt_neox", "gen__arch__kv_heads": 4, **GATE},
-            r"config\.gen\.arch\.lora\.kernels=gate names none that a gpt_neox has",
+            {**NEOX, **GATE},
+            r"config\.gen\.arch\.lora\.kernels=gate,up: a gpt_neox has no gate",
         ),
         (
-            {"gen__arch__rope_fraction": 0.33},
+            {**NEOX, "gen__arch__rope_fraction": 0.33},
             r"rope_fraction=0\.33 of head_dim=64 is no even number",
         ),
+        ({"gen__arch__rope_fraction": 0.5}, "rope_fraction means nothing in a llama"),
+        ({**GPT2, "gen__arch__rope_theta": 9.0}, "rope_theta means nothing in a gpt2"),
+        ({"ctx__pooling": "cls"}, "the first token of a llama sees no other"),
     ],
 )
 def test_towers_that_cannot_do_it_are_refused(keys, message):
@@ -102,7 +84,7 @@ def test_a_batch_that_does_not_split_is_refused():
 @pytest.mark.parametrize("rows", [8, 192], ids=["some new tokens beyond", "padded further than we"])
 def test_added_tokens_never_start_in_the_padding_of_a_table(tmp_path, rows, ctx_init):
     """Bug: [Ret] and [Emb] start at whatever a padded table holds behind its tokenizer's rows."""
-    file, init = pretrained(tmp_path, rows), str(tmp_path)
+    file, init = write_llama(tmp_path, rows), str(tmp_path)
     keys = {"gen__init": init, "ctx__init": init if ctx_init == "the same" else "gen"}
     found = assemble.resolve(config(**keys))
     tokenizers = assemble.read_tokenizers(found, tmp_path, assemble.Sources([], [], {}))
@@ -119,6 +101,36 @@ def test_added_tokens_never_start_in_the_padding_of_a_table(tmp_path, rows, ctx_
         np.testing.assert_array_equal(ours_VxD[: len(WORDS)], old_VxD)
         off = np.abs(ours_VxD[len(WORDS) :] - old_VxD.mean(axis=0)) / old_VxD.std(axis=0)
         assert ours_VxD.shape[0] == 128 and 0 < off.max() < 6 * hf.NEW_ROW_NOISE
+
+
+def test_one_tower_alone_may_have_frozen_layers(tmp_path):
+    """Bug: Ctx, which starts from Gen's file, looks for its layers where Gen has its own."""
+    write_llama(tmp_path, 8, layers=3)
+    found = assemble.resolve(config(gen__init=str(tmp_path), gen__arch__frozen_layers=1))
+    tokenizers = assemble.read_tokenizers(found, tmp_path, assemble.Sources([], [], {}))
+    towers, tx = assemble.make_towers(found, tokenizers), optim.make(found, 10, 10)
+    abstract = assemble.abstract_state(found, towers, tx, assemble.mesh_for(found))
+    params = assemble.initial_state(found, towers, tokenizers, tx, abstract).params
+    frozen, rest = (params["gen"][name] for name in ("frozen_blocks", "blocks"))
+    assert "frozen_blocks" not in params["ctx"]
+    for name, whole in flatten_dict(params["ctx"]["blocks"]).items():
+        both = [np.asarray(flatten_dict(part)[name]) for part in (frozen, rest)]
+        assert [len(part) for part in both] == [1, 2]
+        np.testing.assert_array_equal(np.concatenate(both), whole)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("gen.arch.lora.alpha", 64.0), ("ctx.arch.norm_eps", 0.1)]
+)
+def test_a_checkpoint_of_another_shape_is_refused(key, value):
+    """Bug: what was trained with one alpha is merged with another, and passes for right."""
+    bpe = tokenizer.train(["a passage"], 300)
+    run, shared = config(), assemble.Tokenizers(bpe, bpe)
+    meta = {"contract": assemble.embedding_contract(run, shared, "w").to_dict()}
+    meta |= {"config": to_dict(run)}
+    assert assemble.check_contract(run, shared, meta).weights == "w"
+    with pytest.raises(UserError, match="use the config that it was made with"):
+        assemble.check_contract(replace_dotted(run, key, value), shared, meta)
 
 
 def test_a_tied_tower_pools_at_a_token_of_its_own():

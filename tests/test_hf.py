@@ -1,6 +1,7 @@
 """Hugging Face directories <-> our parameters."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +108,11 @@ def project(params, layer, name, x_D):
     return np.einsum("d,dhe->he", x_D, np.asarray(params["blocks"]["attn"][name])[layer])
 
 
-def test_every_tensor_lands_transposed_on_its_shard(tmp_path, devices):
+@pytest.mark.parametrize("at_once", [hf.AT_ONCE_BYTES, 0])
+def test_every_tensor_lands_transposed_on_its_shard(tmp_path, devices, monkeypatch, at_once):
     """Bug: a kernel is not transposed, heads and features are swapped, or a shard holds another's
-    rows; checked against the products that HF's nn.Linear computes."""
+    rows, or its layers lie in another order; checked against the products of HF's nn.Linear."""
+    monkeypatch.setattr(hf, "AT_ONCE_BYTES", at_once)
     found, want = tensors(), abstract(devices)
     params = hf.load_gen(write(tmp_path, found), want)
     for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True):
@@ -240,6 +243,7 @@ def test_arch_of_old_and_new_config_files(tmp_path):
         **{"family": "llama", "layers": N, "width": D, "heads": H, "kv_heads": G, "head_dim": E},
         **{"mlp_width": F, "activation": "silu", "rope_theta": 500.0, "norm_eps": 1e-5},
         **{"tie_embeddings": False, "window": 0, "max_positions": 2048, "vocab_size": V},
+        "rope_fraction": 1.0,
     }
     new = {**CONFIG, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
     del new["rope_theta"]
@@ -251,12 +255,49 @@ def test_arch_of_old_and_new_config_files(tmp_path):
     assert hf.arch_from_hf(tmp_path) == expected | {"kv_heads": H, "head_dim": D // H}
 
 
-@pytest.mark.parametrize("value", [0, "2", None, -4, 1.5])
-def test_a_number_that_is_none_is_one_line(tmp_path, value):
-    """Bug: heads of 0, or in quotes, are a traceback."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": value}))
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("num_attention_heads", value) for value in (0, "2", None, -4, 1.5)),
+        *(("max_position_embeddings", 0), ("num_key_value_heads", 3), ("rms_norm_eps", math.nan)),
+        *(("rope_theta", -1.0), ("rope_theta", "x"), ("tie_word_embeddings", "no")),
+        ("rope_scaling", {"rope_type": "linear", "factor": 0}),
+        (
+            "rope_scaling",
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": "8"},
+        ),
+    ],
+)
+def test_a_number_that_is_none_is_one_line(tmp_path, key, value):
+    """Bug: heads of 0, or in quotes, are a traceback, or compute NaN."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {key: value}))
     with pytest.raises(UserError, match=r"config\.json: .*; get the file anew$"):
         hf.arch_from_hf(tmp_path)
+
+
+def test_what_a_file_leaves_out_is_as_in_transformers(tmp_path):
+    """Bug: Mistral's 8 key/value heads or Qwen3's heads of 128 are taken for Llama's defaults; the
+    length of pretraining beside the scaling, or Pythia's share of rotated features, is missed."""
+
+    def read(kind, without=(), **change):
+        config = {k: v for k, v in CONFIG.items() if k not in without} | {"model_type": kind}
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        return hf.arch_from_hf(tmp_path)
+
+    absent = ("num_key_value_heads", "head_dim")
+    heads = lambda kind, count: read(kind, absent, num_attention_heads=count, hidden_size=64)
+    assert (heads("mistral", 32)["kv_heads"], heads("mistral", 32)["head_dim"]) == (8, 2)
+    assert (heads("qwen2", 64)["kv_heads"], heads("qwen3", 64)["head_dim"]) == (32, 128)
+    assert heads("llama", 32)["kv_heads"] == 32
+    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": 64}
+    assert read("llama", **yarn)["rope_scaling"].original == 64
+    told = read("llama", **yarn, original_max_position_embeddings=32)
+    assert told["rope_scaling"].original == 32
+    assert read("gpt_neox", ("rope_theta",))["rope_fraction"] == 0.25
+    for share in ({"rotary_pct": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
+        assert read("gpt_neox", **share)["rope_fraction"] == 0.5
+    whole = {"rope_parameters": {"partial_rotary_factor": 1.0}}
+    assert read("gpt_neox", **whole)["rope_fraction"] == 1.0
 
 
 def test_qwens_windows_begin_above_a_layer(tmp_path):
@@ -304,6 +345,8 @@ def test_written_in_several_files_and_read_again(tmp_path, devices, monkeypatch)
         ("rope scaling 'longrope'", {"rope_scaling": {"type": "longrope", "factor": 2.0}}),
         ("rope scaling 'yarn'", {"rope_scaling": {"rope_type": "yarn", "mscale": 1.0}}),
         ("attention_bias True", {"attention_bias": True}),
+        (r"partial_rotary_factor 0\.5", {"partial_rotary_factor": 0.5}),
+        (r"partial_rotary_factor 0\.5", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
         ("activation 'relu'", {"hidden_act": "relu"}),
         ("sliding_window .* in some layers only", {"model_type": "qwen2", **SOME_WINDOWS}),
         ("model_type 'gemma2'", {"model_type": "gemma2"}),

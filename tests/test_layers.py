@@ -18,10 +18,11 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "hf.gguf",
     "hf.gguf_tokenizer",
     "rotary",
-    "sharding data.* evaluation.* transformer optim telemetry contract hf.configs tables",
+    "sharding data.* evaluation.* transformer optim telemetry contract tables"
+    " hf.configs hf.sentence",
     "report_plots report_style",
     "report_answers ntp contrast microbatch towers hf.* index data.pipeline",
-    "nsp bank vectors",
+    "nsp bank vectors pretrained",
     "cosup",
     "official",
     "step checkpoint",

@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cosup_jax.data import markup, tokenizer
 from cosup_jax.data.markup import EVIDENCE, PROMPT, TARGET
@@ -180,6 +182,21 @@ def test_an_exported_tokenizer_reads_what_ctx_read(bpe, tmp_path, pooling):
     assert theirs(text, truncation=True)["input_ids"] == tokens.tolist() and cut
     whole = markup.ctx_tokens([spelled], bpe, pooling, 500, prompt="passage: ")[0][0]
     assert theirs(text)["input_ids"] == whole.tolist()
+
+
+def test_a_text_ends_as_its_tokenizer_ends_one():
+    """Bug: last reads the token before a BERT's [SEP], where sentence-transformers reads [SEP]."""
+    words = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "ulm": 3}
+    backend = Backend(models.WordLevel(words, "[UNK]"))
+    frame = [("[CLS]", 1), ("[SEP]", 2)]
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, frame)
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[UNK]"}
+    bert = tokenizer.Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+    for pooling in ("last", "cls", "mean", "eos"):
+        ((ids, _),) = markup.ctx_tokens([Passage("u", "", "ulm")], bert, pooling, 8)
+        assert ids.tolist() == [1, 3, 2]
+    ((ids, _),) = markup.ctx_tokens([Passage("u", "", "ulm")], bert, "token", 8)
+    assert ids.tolist() == [1, 3, bert.emb]
 
 
 def test_emb_in_a_passage_is_text(bpe):

@@ -111,6 +111,15 @@ def test_a_bert_frames_its_texts():
     assert (found.prefix, found.suffix, found.eos) == ((1,), (2,), 2)
 
 
+def test_a_file_that_asks_for_padding_frames_no_text_with_it():
+    """Bug: MiniLM's tokenizer.json pads to 128, so that 125 paddings end every passage."""
+    bert = word_level(cls_token="<s>", sep_token="</s>", pad_token="<mine>")
+    bert.backend_tokenizer.enable_padding(length=12, pad_id=3, pad_token="<mine>")
+    bert.backend_tokenizer.enable_truncation(2)
+    found = tokenizer.Tokenizer(bert)
+    assert (found.prefix, found.suffix) == ((), ()) and found.encode("a b a") == [4, 5, 4]
+
+
 def test_the_papers_checkpoints_are_read_by_their_layout():
     """Bug: beside a plain Llama 2 tokenizer the released rows for [Cs], [Ce] and [Ret] are taken
     for one another, or start anew."""

@@ -96,8 +96,8 @@ def ctx_tokens(
     """What Ctx reads of each passage, int32, at most `max_ctx_tokens` long, and how many are cut.
 
     The vector is read at the last token: under pooling "eos" an eos, under "token" [Emb] and under
-    "pad" a padding token, which the cut never removes; under "last" whatever the passage ends in.
-    "cls" reads the first token and "mean" all; there a text ends as the tokenizer itself ends one.
+    "pad" a padding token, which the cut never removes. Else a text ends as the tokenizer itself
+    ends one: "last" reads the last token of that, "cls" the first and "mean" all.
     """
     head, tail = list(tokenizer.prefix), ctx_tail(tokenizer, pooling)
     room = ctx_room(tokenizer, pooling, max_ctx_tokens)
@@ -121,9 +121,7 @@ def ctx_room(tokenizer: Tokenizer, pooling: str, max_ctx_tokens: int) -> int:
 def ctx_tail(tokenizer: Tokenizer, pooling: str) -> list[int]:
     """Ids that Ctx reads after a passage."""
     appended = {"eos": tokenizer.eos, "token": tokenizer.emb, "pad": tokenizer.pad}
-    if pooling in appended:
-        return [appended[pooling]]
-    return [] if pooling == "last" else list(tokenizer.suffix)
+    return [appended[pooling]] if pooling in appended else list(tokenizer.suffix)
 
 
 def encode(

@@ -59,7 +59,10 @@ class Tokenizer:
                 f"tokenizer {fast.name_or_path!r} has no end-of-sequence token; set eos_token in "
                 "its tokenizer_config.json"
             )
-        framed = fast.backend_tokenizer.encode("a")
+        self._backend = fast.backend_tokenizer
+        self._backend.no_padding()  # MiniLM's file asks for padding to 128
+        self._backend.no_truncation()
+        framed = self._backend.encode("a")
         inside = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
         self.prefix = tuple(framed.ids[: inside[0]])
         self.suffix = tuple(framed.ids[inside[-1] + 1 :])
@@ -70,10 +73,7 @@ class Tokenizer:
         self.pretrained_size = len(fast)
         fast.add_tokens([AddedToken(t, special=True, normalized=False) for t in new])
         self._fast = fast
-        self._backend = fast.backend_tokenizer
         self._backend.encode_special_tokens = True
-        self._backend.no_padding()
-        self._backend.no_truncation()
         self.ret, self.cs, self.ce, self.emb = fast.convert_tokens_to_ids([RET, CS, CE, EMB])
         self.pad, self.eos = fast.pad_token_id, fast.eos_token_id
         ids = (self.ret, self.cs, self.ce, self.emb, self.pad, self.eos, fast.bos_token_id)

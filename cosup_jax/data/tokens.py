@@ -36,7 +36,7 @@ from cosup_jax.data.storage import (
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 
-FORMAT = 2  # raise it whenever the files below change
+FORMAT = 3  # raise it whenever the files below change
 CHUNK = 2048  # examples or passages tokenised at a time
 SHARD = 32_768  # examples or passages of a shard
 

@@ -1,5 +1,6 @@
 """config.json of a Hugging Face model <-> ArchConfig, one pair of functions a family."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ def arch_fields(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
     if kind not in _FAMILIES:
         known = ", ".join(_FAMILIES)
         raise UserError(f"{where}: model_type {kind!r} is not supported; these are: {known}")
+    config = _DEFAULTS.get(kind, {}) | dict(config)
     try:
         fields = _FAMILIES[kind].read(config) | {"vocab_size": config["vocab_size"]}
     except KeyError as error:
@@ -27,10 +29,24 @@ def arch_fields(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
         raise UserError(f"{where}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: a number is no number ({error}); get the file anew") from None
-    for name in ("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
-        if type(fields[name]) is not int or fields[name] < 1:
-            raise UserError(f"{where}: {name} is {fields[name]!r}; get the file anew")
+    scaling = dataclasses.asdict(fields.get("rope_scaling", RopeScaling()))
+    for name, value in {**fields, **scaling}.items():
+        if not _is_sound(name, value):
+            raise UserError(f"{where}: {name} is {value!r}; get the file anew")
+    if fields["heads"] % fields["kv_heads"]:
+        raise UserError(
+            f"{where}: {fields['heads']} heads are no multiple of {fields['kv_heads']} key/value "
+            "heads; get the file anew"
+        )
     return {"family": kind, **fields}
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    default = {"vocab_size": 1, **vars(ArchConfig()), **vars(RopeScaling())}[name]
+    if type(value) is not type(default):
+        return False
+    number = type(value) in (int, float)
+    return not number or 0 < value < math.inf or (name == "window" and value == 0)
 
 
 def config_json(arch: ArchConfig, vocab_size: int, has_head: bool) -> dict[str, Any]:
@@ -49,6 +65,15 @@ class _UnsupportedError(Exception):
     pass
 
 
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_DEFAULTS = {  # of transformers, where a file is silent and they are not Llama's
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+    "bert": {"max_position_embeddings": 512},
+}
+
+
 def _only(config: Mapping[str, Any], **fine: tuple) -> None:
     """Refuses what would load and then compute something else."""
     for key, values in fine.items():
@@ -58,6 +83,7 @@ def _only(config: Mapping[str, Any], **fine: tuple) -> None:
 
 def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
     _only(config, attention_bias=(False, None), mlp_bias=(False, None))
+    _only(_rope(config), partial_rotary_factor=(1.0, None))
     width, heads = config["hidden_size"], config["num_attention_heads"]
     return {
         **_read_shape(config, "silu"),
@@ -66,7 +92,7 @@ def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": config.get("tie_word_embeddings", False),
         "window": _window(config),
-        **_read_rope(config, 10000.0),
+        **_read_rope(config),
     }
 
 
@@ -132,13 +158,13 @@ def _write_gpt2(arch: ArchConfig) -> dict[str, Any]:
 
 def _read_neox(config: Mapping[str, Any]) -> dict[str, Any]:
     _only(config, attention_bias=(True,))
+    share = config.get("rotary_pct", 0.25)
     return {
         **({} if config.get("use_parallel_residual", True) else {"family": "gpt_neox_serial"}),
         **_read_shape(config, "gelu"),
         "norm_eps": float(config.get("layer_norm_eps", 1e-5)),
         "tie_embeddings": config.get("tie_word_embeddings", False),
-        "rope_fraction": float(config.get("rotary_pct", 0.25)),
-        **_read_rope(config, float(config.get("rotary_emb_base", 10000.0))),
+        **_read_rope(config, config.get("rotary_emb_base", 10000.0), share),
     }
 
 
@@ -217,22 +243,23 @@ def _heads(width: int, heads: int) -> dict[str, int]:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings: `rope_parameters` in new files, `rope_theta` and `rope_scaling` in old."""
-    old = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    old = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
     return {**old, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 
 
-def _read_rope(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
-    rope = _rope(config)
+def _read_rope(
+    config: Mapping[str, Any], theta: float = 10000.0, fraction: float = 1.0
+) -> dict[str, Any]:
+    rope, length = _rope(config), "original_max_position_embeddings"
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
-    found = {"rope_theta": float(rope.get("rope_theta", theta))}
-    if fraction != 1.0:
-        found["rope_fraction"] = float(fraction)
+    found = {
+        "rope_theta": float(rope.get("rope_theta", theta)),
+        "rope_fraction": float(rope.get("partial_rotary_factor") or fraction),
+    }
     if kind == "default":
         return found
     factor = float(rope.get("factor", 1.0))
-    length = config.get("max_position_embeddings", 0)
-    original = rope.get("original_max_position_embeddings") or length
+    original = config.get(length) or rope.get(length) or config.get("max_position_embeddings", 0)
     if kind == "linear":
         scaling = RopeScaling("linear", factor)
     elif kind == "llama3":
@@ -255,8 +282,6 @@ def _read_rope(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
 def _write_rope(arch: ArchConfig) -> dict[str, Any]:
     """Under the old names, which every version of transformers reads; the new are 5's alone."""
     s, old = arch.rope_scaling, {"rope_theta": arch.rope_theta}
-    if arch.rope_fraction != 1.0:
-        old["partial_rotary_factor"] = arch.rope_fraction
     if s.kind == "none":
         return old
     scaling = {"rope_type": s.kind, "factor": s.factor}

@@ -1,14 +1,54 @@
-"""What makes the transformers directory of Ctx a sentence-transformers model as well."""
+"""What makes a transformers directory a sentence-transformers model as well: read, and written."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-_MODES = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken")
+from cosup_jax.errors import UserError
+
+FILES = ["modules.json", "*Pooling/config.json", "config_sentence_transformers.json"]  # are read
+_OURS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # their pooling as config.ctx.pooling
+_FLAGS = {  # what older files say
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "lasttoken",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+}
+
+
+class Reading(NamedTuple):
+    """How a model makes its vectors."""
+
+    pooling: str  # as config.ctx.pooling, or by their name where it is none of ours
+    prompt: str  # before every text that asks for no other
+
+
+def read_modules(directory: Path) -> Reading | None:
+    """What the directory's files say of its vectors; None if it is no sentence-transformers model.
+
+    Raises UserError for files that cannot be read.
+    """
+    if not (directory / "modules.json").is_file():
+        return None
+    file = directory / "modules.json"
+    try:
+        (path,) = (m["path"] for m in json.loads(file.read_text()) if m["type"].endswith("Pooling"))
+        file = directory / path / "config.json"
+        found = json.loads(file.read_text())
+        modes = found.get("pooling_mode") or [m for flag, m in _FLAGS.items() if found.get(flag)]
+        theirs = modes if isinstance(modes, str) else "+".join(modes)
+        file = directory / "config_sentence_transformers.json"
+        about = json.loads(file.read_text()) if file.is_file() else {}
+        prompt = (about.get("prompts") or {}).get(about.get("default_prompt_name"), "")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); get the model anew") from None
+    return Reading(_OURS.get(theirs, theirs), prompt)
 
 
 def save_modules(
@@ -48,8 +88,8 @@ def save_modules(
         "similarity_fn_name": "cosine" if normalize else "dot",
     }
     _write(directory / "config_sentence_transformers.json", about)
-    first, mean, last = _MODES
-    modes = dict.fromkeys(_MODES, False) | {{"cls": first, "mean": mean}.get(pooling, last): True}
+    theirs = pooling if pooling in ("cls", "mean") else "lasttoken"
+    modes = {flag: name == theirs for flag, name in _FLAGS.items()}
     settings = {"word_embedding_dimension": widths[0], **modes, "include_prompt": True}
     _write(directory / "1_Pooling" / "config.json", settings)
     if projection_DxW is not None:

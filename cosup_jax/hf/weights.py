@@ -2,28 +2,32 @@
 
 import collections
 import fnmatch
+import functools
 import json
 import math
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import constants, snapshot_download
 
 from cosup_jax.errors import UserError
+from cosup_jax.hf import sentence
 from cosup_jax.hf.configs import arch_fields
 from cosup_jax.hf.gguf import GgufFile
 from cosup_jax.hf.names import HEAD, LAYOUTS, TABLE, Layout, Tensor, axes, layers_of, unfrozen
 
 CONNECT_S = 5  # seconds until the hub counts as out of reach
 NEW_ROW_NOISE = 0.02  # noise of a new vocabulary row, in standard deviations of the old ones
+AT_ONCE_BYTES = 2**26  # of a shard that is placed whole; of a larger one a layer at a time
 _CHUNK_ROWS = 8192  # rows of the embedding read at a time for its statistics
 
 
@@ -38,7 +42,7 @@ def resolve(source: str | Path, shape_only: bool = False) -> Path:
     if path.is_absolute() or path.suffix == ".gguf" or str(source).startswith((".", "~")):
         raise UserError(f"model {str(source)!r}: no such directory or file; check the path")
     offline = _offline()
-    wanted = ["config.json"]
+    wanted = ["config.json", *sentence.FILES]
     if not shape_only:
         wanted += ["*.safetensors", "*.safetensors.index.json"]
     try:
@@ -188,7 +192,7 @@ def _read_leaf(path, files, name: str, tensor: Tensor, leaf, layers, old_vocab, 
         _check_shape(path, stored, tensor, list(there.get_shape()), sizes, old_vocab)
     grown = _new_rows(found[0], sizes["V"], old_vocab, name, seed) if "V" in sizes else None
 
-    def shard(ranges: tuple[range, ...]) -> np.ndarray:
+    def read(*ranges: range) -> np.ndarray:
         out = np.empty([len(r) for r in ranges], leaf.dtype)
         where = dict(zip(tensor.ours, ranges[stacked:], strict=True))
         for i, layer in enumerate(ranges[0] if stacked else range(1)):
@@ -201,9 +205,35 @@ def _read_leaf(path, files, name: str, tensor: Tensor, leaf, layers, old_vocab, 
         holders[ranges].append(device)
     placed = []
     for ranges, devices in holders.items():  # one shard on the host at a time
-        array = shard(ranges)
-        placed += jax.block_until_ready([jax.device_put(array, device) for device in devices])
+        small = math.prod(map(len, ranges)) * leaf.dtype.itemsize <= AT_ONCE_BYTES
+        place = _at_once if small or not stacked else _by_layer
+        placed += place(read, ranges, devices)
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
+
+
+def _at_once(read: Callable, ranges: tuple[range, ...], devices: list) -> list[jax.Array]:
+    array = read(*ranges)
+    return jax.block_until_ready([jax.device_put(array, device) for device in devices])
+
+
+def _by_layer(read: Callable, ranges: tuple[range, ...], devices: list) -> list[jax.Array]:
+    """A stacked shard with one layer of it on the host, where a GPU's runtime keeps a copy of all
+    that is on its way."""
+    layers, *rest = ranges
+    for i, layer in enumerate(layers):
+        one = read(range(layer, layer + 1), *rest)
+        if i == 0:
+            shape = (len(layers), *one.shape[1:])
+            placed = [jnp.zeros(shape, one.dtype, device=device) for device in devices]
+        each = zip(placed, devices, strict=True)
+        placed = [_fill(array, jax.device_put(one, device), i) for array, device in each]
+        jax.block_until_ready(placed)
+    return placed
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(array: jax.Array, one: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, one, i, axis=0)
 
 
 def _read_part(found, tensor: Tensor, sizes, where: Mapping[str, range], grown=None) -> np.ndarray:

@@ -1,0 +1,89 @@
+"""What weights and their files bring to a config: shapes, and how Ctx reads."""
+
+import json
+
+import pytest
+from batches import config
+from pretrained_files import write_llama
+
+from cosup_jax import pretrained
+from cosup_jax.config import make
+from cosup_jax.errors import UserError
+from cosup_jax.freeze import freeze
+
+DIRECTORY = "some/model"
+
+
+@pytest.mark.parametrize(
+    ("keys", "flag", "message"),
+    [
+        ({"gen.init": DIRECTORY}, "gen.arch.layers", "gen takes its shape from 'some/model'"),
+        ({"ctx.init": DIRECTORY}, "ctx.arch.rope_scaling.factor", "from 'some/model'"),
+        (
+            {},
+            "ctx.arch.width",
+            r"ctx takes its shape from 'gen'; drop it, or set config\.ctx\.init",
+        ),
+        ({"tie_ctx_to_gen": True, "ctx.init": "scratch"}, "ctx.arch.heads", "from 'gen'"),
+        ({"ctx.init": "scratch"}, "ctx.arch.layers", ""),
+        ({"gen.init": DIRECTORY}, "gen.arch.dtype", ""),
+        ({}, "gen.arch.layers", ""),
+    ],
+)
+def test_a_shape_that_would_be_ignored_is_refused(keys, flag, message):
+    """Bug: --config.gen.arch.layers=6 beside pretrained weights does nothing, and says nothing."""
+    told = make({"num_steps": 1, **keys}, {})
+    assert freeze(told)  # in a config file it stands for runs from scratch
+    if not message:
+        assert freeze(told, frozenset({flag, "seed"}))
+        return
+    with pytest.raises(UserError, match=message):
+        freeze(told, frozenset({flag, "seed"}))
+
+
+def sentences(directory, pooling, prompts=None, default=None):
+    """What sentence-transformers puts beside a model."""
+    (directory / "1_Pooling").mkdir(exist_ok=True)
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    about = {"prompts": prompts, "default_prompt_name": default}
+    files = {"modules": modules, "1_Pooling/config": pooling, "config_sentence_transformers": about}
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "found"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+    ],
+)
+def test_ctx_reads_as_its_sentence_transformers_files_say(tmp_path, capsys, pooling, found):
+    """Bug: MiniLM, whose vector is a mean, is pooled at a token that it never learned to use."""
+    write_llama(tmp_path, 8)
+    run = lambda **keys: pretrained.resolve(config(ctx__init=str(tmp_path), **keys)).ctx
+    assert (run().pooling, run().prompt) == ("eos", "")
+    sentences(tmp_path, pooling, {"passage": "p: ", "query": "q: "}, "passage")
+    assert (run().pooling, run().prompt) == (found, "p: ")
+    sentences(tmp_path, pooling, {"query": "q: "})
+    assert run().prompt == "" and capsys.readouterr().out == ""
+    asked = run(ctx__pooling="token", ctx__prompt="mine: ")
+    assert (asked.pooling, asked.prompt) == ("token", "mine: ")
+    assert f"was trained with ctx.pooling={found}" in capsys.readouterr().out
+
+
+def test_a_pooling_that_we_lack_is_refused_unless_another_is_set(tmp_path):
+    """Bug: a maximum, or two poolings side by side, become the last token in silence."""
+    write_llama(tmp_path, 8)
+    run = lambda **keys: pretrained.resolve(config(ctx__init=str(tmp_path), **keys)).ctx.pooling
+    both = {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}
+    for pooling, name in ((both, "max"), ({"pooling_mode": "weightedmean"}, "weightedmean")):
+        sentences(tmp_path, pooling)
+        with pytest.raises(UserError, match=f"pools by .*{name}.* set config.ctx.pooling"):
+            run()
+        assert run(ctx__pooling="mean") == "mean"
+    (tmp_path / "modules.json").write_text("{")
+    with pytest.raises(UserError, match=r"modules\.json cannot be read"):
+        run()
