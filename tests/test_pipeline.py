@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cosup_jax.config import Config, DataConfig, LossConfig, MeshConfig
+from cosup_jax.config import Config, DataConfig, LossConfig, MeshConfig, TowerConfig
 from cosup_jax.data import blocks, pipeline, plan, storage, tokenizer, tokens
 from cosup_jax.data.batch import Batch, BatchShape
 from cosup_jax.data.schema import Dataset, Example, Passage
@@ -41,7 +41,8 @@ def config(**changes):
         **{"ctx_row_tokens": 96, "passage_slots": 4, "max_ctx_tokens": 48},
         **changes.pop("data", {}),
     }
-    return Config(num_epochs=1, batch_size=8, data=DataConfig(**data), **changes)
+    at_eos = TowerConfig(init="gen", pooling="eos")
+    return Config(num_epochs=1, batch_size=8, ctx=at_eos, data=DataConfig(**data), **changes)
 
 
 @pytest.fixture(scope="module")

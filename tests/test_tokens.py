@@ -11,11 +11,12 @@ import threading
 import numpy as np
 import pytest
 
-from cosup_jax.config import Config, replace_dotted
+from cosup_jax.config import make, replace_dotted
 from cosup_jax.data import markup, pipeline, tokenizer, tokens
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
+from cosup_jax.freeze import freeze
 
 PASSAGES = {
     id: Passage(id, title, text)
@@ -31,6 +32,7 @@ EXAMPLES = [
     Example("3", "open_qa", "Hello?", ("Hello.",), ()),
     Example("4", "open_qa", "Held out?", ("yes",), ("b",), split="test"),
 ]
+CONFIG = freeze(make({"num_steps": 1}, {}))
 DATASET = Dataset.of("toy", "v1", EXAMPLES, PASSAGES.values())
 
 
@@ -40,7 +42,7 @@ def bpe():
 
 
 def build(directory, bpe, dataset=DATASET, split="train", weight=1.0, **changes):
-    config = Config(num_steps=1)
+    config = CONFIG
     for dotted, value in changes.items():
         config = replace_dotted(config, dotted.replace("__", "."), value)
     return tokens.tokenize([(dataset, weight)], bpe, bpe, config, directory, split)
@@ -116,7 +118,7 @@ def test_store_is_reused_only_where_nothing_changed(tmp_path, bpe):
 
 def test_each_tokenizer_and_the_template_count(tmp_path, bpe, monkeypatch):
     """Bug: tokens of another Gen tokenizer, or of an older template, used again."""
-    other, config = tokenizer.train(["something else"], 300), Config(num_steps=1)
+    other, config = tokenizer.train(["something else"], 300), CONFIG
     tokenize = lambda gen, ctx: tokens.tokenize([(DATASET, 1.0)], gen, ctx, config, tmp_path)
     stores = [tokenize(*pair) for pair in ((bpe, bpe), (other, bpe), (bpe, other), (other, other))]
     monkeypatch.setattr(markup, "VERSION", markup.VERSION + 1)
@@ -152,7 +154,7 @@ def test_sources_keep_their_own_passages(tmp_path, bpe):
     """Two sources that use the same passage ids would cite each other's text."""
     asked = dataclasses.replace(EXAMPLES[3], split="train", hard_negatives=("b",))
     other = Dataset.of("other", "v1", [asked], [Passage("b", "", "Oslo.")])
-    config = Config(num_steps=1)
+    config = CONFIG
     sources = [(DATASET, 1.0), (other, 2.5)]
     store = tokens.tokenize(sources, bpe, bpe, config, tmp_path)
     assert store.rets(3)[1].tolist() == store.negatives(3).tolist() == [3]

@@ -120,8 +120,10 @@ def ctx_room(tokenizer: Tokenizer, pooling: str, max_ctx_tokens: int) -> int:
 
 def ctx_tail(tokenizer: Tokenizer, pooling: str) -> list[int]:
     """Ids that Ctx reads after a passage."""
-    appended = {"eos": tokenizer.eos, "token": tokenizer.emb, "pad": tokenizer.pad}
-    return [appended[pooling]] if pooling in appended else list(tokenizer.suffix)
+    own = tokenizer.suffix
+    tails = {"last": own, "cls": own, "mean": own}
+    tails |= {"eos": [tokenizer.eos], "token": [tokenizer.emb], "pad": [tokenizer.pad]}
+    return list(tails[pooling])
 
 
 def encode(
