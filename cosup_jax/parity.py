@@ -62,7 +62,7 @@ class Ours:
     def outputs(self, sample: Sample) -> Outputs:
         """Of what both sides read."""
         with jax.default_matmul_precision("highest"):  # accelerators would round to less
-            return Outputs(self._logits(sample.gen_tokens), self._vectors(sample.ctx_tokens))
+            return Outputs(self._logits(sample.gen_tokens), self.vectors(sample.ctx_tokens))
 
     def _logits(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         gen, mesh = self.towers.gen, self.mesh
@@ -73,7 +73,8 @@ class Ours:
             found = np.asarray(jitted(self.params["gen"], *batch))[..., : gen.vocab_size]
         return [logits[: len(row)] for logits, row in zip(found, rows, strict=False)]
 
-    def _vectors(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+    def vectors(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """[N, D] of passages."""
         tokens, segments, positions = _padded(rows, sharding.row_parts(self.mesh))
         valid = segments.any(axis=1)[:, None]
         ends = np.maximum(segments.sum(axis=1), 1)[:, None] - 1

@@ -180,6 +180,9 @@ def test_ctx_reads_texts_as_in_training(run):
         "pooling_mode_cls_token": False,
         "pooling_mode_mean_tokens": True,
         "pooling_mode_lasttoken": False,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
         "include_prompt": True,
     }
     assert read("sentence_bert_config.json") == {"max_seq_length": 12}
