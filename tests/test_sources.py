@@ -162,9 +162,12 @@ def test_a_source_is_one_however_it_is_spelt(tmp_path, monkeypatch, spelling):
 @pytest.mark.parametrize("again", ["a.jsonl", "./a.jsonl", "*.jsonl"])
 def test_a_source_named_twice_is_refused(tmp_path, monkeypatch, again):
     """Bug: a name pasted twice doubles a source without a word."""
+    (tmp_path / "held_out").mkdir()
     write(tmp_path, "a")
+    write(tmp_path / "held_out", "b")
     monkeypatch.chdir(tmp_path)
-    read = lambda train: assemble.read_sources(config(data__train=train), tmp_path / "data")
+    chosen = lambda train: config(data__train=train, data__eval="held_out/b.jsonl")
+    read = lambda train: assemble.read_sources(chosen(train), tmp_path / "data")
     with pytest.raises(UserError, match=r"train names a\.jsonl 2 times; .* a\.jsonl@2 to draw"):
         read(f"a.jsonl,{again}")
     assert [weight for _, weight in read(f"a.jsonl@3,{again}").train] == [3, 1]
