@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,10 @@ class HeldOut(NamedTuple):
 
     def evidence(self, question: int) -> list[int]:
         """Rows of the corpus that a question's evidence is, each once, in the order needed."""
-        ids = self.examples[question].evidence
+        return self.rows(self.examples[question].evidence)
+
+    def rows(self, ids: Iterable[str]) -> list[int]:
+        """Rows of the corpus that passages are, each once."""
         rows = (self.corpus.row_of[self.dataset.passages.row(id)] for id in ids)
         return list(dict.fromkeys(map(int, rows)))
 

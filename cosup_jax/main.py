@@ -27,6 +27,7 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "encode": "passages -> vectors -> WORKDIR/index; goes on where it left off",
     "mine": "training sources with the model's own hard negatives -> WORKDIR/mined",
     "generate": "cited answers to --questions=FILE.jsonl, or at a prompt",
+    "evaluate": "held-out questions answered in several ways and scored, with intervals",
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "preflight": "compile the step for --topology=..., without data: its memory, FLOPs and time",
     "benchmark": "the speed of tokenising, of the input pipeline and of search on this machine",

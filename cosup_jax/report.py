@@ -59,9 +59,9 @@ def read_run(workdir: Path, shown: int) -> dict[str, Any]:
     The answers are those of --mode=evaluate, or else those of the last training step.
     """
     evaluation = workdir / "evaluation"
-    training, summary = (
-        _read_json(evaluation / f"{name}.json") for name in ("training", "summary")
-    )
+    training = _read_json(evaluation / "training.json") or {}
+    summary = _read_json(evaluation / "summary.json") or {}
+    summary = summary if "sets" in summary else None  # of an older version
     metrics = [json.loads(line) for line in _text(workdir / "metrics.jsonl").splitlines()]
     answers: dict[str, dict[str, list]] = {}
     for part in summary["sets"] if summary else ():

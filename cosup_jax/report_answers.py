@@ -176,8 +176,7 @@ def _example(record: Record, others: Sequence[tuple[str, Record]]) -> str:
     )
     folded = compared and _details("The same question, other passages", f"<ul>{compared}</ul>")
     return (
-        f'<article><p class="meta">{_verdict(record)} {html.escape(record["set"])} · '
-        f"{html.escape(record['id'])}</p>"
+        f'<article><p class="meta">{_verdict(record)} {html.escape(record["id"])}</p>'
         f'<h4>{html.escape(record["question"])}</h4><p class="answer">{_cited(record)}</p>'
         f'<p class="gold"><span>expected</span> {expected}</p><ol>{sources}</ol>{folded}</article>'
     )
@@ -202,6 +201,7 @@ def _cited(record: Record) -> str:
 
 def _source(record: Record, source: Mapping[str, Any]) -> str:
     scores = [r["score"] for r in record["retrieved"] if r["number"] == source["number"]]
+    scores = [score for score in scores if score is not None]
     spans = [span["text"] for span in record["spans"] if span["number"] == source["number"]]
     gold = ' <span class="badge gold">gold</span>' if source["id"] in record["evidence"] else ""
     shown, missing = _highlighted(source["text"], spans)

@@ -3,6 +3,7 @@
 import collections
 import functools
 import importlib.metadata
+import itertools
 import json
 import signal
 from typing import Any, NamedTuple
@@ -23,12 +24,11 @@ from cosup_jax.data import pipeline, tokens
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.plan import Plan
 from cosup_jax.errors import UserError
-from cosup_jax.examples import example_answers
 from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.probe import Probe
+from cosup_jax.sample import Sample
 from cosup_jax.step import TrainState
 from cosup_jax.telemetry import Progress, Recorder, Throughput
-from cosup_jax.towers import Towers
 from cosup_jax.workdir import Workdir
 
 STEPS_AHEAD = 2  # queued behind the running one; more would only hold batches in memory
@@ -139,7 +139,8 @@ def _run(job: Job, given: dict[str, Any]) -> int:
     rows = sharding.rows(mesh)
     batch_at = functools.partial(pipeline.batch_at, job.store, job.plan, config, rows, rows)
     probe = Probe(mesh, towers, config, job.tokenizers.gen.pad, batch_at)
-    measure = lambda state, step: _measure(job, evaluator, probe, state, step)
+    sample = Sample(job.held_out, mesh, towers, config, job.tokenizers.gen)
+    measure = lambda state, step: _measure(job, evaluator, sample, probe, state, step)
     try:
         if not restored:
             recorder.record(0, measure(state, 0))
@@ -147,7 +148,7 @@ def _run(job: Job, given: dict[str, Any]) -> int:
         state, step = _loop(job, state, start, step_fn, recorder, measure, checkpointer)
         checkpointer.wait()
         if step == job.num_steps:
-            _finish(job, state, towers, evaluator, count)
+            _finish(job, state, sample, count)
         recorder.close()
         checkpointer.close()
     except BaseException as error:
@@ -175,7 +176,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
         step += 1
         progress.advance(step)
         last, stop = step == num_steps, told.to_stop(step)
-        measures = _evaluates(job, step) or _probes(job, step)
+        measures = _evaluates(job, step) or _answers(job, step) or _probes(job, step)
         scheduled = measures or step % config.checkpoint.every_steps == 0
         pauses = scheduled or stop
         if step % config.log.every_steps == 0 or scheduled:  # a stop leaves no line of its own
@@ -207,15 +208,25 @@ def _evaluates(job: Job, step: int) -> bool:
     return step == job.num_steps or step % job.config.eval.every_steps == 0
 
 
+def _answers(job: Job, step: int) -> bool:
+    last, settings = step == job.num_steps, job.config.eval
+    return settings.answers > 0 and (
+        last or (step > 0 and step % settings.answers_every_steps == 0)
+    )
+
+
 def _probes(job: Job, step: int) -> bool:
     every = job.config.log.probe_every_steps
     return every > 0 and step % every == 0 and step < job.num_steps
 
 
-def _measure(job: Job, evaluator: Evaluator, probe: Probe, state: TrainState, step: int) -> dict:
+def _measure(
+    job: Job, evaluator: Evaluator, sample: Sample, probe: Probe, state: TrainState, step: int
+) -> dict[str, Any]:
     """What is due at this step beside the step's own metrics."""
-    scores = evaluator.scores(state.params, job.held_out) if _evaluates(job, step) else {}
-    return scores | (probe(state, step) if _probes(job, step) else {})
+    found = evaluator.scores(state.params, job.held_out) if _evaluates(job, step) else {}
+    found |= sample.metrics(step, state.params) if _answers(job, step) else {}
+    return found | (probe(state, step) if _probes(job, step) else {})
 
 
 def _check_finite(metrics: dict[str, jax.Array], job: Job, checkpointer: Checkpointer) -> None:
@@ -229,14 +240,11 @@ def _check_finite(metrics: dict[str, jax.Array], job: Job, checkpointer: Checkpo
         )
 
 
-def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, count: int):
-    """Baselines, example answers, report.html, closing table."""
+def _finish(job: Job, state: TrainState, sample: Sample, count: int) -> None:
+    """Baselines, answers to read, report.html, closing table."""
     path = job.workdir.path
     baselines = held_out_lib.baselines(job.held_out, job.store, job.config)
-    tokenizer = job.tokenizers.gen
-    examples = example_answers(
-        state.params, job.held_out, evaluator, tokenizer, job.mesh, towers, job.config
-    )
+    answers = sample.at(job.num_steps, state.params)
     if jax.process_index() != 0:
         return
     facts = {
@@ -250,8 +258,9 @@ def _finish(job: Job, state: TrainState, towers: Towers, evaluator: Evaluator, c
         ),
     }
     job.workdir.write_json("evaluation/training.json", {"facts": facts, "baselines": baselines})
-    job.workdir.write_text("evaluation/answers.jsonl", records.lines(examples))
-    run = report.read_run(path, len(examples))
+    lines = records.lines(itertools.chain(*answers.values()))
+    job.workdir.write_text("evaluation/answers.jsonl", lines)
+    run = report.read_run(path, sample.shown)
     report.write_report(path / "report.html", run)
     rows = report.closing_rows(run["metrics"], run["baselines"])
     print(report.closing_table(rows), flush=True)

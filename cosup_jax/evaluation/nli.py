@@ -33,6 +33,11 @@ def labelled(judge: Judge, scores: dict[str, float]) -> dict[str, float]:
     return {prefix + name: score for name, score in scores.items()}
 
 
+def judge_named(name: str) -> Judge:
+    """`containment`, or the NLI model of this name. Raises UserError if that cannot be read."""
+    return Containment() if name == "containment" else TransformersNli(name)
+
+
 class Containment:
     """No NLI: a claim is contained if each of its normalised tokens occurs in the premise.
 

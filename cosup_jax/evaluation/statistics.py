@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_DRAWN = 2**20  # items drawn at once
+
 
 class Interval(NamedTuple):
     """A mean over n items and where it lies with the given confidence; None where none is known."""
@@ -29,9 +31,12 @@ def bootstrap(
     n = len(values)
     if n < 2:
         return Interval(float(values[0]) if n else None, None, None, n)
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(n, size=n)].mean() for _ in range(samples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    rng, means = np.random.default_rng(seed), []
+    at_once = max(1, _DRAWN // n)
+    for start in range(0, samples, at_once):
+        drawn = rng.integers(n, size=(min(at_once, samples - start), n))
+        means.append(values[drawn].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high), n)
 
 

@@ -1,0 +1,238 @@
+"""--mode=evaluate: held-out questions answered in several ways, and scored.
+
+WORKDIR/evaluation/SET/ARM.jsonl   every answer with its sources and scores; an arm is one way to
+                                   come by passages
+WORKDIR/evaluation/summary.json    means with intervals, splits, differences, hashes
+WORKDIR/report.html                the same as tables and plots, and answers to read
+
+What is on disk is not answered again, unless model, config or data have changed.
+"""
+
+import collections
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import cosup_jax
+from cosup_jax import asked, assemble, encode, held_out, report, tables
+from cosup_jax.answering import Answering, bm25_rankings
+from cosup_jax.asked import Arm
+from cosup_jax.assemble import Trained
+from cosup_jax.config import Config, to_dict
+from cosup_jax.data import tokens
+from cosup_jax.data.plan import left_out
+from cosup_jax.errors import UserError
+from cosup_jax.evaluation import scoring, summary
+from cosup_jax.evaluation.nli import Judge, judge_named
+from cosup_jax.generate import NO_DIFFERENCE
+from cosup_jax.held_out import HeldOut
+from cosup_jax.library import Library
+from cosup_jax.records import Answers, Record
+from cosup_jax.workdir import Workdir
+
+_LABELS_READ = 10_000  # rows among which the most frequent label is sought
+_DEPENDS_ON = ("seed", "gen", "ctx", "generate")  # groups of the config that answers depend on
+
+
+def evaluate(config: Config, workdir: str) -> None:
+    """Answers and scores what config.data.eval holds out, with the newest checkpoint.
+
+    Raises UserError without a checkpoint of this config, or without the judge that it names.
+    """
+    if jax.process_count() > 1:
+        raise UserError("--mode=evaluate runs in one process; start it on one host")
+    judge = judge_named(config.eval.judge)
+    with Workdir(workdir) as directory:
+        trained = assemble.trained(config, directory.path)
+        print(f"step {trained.step}: answering held-out questions", flush=True)
+        found = _Evaluation(trained, judge, directory.path).summary()
+        directory.write_json("evaluation/summary.json", found)
+        run = report.read_run(directory.path, trained.config.generate.examples)
+        report.write_report(directory.path / "report.html", run)
+        print(tables.answers_table(found), flush=True)
+        print(f"done: {directory.path / 'report.html'}", flush=True)
+
+
+class _Evaluation:
+    """One checkpoint, asked every held-out set."""
+
+    def __init__(self, trained: Trained, judge: Judge, workdir: Path):
+        self._trained, self._judge, self._workdir = trained, judge, workdir
+        self._prefix = getattr(judge, "prefix", "")
+        self._code = _digest_files(Path(cosup_jax.__file__).parent)
+        self._libraries: dict[str, Library] = {}  # by the version of the source
+        self._answering = Answering(
+            trained.mesh, trained.towers, trained.config, trained.tokenizers.gen
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """All that is measured, as evaluation/summary.json has it."""
+        trained = self._trained
+        config, directory = trained.config, self._workdir / "data"
+        train = tokens.tokenize(trained.data.train, *trained.tokenizers, config, directory)
+        sets = held_out.asked_sets(
+            *(trained.data.held_out, trained.tokenizers, config, directory, train),
+            left_out(train, config),
+        )
+        parts = [self._set(part) for part in sets]
+        return {
+            "step": trained.step,
+            "judge": {"name": config.eval.judge, "prefix": self._prefix},
+            "domains": self._domains(parts),
+            "sets": parts,
+            "hashes": {
+                "code": self._code,
+                "config": _digest(to_dict(config)),
+                "weights": trained.contract.weights,
+                "data": {part.name: part.dataset.version for part in sets},
+                "index": {part.name: self._library(part).version for part in sets},
+            },
+            "contract": trained.contract.to_dict(),
+        }
+
+    def _set(self, part: HeldOut) -> dict[str, Any]:
+        """One set: its facts, its arms, and what needs no model for comparison."""
+        seed, trains_on = self._trained.config.seed, self._trained.data.train
+        facts = [asked.about(part, question) for question in range(len(part.examples))]
+        correct = scoring.judged_by(facts)
+        answers = self._answers(part, facts, correct)
+        trained = answers["corpus"][1] if "corpus" in answers else []
+        seen = [fact["seen"] for fact in facts if fact["seen"] is not None]
+        return {
+            "name": part.name,
+            "questions": len(facts),
+            "passages": len(part.corpus),
+            "in_domain": any(part.dataset.version == d.version for d, _ in trains_on),
+            "evidence_seen": float(np.mean(seen)) if seen else None,
+            "correct": correct,
+            "arms": [
+                {
+                    "arm": arm.name,
+                    "label": arm.label,
+                    "passages": arm.passages,
+                    "subset": arm.subset,
+                    "run": self._run(part, arm),
+                    "answered_by_code": sorted({record["code"] for record in records}),
+                    "scores": summary.means(records, seed),
+                    "splits": summary.splits(records, seed),
+                    "minus_trained": summary.differences(
+                        records, [] if arm.name == "corpus" else trained, seed
+                    ),
+                }
+                for arm, records in answers.values()
+            ],
+            "references": self._references(part, facts),
+        }
+
+    def _answers(
+        self, part: HeldOut, facts: Sequence[Record], correct: str
+    ) -> dict[str, tuple[Arm, list[Record]]]:
+        """Of each arm its answers, scored, in the order of the questions."""
+        params, library, found = self._trained.params, self._library(part), {}
+        for arm in asked.arms(part, self._trained.config):
+            path = self._workdir / "evaluation" / part.name / f"{arm.name}.jsonl"
+            with Answers(path, self._run(part, arm)) as answers:
+                todo = [i for i, fact in enumerate(facts) if fact["id"] not in answers.known]
+                shown = {"desc": f"{part.name} {arm.name}", "unit": " questions", "leave": False}
+                bar = tqdm(total=len(facts), initial=len(facts) - len(todo), disable=None, **shown)
+                with bar:
+                    for record in self._answering.answers(params, part, todo, arm, library.vectors):
+                        answers.add(record | {"code": self._code})
+                        bar.update()
+                found[arm.name] = arm, self._scored(answers, facts, correct)
+        return found
+
+    def _scored(self, answers: Answers, facts: Sequence[Record], correct: str) -> list[Record]:
+        """The answers with what is asked of them and their scores, which are kept too."""
+        by = [self._trained.config.eval.judge, self._code]
+        records = [answers.known[fact["id"]] | fact for fact in facts]
+        new = [record for record in records if record.get("scored_by") != by]
+        scores = dict(zip((r["id"] for r in new), scoring.scored(new, self._judge), strict=True))
+        added = {}
+        for record in records:
+            found = scores.get(record["id"]) or record["scores"]
+            added[record["id"]] = {"scores": found, "correct": found[correct], "scored_by": by}
+        extra = {fact["id"]: fact | added[fact["id"]] for fact in facts}
+        return answers.finish([fact["id"] for fact in facts], extra)
+
+    def _references(self, part: HeldOut, facts: Sequence[Record]) -> list[dict[str, Any]]:
+        """The most frequent label, where answers are labels, and BM25 of the bare question."""
+        seed, found = self._trained.config.seed, []
+        if all(fact["kind"] == "label" for fact in facts):
+            label, where = _majority(part)
+            said = {"answer": label, "text": label, "output": label}
+            records = [{**fact, "scores": scoring.answer_scores(fact | said)} for fact in facts]
+            found.append((f"{label!r}, {where}", None, records))
+        if any(fact["evidence"] for fact in facts):
+            records = [r for r in bm25_rankings(part, facts) if r["evidence"]]
+            records = [
+                {**r, "scores": scoring.retrieval_scores(r)} for r in records if r["evidence"]
+            ]
+            found.append(("BM25 alone, the question", len(part.corpus), records))
+        return [
+            {"label": label, "passages": passages, "scores": summary.means(records, seed)}
+            for label, passages, records in found
+        ]
+
+    def _domains(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Trained retrieval on sets whose source training reads, and on others: means over sets."""
+        found = {}
+        for name, inside in (("in-domain", True), ("out-of-domain", False)):
+            chosen = [part for part in parts if part["in_domain"] is inside]
+            scores = []
+            for part in chosen:
+                for arm in part["arms"]:
+                    if arm["arm"] == "corpus" and part["correct"] in arm["scores"]:
+                        scores.append(arm["scores"] | {"correct": arm["scores"][part["correct"]]})
+            metrics = ["correct", "retrieval_hit", f"{self._prefix}citation_rec"]
+            if scores:
+                names = [part["name"] for part in chosen]
+                found[name] = {"sets": names, "scores": summary.macro(scores, metrics)}
+        return found
+
+    def _library(self, part: HeldOut) -> Library:
+        """The passages of a set and their vectors, encoded once for all sets of a source."""
+        version = part.dataset.version
+        if version not in self._libraries:
+            made = encode.index(part.dataset, self._trained, self._workdir)
+            self._libraries[version] = Library([(part.dataset, *made)])
+        return self._libraries[version]
+
+    def _run(self, part: HeldOut, arm: Arm) -> str:
+        """A digest of all that an arm's answers depend on, the questions aside."""
+        config = to_dict(self._trained.config)
+        for name in NO_DIFFERENCE:
+            del config["generate"][name]
+        rows = None if arm.rows is None else hashlib.sha256(arm.rows.tobytes()).hexdigest()
+        told = [self._trained.contract.to_dict(), {name: config[name] for name in _DEPENDS_ON}]
+        told += [self._library(part).version, part.name, part.dataset.version, arm.name, rows]
+        return _digest(told)[:16]
+
+
+def _majority(part: HeldOut) -> tuple[str, str]:
+    """The most frequent first answer of the set's training rows, or of its own without any."""
+    split = "train" if len(part.dataset.splits.get("train", ())) else ""
+    where = "most frequent in training" if split else "most frequent here"
+    rows = part.dataset.splits.get(split, ())
+    examples = [part.dataset.examples[row] for row in rows[:: len(rows) // _LABELS_READ + 1]]
+    labels = collections.Counter(e.answers[0] for e in examples or part.examples)
+    return labels.most_common(1)[0][0], where
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_files(package: Path) -> str:
+    """Of every module's path and text, 12 hexadecimal digits."""
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
