@@ -1,0 +1,229 @@
+"""--mode=evaluate on a workdir that nothing has trained: what it asks, keeps, and answers anew."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from untrained import config_of, save_checkpoint, write_config, write_lines
+
+from cosup_jax import answering, evaluate, records, report
+from cosup_jax.cited import Part
+from cosup_jax.decode import Found
+from cosup_jax.errors import UserError
+from cosup_jax.evaluation import metrics
+
+COUNT = 9
+ARMS = ["corpus", "corpus_10", "candidates", "gold", "bm25", "wrong", "none"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """24 towns; 9 questions held out, of which each names its own candidates."""
+    home = tmp_path_factory.mktemp("evaluate")
+    passage = lambda i: {"id": f"p{i}", "title": f"town{i}", "text": f"It lies by river{i}."}
+    write_lines(home / "towns.passages.jsonl", map(passage, range(24)))
+    ask = lambda i, split: {
+        **{"id": f"{split}{i}", "task": "open_qa", "question": f"where is town{i}?"},
+        **{"answers": [f"river{i}"], "evidence": [f"p{i}"], "split": split, "kind": "span"},
+        **{"candidates": [f"p{i}", f"p{i + 1}", "p20"]},
+    }
+    rows = [ask(i, "train") for i in range(3)] + [ask(i, "test") for i in range(COUNT)]
+    towns = write_lines(home / "towns.jsonl", rows)
+    claim = lambda i, split, label: {
+        **{"id": f"{split}{i}", "task": "fact_check", "question": f"claim {i}", "kind": "label"},
+        **{"answers": [label], "evidence": [f"p{i}"], "split": split},
+    }
+    labels = [claim(i, "train", "no") for i in range(3)] + [claim(5, "train", "yes")]
+    labels += [claim(i, "test", "yes" if i else "no") for i in range(4)]
+    write_lines(home / "claims.jsonl", labels)
+    shutil.copy(home / "towns.passages.jsonl", home / "claims.passages.jsonl")
+    write_config(
+        home,
+        **{"data__train": str(towns), "data__eval": f"{towns},{home / 'claims.jsonl'}"},
+        **{"generate__batch_size": 8, "generate__max_tokens": 6, "generate__retrieve_first": True},
+        **{"generate__max_retrievals": 2, "eval__corpus_sizes": "10,24", "generate__examples": 2},
+    )
+    save_checkpoint(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def summary(home):
+    evaluate.evaluate(config_of(home), str(home / "run"))
+    page = (home / "run/report.html").read_text()
+    assert all(text in page for text in ("claims.test", "Size of the corpus", "no retrieval"))
+    return read_summary(home)
+
+
+def read_summary(home):
+    return json.loads((home / "run/evaluation/summary.json").read_text())
+
+
+def arm_file(home, arm, part="towns.test"):
+    return home / "run/evaluation" / part / f"{arm}.jsonl"
+
+
+def test_arms_answer_the_same_questions(home, summary):
+    """Bugs: an arm that is asked others, that takes its passages from elsewhere, or whose file is
+    another's; passages of a part of the corpus numbered as in the whole."""
+    towns, claims = summary["sets"]
+    assert [arm["arm"] for arm in towns["arms"]] == ARMS
+    assert [arm["arm"] for arm in claims["arms"]] == [a for a in ARMS if a != "candidates"]
+    found = {arm: records.read(arm_file(home, arm)) for arm in ARMS}
+    ids = [record["id"] for record in found["corpus"]]
+    assert len(set(ids)) == COUNT
+    for arm, rows in found.items():
+        assert [record["id"] for record in rows] == ids
+        assert all(record["run"] == rows[0]["run"] for record in rows)
+        assert all(bool(record["retrievals"]) is (arm != "none") for record in rows)
+    assert len({rows[0]["run"] for rows in found.values()}) == len(ARMS)
+    gold = {f"p{i}" for i in range(COUNT)}
+    for number in range(COUNT):
+        row = {arm: rows[number] for arm, rows in found.items()}
+        own = row["corpus"]["evidence"][0]
+        ids = {arm: [source["id"] for source in one["sources"]] for arm, one in row.items()}
+        assert ids["gold"] == [own] and own not in ids["wrong"] and len(ids["wrong"]) == 1
+        near = {own, f"p{int(own[1:]) + 1}", "p20"}
+        assert set(ids["candidates"]) <= near == set(row["candidates"]["ranking"])
+        assert row["bm25"]["ranking"][0] == own == ids["bm25"][0] and not ids["none"]
+        assert len(row["corpus"]["ranking"]) == len(row["corpus_10"]["ranking"]) == 10
+        assert row["corpus"]["ranking"][0] == ids["corpus"][0]
+        assert gold < set(row["corpus_10"]["ranking"])
+        text = {s["id"]: s["text"] for one in row.values() for s in one["sources"]}
+        assert all(text[id] == f"It lies by river{id[1:]}." for id in text)
+
+
+def test_summary_is_the_records_means(home, summary):
+    """Bugs: a score of another arm or set; a split by something else; a hash that is not there."""
+    for part in summary["sets"]:
+        trained = records.read(arm_file(home, "corpus", part["name"]))
+        for arm in part["arms"]:
+            rows = records.read(arm_file(home, arm["arm"], part["name"]))
+            for name in ("Rprec", "f1", "containment_citation_rec", "retrieval_hit", "KILT-em"):
+                values = [row["scores"][name] for row in rows]
+                assert arm["scores"][name]["mean"] == pytest.approx(np.mean(values))
+                assert arm["scores"][name]["n"] == len(rows) == part["questions"]
+                if arm["arm"] == "corpus":
+                    assert arm["minus_trained"] == {}
+                    continue
+                apart = np.subtract(values, [row["scores"][name] for row in trained])
+                assert arm["minus_trained"][name]["mean"] == pytest.approx(apart.mean())
+            hits = [row for row in rows if row["scores"]["retrieval_hit"] == 1]
+            assert arm["splits"]["retrieval succeeded"]["questions"] == len(hits)
+            gold = [r["scores"]["retrieval_hit"] for r in rows]
+            assert arm["arm"] != "gold" or set(gold) == {1.0}
+    towns, claims = summary["sets"]
+    assert towns["in_domain"] and not claims["in_domain"]
+    assert towns["evidence_seen"] == pytest.approx(3 / COUNT)
+    assert {"in-domain", "out-of-domain"} == set(summary["domains"])
+    assert all(summary["hashes"][name] for name in ("code", "config", "weights", "data", "index"))
+    assert summary["judge"] == {"name": "containment", "prefix": "containment_"}
+
+
+def test_references(summary):
+    """Bugs: the label most frequent in the questions themselves, which no system may know; BM25
+    scored by answers that it does not give."""
+    towns, claims = summary["sets"]
+    assert [one["label"] for one in towns["references"]] == ["BM25 alone, the question"]
+    majority, bm25 = claims["references"]
+    assert majority["label"] == "'no', most frequent in training"
+    assert majority["scores"]["accuracy"] | {"low": 0, "high": 0} == {
+        **{"mean": 0.25, "low": 0, "high": 0, "n": 4}
+    }
+    assert "Rprec" not in majority["scores"] and "f1" not in bm25["scores"]
+    assert bm25["scores"]["Rprec"]["n"] == 4 and towns["correct"] == "acc_substring"
+    assert claims["correct"] == "accuracy"
+
+
+def test_official_records_agree(home, summary):
+    """Bug: our records, read by KILT's own rules as whole files, score otherwise than here."""
+    rows = records.read(arm_file(home, "corpus"))
+    page = lambda id: {"wikipedia_id": id}
+    gold = [
+        {"id": r["id"], "output": [{"answer": a, "provenance": list(map(page, r["evidence"]))}]}
+        for r in rows
+        for a in r["answers"]
+    ]
+    ranked = lambda r: {"answer": r["answer"], "provenance": list(map(page, r["ranking"]))}
+    guess = [{"id": r["id"], "output": [ranked(r)]} for r in rows]
+    kilt = metrics.kilt_scores(gold, guess)
+    ours = summary["sets"][0]["arms"][0]["scores"]
+    for group in ("downstream", "kilt"):
+        for name, value in kilt[group].items():
+            assert ours[name]["mean"] == pytest.approx(value)
+    for name in ("Rprec", "recall@5"):
+        assert ours[name]["mean"] == pytest.approx(kilt["retrieval"][name])
+
+
+def test_goes_on_after_a_kill_and_starts_anew(home, summary, monkeypatch):
+    """Bugs: what is on disk is answered again, or half a record is read; other weights, another
+    budget or other data keep the old answers; the table differs after a kill."""
+    asked = []
+    true = answering.Answering.answers
+
+    def counted(self, params, part, questions, arm, vectors):
+        asked.extend((part.name, arm.name, number) for number in questions)
+        return true(self, params, part, questions, arm, vectors)
+
+    monkeypatch.setattr(answering.Answering, "answers", counted)
+    monkeypatch.setattr(report, "write_report", lambda path, run: None)  # plots take time
+    run = lambda **flags: evaluate.evaluate(config_of(home, **flags), str(home / "run"))
+    path = arm_file(home, "bm25")
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole[:6]) + whole[6][:100])
+    arm_file(home, "none", "claims.test").unlink()
+    run(eval__arms="gold,bm25,none", eval__questions=8)
+    again = [("towns.test", "bm25", 6), ("towns.test", "bm25", 7)]
+    assert asked == again + [("claims.test", "none", number) for number in range(4)]
+    assert path.read_bytes().splitlines(keepends=True) == whole[:8]
+    before, after = (found["sets"][1]["arms"][-1] for found in (summary, read_summary(home)))
+    assert after["arm"] == "none" and after["scores"] == before["scores"]
+    asked.clear()
+    run(generate__max_tokens=5, eval__arms="gold", eval__questions=2)
+    assert len(asked) == 2 + 2
+    asked.clear()
+    save_checkpoint(home, seed=1, step=2)
+    run(eval__arms="none", eval__questions=2)
+    assert len(asked) == 2 + 2 and read_summary(home)["step"] == 2
+
+
+def test_short_answer():
+    """Bugs: blanks behind a span taken for the answer; a label lost behind its grounding."""
+    span, plain = [Found(0, None)], None
+    assert answering.short_answer([]) == ""
+    assert answering.short_answer([Part("so: ", plain), Part(" Paris ", span)]) == "Paris"
+    assert answering.short_answer([Part("It is.", span), Part(" yes", plain)]) == "yes"
+    assert answering.short_answer([Part("Paris", span), Part(" ", plain)]) == "Paris"
+
+
+def test_ranking_takes_turns():
+    """Bug: the tenth of the first search ranked before the first of the second."""
+
+    class Fixed:
+        passages, limit = (), None
+
+        def __call__(self, query_QxD, questions, turns, k):
+            orders = ([3, 1, 2], [4, 3])
+            return [[Found(row, 0.0) for row in orders[turn]][:k] for turn in turns]
+
+    ranked = answering._Ranked(Fixed(), deeper=True)
+    assert [[one.row for one in found] for found in ranked(None, [7], [0], 1)] == [[3]]
+    ranked(None, [7], [1], 1)
+    assert ranked.ranking(7) == [3, 4, 1, 2] and ranked.ranking(8) == []
+
+
+def test_wrong_input(home, tmp_path):
+    """Bug: a traceback, or minutes of answering, before a setting is found wrong."""
+    for flags, says in (
+        ({"eval__arms": "corpus,golden"}, "golden"),
+        ({"eval__arms": "gold,gold"}, "each once"),
+        ({"eval__corpus_sizes": "100,ten"}, "numbers of passages"),
+        ({"eval__corpus_sizes": "0"}, "numbers of passages"),
+    ):
+        with pytest.raises(UserError, match=says):
+            config_of(home, **flags)
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluate.evaluate(config_of(home, eval__judge=str(tmp_path)), str(home / "run"))
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate.evaluate(config_of(home), str(tmp_path / "other"))
