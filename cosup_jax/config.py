@@ -271,6 +271,9 @@ class LogConfig:
 
     every_steps: int = 10  # steps between lines of metrics.jsonl
     probe_every_steps: int = 100  # steps between the costly metrics (probe.py); 0 = never
+    profile_from: int = 0  # first step of a trace into WORKDIR/profile; 0 = none
+    profile_steps: int = 5  # steps of a trace, also of one that SIGUSR1 asks for
+    hang_seconds: int = 1800  # without a step (compilation, evaluation too): dump stacks; 0 = never
     probe_bank: bool = False  # dual bank: probes compare it with a large live batch, all re-encoded
 
 

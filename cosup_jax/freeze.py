@@ -49,6 +49,7 @@ _MAY_BE_ZERO = {
     *("generate.examples", "generate.max_retrievals", "generate.seed", "generate.temperature"),
     *("index.mine_margin", "generate.ret_threshold", "log.probe_every_steps", "data.dev_fraction"),
     *("eval.answers", "eval.questions"),
+    *("log.profile_from", "log.hang_seconds"),
     *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
     *("optim.gen_learning_rate", "optim.ctx_learning_rate"),
     *(f"{t}.arch.{name}" for t in ("gen", "ctx") for name in ("window", "lora.rank")),

@@ -41,13 +41,17 @@ class Recorder:
         """
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._file = None
+        self.busy_s = 0.0  # `perf/busy_s` of the last line that is kept
         if jax.process_index() != 0:
             return
         path = Path(directory) / "metrics.jsonl"
         start_step = -1 if start_step is None else start_step
         try:
             if path.exists():
-                write_atomic(path, "".join(_lines_up_to(path, start_step)))
+                kept = _lines_up_to(path, start_step)
+                write_atomic(path, "".join(kept))
+                busy_s = [json.loads(line).get("perf/busy_s") or 0.0 for line in kept]
+                self.busy_s = max(busy_s, default=0.0)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
             self._board = tensorboardX.SummaryWriter(
                 str(Path(directory) / "tensorboard"), purge_step=start_step + 1
@@ -148,7 +152,9 @@ class Progress:
 class Throughput:
     """Steps, tokens and examples between two laps, over the wall-clock time between them."""
 
-    def __init__(self):
+    def __init__(self, started_s: float | None = None, busy_s: float = 0.0):
+        """Args: when the run first started, Unix time; seconds in steps until the restored one."""
+        self._started_s, self._busy_s = started_s, busy_s
         self.restart()
 
     def restart(self) -> None:
@@ -182,7 +188,12 @@ class Throughput:
         self.restart()
         if not steps:
             return {}
-        return {
+        self._busy_s += seconds
+        run = {}
+        if self._started_s is not None:  # what was done twice, or lost, counts once
+            share = self._busy_s / max(time.time() - self._started_s, self._busy_s)
+            run = {"perf/busy_s": self._busy_s, "perf/goodput": share}
+        return run | {
             "perf/tokens_per_s": tokens / seconds,
             "perf/examples_per_s": examples / seconds,
             "perf/step_s": seconds / steps,

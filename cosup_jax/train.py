@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import signal
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, bank, liveness, optim, processes, records, report, sharding
+from cosup_jax import assemble, bank, liveness, observe, optim, processes, records, report, sharding
 from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
 from cosup_jax.assemble import Sources, Tokenizers
@@ -163,18 +164,27 @@ def _run(job: Job, given: dict[str, Any]) -> int:
 def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkpointer):
     """The training loop; the host waits where STEPS_AHEAD more steps are queued, and to save."""
     config, num_steps = job.config, job.num_steps
-    progress, clock, told = Progress(num_steps, start), Throughput(), _Signals()
+    clock = Throughput(_first_start(job.workdir), recorder.busy_s)
+    progress, told = Progress(num_steps, start), _Signals()
+    profile = observe.Profile(config.log, job.workdir.path)
+    hang = observe.HangWatch(config.log.hang_seconds, job.workdir.path)
     rows = sharding.rows(job.mesh)
     stream = pipeline.batches(job.store, job.plan, config, rows, rows, start, num_steps)
     step, ahead = start, collections.deque()
     for batch in clock.waits_for(stream):
+        profile.before(step + 1)
         state, metrics = step_fn(state, batch)
+        profile.after(step + 1, metrics)
         ahead.append(metrics)
         if len(ahead) > STEPS_AHEAD:
             _check_finite(ahead.popleft(), job, checkpointer)
         clock.count(*_volume(job, step))
         step += 1
         progress.advance(step)
+        hang.step()
+        if step == start + 1:
+            jax.block_until_ready(metrics)
+            clock.restart()  # it has compiled
         last, stop = step == num_steps, told.to_stop(step)
         measures = _evaluates(job, step) or _answers(job, step) or _probes(job, step)
         scheduled = measures or step % config.checkpoint.every_steps == 0
@@ -185,7 +195,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
             if pauses:
                 waited = jax.block_until_ready(metrics)
             if waited:  # else the clock has only seen steps being queued
-                recorder.record(step, clock.lap())
+                recorder.record(step, clock.lap() | observe.device_memory())
         if measures:
             recorder.record(step, measure(state, step))
         if pauses:
@@ -197,8 +207,8 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
             clock.restart()
         if stop:
             break
-    progress.close()
-    told.close()
+    for watcher in (progress, told, profile, hang):
+        watcher.close()
     for metrics in ahead:
         _check_finite(metrics, job, checkpointer)
     return state, step
@@ -275,6 +285,14 @@ def _meta(job: Job, state: TrainState) -> dict[str, Any]:
         "contract": contract.to_dict(),
         "fingerprint": {"plan": job.plan.fingerprint},
     }
+
+
+def _first_start(workdir: Workdir) -> float:
+    """When the run was first started, Unix time in seconds."""
+    path = workdir.path / ".started"
+    if not path.is_file():
+        workdir.write_text(".started", f"{time.time()}\n")
+    return float(path.read_text()) if path.is_file() else time.time()
 
 
 def _say_changes(before: dict, now: dict, prefix: str = "") -> None:

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # N processes of one run on this machine, joined over loopback, each with CPU devices of its own.
 #
-#   launch/local_processes.sh N [DEVICES_PER_PROCESS] -- --config=... --workdir=... [...]
+#   launch/local_processes.sh [--dry-run] N [DEVICES_PER_PROCESS] -- --config=... --workdir=... [...]
 #
 # Each line of output carries its process' number. When a process fails, the others get GRACE seconds
 # (10) to say why and end, and its exit code is returned. SIGTERM and SIGINT are passed on. PYTHON
-# names the interpreter.
+# names the interpreter; --dry-run prints the commands and runs none.
 set -uo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-usage() {
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-}
-
+if [[ ${1:-} == --dry-run ]]; then
+  dry_run=yes
+  shift
+fi
 [[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || usage
 processes=$1 devices=1
 shift
@@ -28,6 +29,15 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$port
 export JAX_NUM_PROCESSES=$processes JAX_NUM_CPU_DEVICES=$devices JAX_PLATFORMS=cpu
 export PYTHONUNBUFFERED=1 COSUP_JOIN_SECONDS=${COSUP_JOIN_SECONDS:-60}
+
+if [[ $dry_run ]]; then
+  for ((i = 0; i < processes; i++)); do
+    run env "JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" "JAX_NUM_PROCESSES=$processes" \
+      "JAX_PROCESS_ID=$i" "JAX_NUM_CPU_DEVICES=$devices" JAX_PLATFORMS=cpu \
+      "$python" -m cosup_jax.main "$@"
+  done
+  exit
+fi
 
 pids=()
 for ((i = 0; i < processes; i++)); do

@@ -1,72 +1,167 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice: creates it, copies this checkout to every worker, installs, runs.
+# A run on Cloud TPU, one slice or several, through a queued resource.
 #
-#   launch/tpu_pod.sh [--dry-run] [--spot] NAME ZONE TYPE -- --config=... --workdir=... [...]
-#   launch/tpu_pod.sh --dry-run my-run us-west4-a v5litepod-16 -- --config=configs/llama2_7b.py \
-#     --workdir=/mnt/shared/runs/llama2_7b
+#   launch/tpu_pod.sh [OPTIONS] train   NAME ZONE TYPE -- --config=... --workdir=... [...]
+#   launch/tpu_pod.sh [OPTIONS] create  NAME ZONE TYPE    queue for the slice, wait until it is there
+#   launch/tpu_pod.sh [OPTIONS] install NAME ZONE         this checkout, on every worker
+#   launch/tpu_pod.sh [OPTIONS] run     NAME ZONE -- --config=... --workdir=... [...]
+#   launch/tpu_pod.sh [OPTIONS] state | logs | stop | delete NAME ZONE
+#   launch/tpu_pod.sh [OPTIONS] fetch   NAME ZONE FILE... LOCAL_DIRECTORY
 #
-# --dry-run prints the commands and runs none. --workdir must lie on storage that all workers mount.
-# RUNTIME names the VM image (v2-alpha-tpuv5-lite). A run that was told to stop (SIGTERM) saves,
-# leaves status.json at "stopped" and is started again here; after a lost slice call this again.
-# The slice is kept and costs money until: gcloud compute tpus tpu-vm delete NAME --zone=ZONE
+#   launch/tpu_pod.sh --dry-run --spot train my-run us-west4-a v5litepod-16 -- \
+#     --config=configs/llama2_7b.py --workdir=gs://my-bucket/runs/llama2_7b
+#
+# train does create, install and run, and then watches: a run that was stopped or lost a process
+# starts again; a slice that was preempted is deleted, queued for anew, and the run goes on from its
+# checkpoint. It ends when the run is finished (0) or has failed (1, 2). The run itself needs no
+# connection: after Ctrl-C here it goes on, and the same command watches it again. logs follows the
+# output of worker WORKER (0) of slice NODE (0). --workdir must be a bucket, or storage that all
+# workers mount.
+#
+# Options: --dry-run prints the commands and runs none; --spot; --slices=N; --runtime=VERSION
+# (v2-alpha-tpuv5-lite); --restarts=N at most (1000). POLL: seconds between looks (30).
+# The slice is kept, and costs money, until: launch/tpu_pod.sh delete NAME ZONE
 set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-usage() {
-  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-}
-
-dry_run="" spot=()
+spot=() slices=1 restarts=1000 runtime=v2-alpha-tpuv5-lite
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --dry-run) dry_run=yes ;;
     --spot) spot=(--spot) ;;
+    --slices=*) slices=${1#*=} ;;
+    --restarts=*) restarts=${1#*=} ;;
+    --runtime=*) runtime=${1#*=} ;;
     *) usage ;;
   esac
   shift
 done
-[[ $# -ge 5 && $4 == -- ]] || usage
-name=$1 zone=$2 type=$3
-shift 4
-workdir=""
-for argument in "$@"; do
-  [[ $argument == --workdir=?* ]] && workdir=${argument#--workdir=}
-done
-[[ $workdir ]] || usage
-
-run() {
-  printf '%q ' "$@"
-  printf '\n'
-  [[ $dry_run ]] || "$@"
-}
-tpu() { run gcloud compute tpus tpu-vm "$@" "--zone=$zone"; }
-everywhere() { tpu ssh "$name" --worker=all "--command=$1"; }
-
-if [[ $dry_run ]] || ! tpu describe "$name" &>/dev/null; then
-  tpu create "$name" "--accelerator-type=$type" "--version=${RUNTIME:-v2-alpha-tpuv5-lite}" \
-    "${spot[@]}"
+[[ $# -ge 3 && $slices =~ ^[1-9][0-9]*$ ]] || usage
+action=$1 name=$2 zone=$3
+shift 3
+type=""
+if [[ $action == train || $action == create ]]; then
+  [[ ${1:--} != -* ]] || usage
+  type=$1
+  shift
 fi
+if [[ $action == train || $action == run ]]; then
+  [[ ${1:-} == -- ]] || usage
+  shift
+  value_of --config "$@" >/dev/null
+  value_of --workdir "$@" >/dev/null
+fi
+needs gcloud
 
-checkout=$(cd "$(dirname "$0")/.." && pwd)
-archive=$(mktemp -d)/cosup_jax.tar.gz
-trap 'rm -rf "$(dirname "$archive")"' EXIT
-run tar -czf "$archive" --exclude=./.git --exclude=./runs --exclude=./.venv -C "$checkout" .
-tpu scp "$archive" "$name:" --worker=all
+queue() { run gcloud compute tpus queued-resources "$@" "--zone=$zone"; }
+everywhere() { queue ssh "$name" --node=all --worker=all "--command=$1"; }
+on_workers() { everywhere "cd cosup_jax && PYTHON=.venv/bin/python COSUP_CLUSTER=auto bash launch/worker.sh $1"; }
 
-# The image's own Python may be older than 3.11.
-# shellcheck disable=SC2016 # expands on the workers
-everywhere 'set -e
+# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; empty where there is none of this name.
+slice_state() { queue describe "$name" "--format=value(state.state)" 2>/dev/null || true; }
+
+create() {
+  if ((slices == 1)); then
+    nodes=("--node-id=$name")
+  else
+    nodes=("--node-count=$slices" "--node-prefix=$name")
+  fi
+  queue create "$name" "${nodes[@]}" "--accelerator-type=$type" "--runtime-version=$runtime" \
+    "${spot[@]}"
+}
+
+delete() { queue delete "$name" --force --quiet; }
+
+# Returns once the slice is there; makes it where it is not, or was taken away.
+await_slice() {
+  local state last=""
+  if [[ $dry_run ]]; then
+    slice_state && create
+    return
+  fi
+  while :; do
+    state=$(slice_state 2>/dev/null)
+    [[ $state == "$last" ]] || echo "slice $name: ${state:-none}" >&2
+    last=$state
+    case $state in
+      ACTIVE) return ;;
+      "") create ;;
+      SUSPENDED | FAILED) delete ;;
+    esac
+    sleep "${POLL:-30}"
+  done
+}
+
+install() {
+  local archive=${TMPDIR:-/tmp}/$name-$$/cosup_jax.tar.gz
+  trap 'rm -rf "${TMPDIR:-/tmp}/$name-$$"' EXIT
+  [[ $dry_run ]] || mkdir -p "${archive%/*}"
+  pack "$archive" || return
+  queue scp "$archive" "$name:" --node=all --worker=all || return
+  # The image's own Python may be older than 3.11.
+  # shellcheck disable=SC2016 # expands on the workers
+  everywhere 'set -e
 mkdir -p cosup_jax && tar -xzf cosup_jax.tar.gz -C cosup_jax && cd cosup_jax
 python=$(command -v python3.13 || command -v python3.12 || command -v python3.11) || {
   sudo apt-get update -q && sudo apt-get install -qy python3.11-venv
   python=python3.11
 }
-"$python" -m venv .venv && .venv/bin/pip install -q -e ".[tpu]"'
+"$python" -m venv .venv && .venv/bin/pip install -q -e ".[tpu,gcs]"'
+}
 
-# The pause lets the first worker write status.json before the others read it.
-everywhere "cd cosup_jax
-while :; do
-  COSUP_CLUSTER=auto .venv/bin/python -m cosup_jax.main$(printf ' %q' "$@") || exit \$?
-  sleep ${PAUSE:-10}
-  grep -Eqs '\"state\": *\"stopped\"' $(printf %q "$workdir")/status.json || exit 0
-done"
+# Looks until every worker has ended; returns the code that says what to do next.
+watch_run() {
+  local states codes
+  while :; do
+    states=$(on_workers state 2>/dev/null) || return "$AGAIN"
+    if ! grep -q running <<<"$states"; then
+      codes=$(sed -n 's/^.*ended \([0-9]*\).*$/\1/p' <<<"$states" | sort -nu)
+      echo "ended: ${codes//$'\n'/ }" >&2
+      [[ $codes != 0 ]] || return 0
+      for code in 2 1; do # our fault or the user's: not again
+        ! grep -qx "$code" <<<"$codes" || return "$code"
+      done
+      return "$AGAIN"
+    fi
+    sleep "${POLL:-30}"
+  done
+}
+
+train() {
+  local code count
+  for ((count = 0; count <= restarts; count++)); do
+    await_slice
+    code=0
+    if [[ ! $dry_run ]] && grep -q running <<<"$(on_workers state 2>/dev/null)"; then
+      echo "it runs already: watching it" >&2
+    elif ! { install && on_workers "start $(quoted "$@")"; }; then
+      code=$AGAIN # as a rule the slice has gone meanwhile
+    fi
+    [[ ! $dry_run ]] || return 0
+    ((code)) || watch_run || code=$?
+    ((code == AGAIN)) || exit "$code"
+    echo "starting again" >&2
+    sleep "${POLL:-30}"
+  done
+  die "started again $restarts times; see: launch/tpu_pod.sh logs $name $zone"
+}
+
+case $action in
+  train) train "$@" ;;
+  create) await_slice ;;
+  install) install ;;
+  run) on_workers "start $(quoted "$@")" ;;
+  state | stop) on_workers "$action" ;;
+  logs)
+    queue ssh "$name" "--node=${NODE:-0}" "--worker=${WORKER:-0}" \
+      "--command=bash cosup_jax/launch/worker.sh log"
+    ;;
+  fetch)
+    (($# >= 2)) || usage
+    files=("${@:1:$#-1}")
+    queue scp --recurse "${files[@]/#/"$name:"}" "${*: -1}" --node=0 --worker=0
+    ;;
+  delete) delete ;;
+  *) usage ;;
+esac

@@ -1,6 +1,9 @@
-"""The launch scripts, with a stand-in for the trainer and for gcloud."""
+"""The launch scripts, with stand-ins for the trainer, gcloud, xpk and SLURM."""
 
+import contextlib
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,77 +124,282 @@ def test_local_usage(local, argv):
     """Catches a mistyped call that starts a run of the wrong size."""
     process = local("", *argv)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 2 and "launch/local_processes.sh N" in err
+    assert process.returncode == 2 and "launch/local_processes.sh" in err
+
+
+def test_local_dry_run_only_prints(local, tmp_path):
+    """Catches a dry run that trains, or prints what cannot be pasted."""
+    process = local(NOTE_PID, "--dry-run", "2", "3", "--", "--workdir=a b", "--config=c")
+    out, _ = process.communicate(timeout=20)
+    lines = [shlex.split(line) for line in out.splitlines()]
+    assert process.returncode == 0 and not list(tmp_path.glob("pid*"))
+    assert [next(w for w in line if "PROCESS_ID" in w)[-1] for line in lines] == ["0", "1"]
+    assert all(line[-2:] == ["--workdir=a b", "--config=c"] for line in lines)
 
 
 @pytest.fixture
-def pod(tmp_path):
-    """Runs tpu_pod.sh; gcloud is a script that runs what the workers would, in tmp_path."""
-    (tmp_path / "home").mkdir()
-    executable(
-        tmp_path / "gcloud",
-        f'#!/usr/bin/env bash\nprintf "%s\\n" "$4" >> {tmp_path}/calls\n'
-        "[[ $4 == describe && -n ${FRESH:-} ]] && exit 1\n"
-        'for argument in "$@"; do\n'
-        f"  [[ $argument == --command=*cosup_jax.main* ]] && cd {tmp_path}/home &&\n"
-        '    exec bash -c "${argument#--command=}"\n'
-        "done\nexit 0\n",
-    )
+def tools(tmp_path):
+    """Runs a launch script with stand-ins first on PATH; each notes its arguments, one call a line.
 
-    def run(*argv, body="", **environ):
-        worker = tmp_path / "home/cosup_jax/.venv/bin"
-        worker.mkdir(parents=True, exist_ok=True)
-        executable(worker / "python", TRAINER.format(python=sys.executable, body=body))
-        path = f"{tmp_path}:{os.environ['PATH']}"
-        return subprocess.run(
-            ["bash", LAUNCH / "tpu_pod.sh", *argv],
-            env=os.environ | {"PATH": path, "PAUSE": "0", "TMPDIR": str(tmp_path)} | environ,
+    They answer by what `bodies` gives for them, in bash.
+    """
+
+    def run(script, *argv, bodies=None, **environ):
+        for tool in ("gcloud", "xpk", "kubectl", "sbatch", "scancel", "srun", "scontrol"):
+            body = (bodies or {}).get(tool, "exit 0")
+            note = f"{{ printf '%s' {tool}; printf ' %q' \"$@\"; echo; }} >> {tmp_path}/calls\n"
+            executable(tmp_path / tool, f"#!/usr/bin/env bash\n{note}{body}\n")
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path), "POLL": "0.2"}
+        done = subprocess.run(
+            ["bash", LAUNCH / script, *argv],
+            env=os.environ | path | environ,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
         )
+        calls = tmp_path / "calls"
+        return done, calls.read_text().splitlines() if calls.exists() else []
 
     return run
 
 
-def test_pod_dry_run_only_prints(pod, tmp_path):
-    """Catches a dry run that rents a machine, and one that hides a command."""
-    done = pod("--dry-run", "--spot", "n", "zone-a", "v5e-16", "--", "--workdir=/mnt/a b")
-    assert done.returncode == 0 and not (tmp_path / "calls").exists()
-    for wanted in ("create n", "--spot", "--zone=zone-a", "scp", "--worker=all", "cosup_jax.main"):
-        assert wanted in done.stdout
+def only(calls, *wanted):
+    """The one call that has all of `wanted` in it."""
+    found = [shlex.split(call) for call in calls if all(word in call for word in wanted)]
+    assert len(found) == 1, (wanted, calls)
+    return found[0]
 
 
-STATES = (
-    "runs = pathlib.Path(sys.argv[3].removeprefix('--workdir='))\n"
-    "runs.mkdir(exist_ok=True)\n"
+RUN = ("--", "--config=c's.py", "--workdir=gs://b/a run")
+DRY_RUNS = {
+    "tpu_pod.sh": [
+        ("--spot", "train", "n", "zone-a", "v5e-16", *RUN),
+        ("--slices=2", "create", "n", "z", "v5e-16"),
+        ("run", "n", "z", *RUN),
+        *((action, "n", "z") for action in ("install", "state", "logs", "stop", "delete")),
+        ("fetch", "n", "z", "a", "b", "here"),
+    ],
+    "gke.sh": [
+        ("--slices=2", "run", "n", "cluster", "v5p-128", *RUN),
+        *((action, "n", "cluster") for action in ("state", "logs", "delete")),
+    ],
+    "slurm.sh": [("--nodes=2", "run", "n", *RUN), ("logs", "n"), ("stop", "n")],
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"), [(script, argv) for script, calls in DRY_RUNS.items() for argv in calls]
+)
+def test_dry_run_only_prints(tools, script, argv):
+    """Catches a dry run that rents a machine, prints nothing, or what a shell reads otherwise."""
+    done, calls = tools(script, "--dry-run", *argv)
+    assert (done.returncode, calls, done.stderr) == (0, [], "")
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert commands and all("n" in " ".join(command) for command in commands)
+    if RUN[0] in argv:
+        started = commands[-1]
+        assert any("a\\ run" in word or word == RUN[2] for word in started), started
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("tpu_pod.sh", ()),
+        ("tpu_pod.sh", ("train", "n", "z", "--", "--config=c", "--workdir=w")),
+        ("tpu_pod.sh", ("run", "n", "z", "--", "--config=c")),
+        ("tpu_pod.sh", ("--what", "create", "n", "z", "v5e-16")),
+        ("tpu_pod.sh", ("destroy", "n", "z")),
+        ("tpu_pod.sh", ("fetch", "n", "z", "file")),
+        ("gke.sh", ("run", "n", "c", "--", "--config=c", "--workdir=gs://w")),
+        ("gke.sh", ("run", "n", "c", "v5e-16", "--", "--config=c", "--workdir=/gone/with/it")),
+        ("slurm.sh", ("--nodes=0", "run", "n", *RUN)),
+        ("slurm.sh", ("run", "n", "--config=c", "--workdir=w")),
+        ("worker.sh", ()),
+        ("worker.sh", ("begin",)),
+    ],
+)
+def test_usage(tools, script, argv):
+    """Catches machines that are rented before the call turns out to be incomplete."""
+    done, calls = tools(script, *argv)
+    assert done.returncode == 2 and calls == []
+    assert f"launch/{script}" in done.stderr or done.stderr.startswith("error: ")
+
+
+CLOUD = """
+cd {here}
+case $4 in
+  describe) cat state 2>/dev/null ;;
+  create) echo ACTIVE > state ;;
+  delete)
+    rm state
+    kill -9 $(cat home/cosup_run/pid home/cosup_run/program)
+    rm -r home/cosup_run
+    ;;
+  ssh)
+    [[ $(cat state) == ACTIVE ]] || exit 1
+    for argument in "$@"; do
+      [[ $argument == --command=*pip* || $argument != --command=* ]] && continue
+      cd home && HOME=$PWD bash -c "${{argument#--command=}}"
+    done
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def pod(tools, tmp_path):
+    """tpu_pod.sh with a gcloud whose one worker is tmp_path/home, and a stand-in trainer there."""
+    checkout = tmp_path / "home" / "cosup_jax"
+    (checkout / ".venv/bin").mkdir(parents=True)
+    shutil.copytree(LAUNCH, checkout / "launch")
+
+    def run(*argv, body, **environ):
+        executable(checkout / ".venv/bin/python", TRAINER.format(python=sys.executable, body=body))
+        return tools("tpu_pod.sh", *argv, bodies={"gcloud": CLOUD.format(here=tmp_path)}, **environ)
+
+    yield run
+    for path in (tmp_path / "home").glob("cosup_run/p*"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+COUNTED = (  # ends with the codes given, one a start
     "with open(here / 'log', 'a') as log:\n"
     "    print(os.environ['COSUP_CLUSTER'], sys.argv[3:], file=log)\n"
     "count = len((here / 'log').read_text().splitlines())\n"
-    "state = 'stopped' if count < 3 else 'finished'\n"
-    "(runs / 'status.json').write_text(json.dumps({'state': state, 'step': count}))\n"
+    "assert os.environ['COSUP_STOPPED_CODE'] == '75'\n"
 )
+TRAIN = ("train", "n", "z", "v5e-16", "--")
 
 
 def test_pod_restarts_a_stopped_run(pod, tmp_path):
-    """Catches a preempted run that stays down, a finished one that repeats, lost quoting."""
-    argv = (f"--workdir={tmp_path}/a run", "--config=c's.py")
-    done = pod("n", "z", "v5e-16", "--", *argv, body=STATES, FRESH="1")
+    """Catches a stopped run that stays down, a finished one that repeats, lost quoting."""
+    argv = ("--workdir=gs://b/a run", "--config=c's.py")
+    done, calls = pod(*TRAIN, *argv, body=COUNTED + "sys.exit(0 if count == 3 else 75)")
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "home/cosup_jax/.venv/bin/log").read_text().splitlines()
     assert log == [f"auto {list(argv)}"] * 3
-    assert (tmp_path / "calls").read_text().split() == ["describe", "create", "scp", "ssh", "ssh"]
+    created = only(calls, "queued-resources create")
+    assert created[4:6] == ["create", "n"] and "--node-id=n" in created
+    assert {"--accelerator-type=v5e-16", "--zone=z"} <= set(created)
 
 
-def test_pod_returns_a_failure(pod, tmp_path):
+def test_pod_queues_anew_after_preemption(pod, tmp_path):
+    """Catches a preempted slice that is waited for for ever, or is not given back first."""
+    body = COUNTED + (
+        "if count == 1:\n"
+        f"    pathlib.Path({str(tmp_path / 'state')!r}).write_text('SUSPENDED')\n"
+        "    time.sleep(60)\n"
+    )
+    done, calls = pod("--spot", *TRAIN, "--config=c", "--workdir=w", body=body)
+    assert done.returncode == 0, done.stderr
+    words = [shlex.split(call) for call in calls]
+    changes = [call[4] for call in words if call[4] in ("create", "delete")]
+    assert changes == ["create", "delete", "create"]
+    assert all("--spot" in call for call in words if call[4] == "create")
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_pod_returns_a_failure(pod, tmp_path, code):
     """Catches a failing run that is restarted for ever, or reported as done."""
-    done = pod("n", "z", "v5e-16", "--", f"--workdir={tmp_path}/r", body=STATES + "sys.exit(2)")
-    assert done.returncode == 2
-    assert "create" not in (tmp_path / "calls").read_text()
+    (tmp_path / "state").write_text("ACTIVE")
+    argv = ("--config=c", "--workdir=w")
+    done, calls = pod(*TRAIN, *argv, body=COUNTED + f"sys.exit({code})")
+    assert done.returncode == code
+    assert not any("queued-resources create" in call for call in calls)
 
 
-@pytest.mark.parametrize("argv", [(), ("n", "z", "v5e-16", "--", "--config=c"), ("--what", "n")])
-def test_pod_usage(pod, argv):
-    """Catches a slice that is rented before the call turns out to be incomplete."""
-    done = pod(*argv)
-    assert done.returncode == 2 and "launch/tpu_pod.sh" in done.stderr
+def test_pod_gives_up_in_the_end(pod):
+    """Catches a run that dies at once, and for days is started again on a rented slice."""
+    argv = ("--config=c", "--workdir=w")
+    body = COUNTED + "os.kill(os.getpid(), signal.SIGKILL)"
+    done, _ = pod("--restarts=1", *TRAIN, *argv, body=body)
+    assert done.returncode == 2 and "started again 1 times" in done.stderr
+
+
+def test_worker_stops_what_it_started(tmp_path):
+    """Catches a stop that kills the shell and not the program, or loses the exit code."""
+    body = (
+        "def stop(*_):\n    print('saved', flush=True)\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\nprint('up', flush=True)\ntime.sleep(60)"
+    )
+    python = executable(tmp_path / "python", TRAINER.format(python=sys.executable, body=body))
+    run = tmp_path / "run"
+    environ = os.environ | {"PYTHON": str(python), "RUN": str(run)}
+
+    def worker(*argv):
+        script = ["bash", LAUNCH / "worker.sh", *argv]
+        return subprocess.run(
+            script, env=environ, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
+    def until(text):
+        deadline = time.monotonic() + 20
+        while text not in (run / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    assert worker("state") == "none"
+    worker("start", "--workdir=w")
+    until("up")
+    assert worker("state") == "running"
+    worker("start", "--workdir=w")
+    worker("stop")
+    until("saved")
+    deadline = time.monotonic() + 20
+    while worker("state") == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert worker("state") == "ended 75"
+    assert (run / "log").read_text().count("up") == 1
+
+
+def test_gke_restarts_what_was_stopped(tools):
+    """Catches a stopped run that Kubernetes takes for finished, and lost quoting."""
+    done, calls = tools(
+        "gke.sh", "--slices=2", "run", "n", "c", "v5p-128", *RUN, XPK="--zone=z --priority=high"
+    )
+    assert done.returncode == 0, done.stderr
+    call = only(calls, "xpk workload create")
+    wanted = {"--workload=n", "--cluster=c", "--tpu-type=v5p-128", "--num-slices=2", "--zone=z"}
+    assert wanted <= set(call) and "--priority=high" in call
+    assert {"--env=COSUP_STOPPED_CODE=75", "--restart-on-user-code-failure"} <= set(call)
+    command = next(word for word in call if word.startswith("--command="))
+    assert shlex.split(command)[-2:] == list(RUN[1:])
+
+
+def test_slurm_submits(tools):
+    """Catches a job without the signal that makes it save, or that SLURM may not queue again."""
+    done, calls = tools("slurm.sh", "--nodes=2", "--gpus=4", "run", "n", *RUN, SBATCH="-p gpu")
+    assert done.returncode == 0, done.stderr
+    call = only(calls, "sbatch")
+    wanted = {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--signal=TERM@180", "-p"}
+    assert wanted <= set(call) and "--requeue" in call
+    assert call[-3:] == ["launch/slurm_job.sh", *RUN[1:]]
+
+
+@pytest.mark.parametrize(
+    ("code", "restarted", "result", "queued"),
+    [(0, 0, 0, 0), (2, 0, 2, 0), (1, 0, 1, 0), (75, 0, 0, 1), (137, 3, 0, 1), (75, 5, 2, 0)],
+)
+def test_slurm_job_queues_itself_again(tools, code, restarted, result, queued):
+    """Catches a stopped or lost run that stays down, a mistake that is repeated for ever."""
+    given = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarted), "RESTARTS": "5"}
+    done, calls = tools(
+        "slurm_job.sh",
+        *RUN[1:],
+        bodies={"srun": f"[[ $COSUP_STOPPED_CODE == 75 ]] || exit 9\nexit {code}"},
+        SLURM_SUBMIT_DIR=str(LAUNCH.parent),
+        **given,
+    )
+    assert done.returncode == result, done.stderr
+    assert only(calls, "srun")[-2:] == list(RUN[1:])
+    assert calls.count("scontrol requeue 7") == queued
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_scripts_are_clean():
+    """Catches what shells forgive until a path has a space in it."""
+    scripts = [*sorted(LAUNCH.glob("*.sh")), LAUNCH.parent / ".ci" / "run"]
+    found = subprocess.run(
+        ["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=LAUNCH.parent
+    )
+    assert found.returncode == 0, found.stdout

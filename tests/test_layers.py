@@ -18,7 +18,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "hf.gguf",
     "hf.gguf_tokenizer",
     "rotary",
-    "sharding data.* evaluation.* transformer optim telemetry contract tables"
+    "sharding data.* evaluation.* transformer optim telemetry observe contract tables"
     " hf.configs hf.sentence",
     "report_plots report_style",
     "report_answers ntp contrast microbatch towers hf.* index data.pipeline",

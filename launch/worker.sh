@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# One machine's part of a run, in the background, so that it outlives the connection that started it.
+#
+#   launch/worker.sh start --config=... --workdir=... [...]
+#   launch/worker.sh state | stop | log
+#
+# start: does nothing where it runs already. state: "running", "ended CODE" or "none". stop: SIGTERM,
+# upon which a run saves and ends. log: follows its output. PYTHON names the interpreter; RUN is
+# where the output and the state are kept (~/cosup_run).
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+here=${RUN:-$HOME/cosup_run}
+action=${1:-}
+[[ $action ]] || usage
+shift
+
+state() {
+  if [[ -f $here/code ]]; then
+    echo "ended $(<"$here/code")"
+  elif [[ -f $here/pid ]] && kill -0 "$(<"$here/pid")" 2>/dev/null; then
+    echo running
+  elif [[ -f $here/pid ]]; then
+    echo "ended 137" # killed together with its shell, or the machine started anew
+  else
+    echo none
+  fi
+}
+
+# Runs in a session of its own; the signals of `stop` go to the program alone.
+supervise() {
+  "${PYTHON:-python3}" -m cosup_jax.main "$@" &
+  echo $! >"$here/program"
+  local code=0
+  wait $! || code=$?
+  echo "$code" >"$here/code"
+}
+
+case $action in
+  start)
+    [[ $(state) != running ]] || exit 0
+    mkdir -p "$here"
+    rm -f "$here/code" "$here/pid" "$here/program"
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    export COSUP_STOPPED_CODE=$AGAIN PYTHONUNBUFFERED=1
+    setsid nohup "$BASH" launch/worker.sh supervise "$@" >>"$here/log" 2>&1 </dev/null &
+    echo $! >"$here/pid"
+    ;;
+  supervise) supervise "$@" ;;
+  state) state ;;
+  stop) [[ $(state) != running ]] || kill -TERM "$(<"$here/program")" ;;
+  log) exec tail -n 100 -F "$here/log" ;;
+  *) usage ;;
+esac
