@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from cosup_jax import optim, processes, sharding
 from cosup_jax import step as step_lib
+from cosup_jax.bucket import localise
 from cosup_jax.checkpoint import check_readable, restore_params
 from cosup_jax.config import SHAPE, Config, DataConfig, sources, to_dict
 from cosup_jax.contract import EmbeddingContract, check_match
@@ -29,6 +30,7 @@ from cosup_jax.pretrained import resolve
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
 from cosup_jax.transformer import Transformer
+from cosup_jax.workdir import checkpoints
 
 
 class Sources(NamedTuple):
@@ -66,17 +68,15 @@ def trained(config: Config, workdir: Path) -> Trained:
 
     Raises UserError without a sound checkpoint of this config.
     """
-    mesh, checkpoints = mesh_for(config), workdir / "checkpoints"
-    if check_readable(checkpoints) is None:  # before data is read, which can take minutes
-        raise UserError(
-            f"{checkpoints} holds no checkpoint; train first, or give another --workdir"
-        )
+    mesh, saved = mesh_for(config), checkpoints(workdir)
+    if check_readable(saved) is None:  # before data is read, which can take minutes
+        raise UserError(f"{saved} holds no checkpoint; train first, or give another --workdir")
     data = read_sources(config, workdir / "data")
     config = resolve(config)
     tokenizers = read_tokenizers(config, workdir, data)
     towers = make_towers(config, tokenizers)
     abstract = abstract_state(config, towers, optim.make(config, 1, 1), mesh)
-    step, params, meta = restore_params(checkpoints, abstract.params)
+    step, params, meta = restore_params(saved, abstract.params)
     contract = check_contract(config, tokenizers, meta)
     return Trained(config, data, tokenizers, towers, mesh, params, step, contract, meta)
 
@@ -103,7 +103,7 @@ def read_sources(config: Config, directory: Path) -> Sources:
         [
             (spelling.setdefault(identity(name), name), weight)
             for source, weight in sources(text)
-            for name in expand(source)
+            for name in expand(localise(source, directory / "buckets"))
         ]
         for text in (config.data.train, config.data.eval)
     )
@@ -297,9 +297,12 @@ def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Toke
     given = [config.data.vocab_size, markup.VERSION, *(d.version for d, _ in data.train)]
     key = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
     directory = workdir / "tokenizer" / key  # other settings or data never meet an old one
+    make = lambda: tokenizer.train(_texts(data), config.data.vocab_size).save(directory)
     if jax.process_index() == 0 and not directory.is_dir():
-        tokenizer.train(_texts(data), config.data.vocab_size).save(directory)
+        make()
     processes.barrier("tokenizer")
+    if not directory.is_dir():  # another host, with its own mirror of a bucket: the same again
+        make()
     return tokenizer.load(directory)
 
 

@@ -8,7 +8,6 @@ and renames.
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +48,7 @@ class Checkpointer:
         Raises:
           UserError: the directory cannot be written.
         """
-        self._directory = Path(directory).expanduser().absolute()
+        self._directory = _located(directory)
         policy = ocp.checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, cleanup_tmp_directories=True
@@ -138,7 +137,7 @@ class Checkpointer:
         with self._writing("rename a damaged one"):
             for bad in damaged if jax.process_index() == 0 else ():
                 target = self._directory / f"{bad}.damaged"
-                shutil.rmtree(target, ignore_errors=True)
+                target.rmtree(missing_ok=True)
                 (self._directory / str(bad)).rename(target)
         _agreed(True)  # no process may list the directory before it is renamed
         self._manager.reload()
@@ -160,7 +159,7 @@ def check_readable(directory: str | Path) -> int | None:
     Cheap, and needs no devices: for before anything is loaded or compiled. Raises UserError if
     there are checkpoints and none of them can be read.
     """
-    directory = Path(directory).expanduser().absolute()
+    directory = _located(directory)
     steps = _complete_steps(directory)
     for step in reversed(steps):
         try:
@@ -184,7 +183,7 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Restored:
       UserError: no checkpoint, a damaged one (only a resume may step back), or one of another
         shape.
     """
-    directory = Path(directory).expanduser().absolute()
+    directory = _located(directory)
     steps = _complete_steps(directory)
     if not steps:
         raise UserError(f"{directory} holds no checkpoint; give the checkpoints/ of a trained run")
@@ -273,14 +272,26 @@ def _check_leaves(path: Path, wanted: Mapping, found: Mapping, partial: bool) ->
         )
 
 
-def _complete_steps(directory: Path) -> list[int]:
+def _located(directory: str | Path) -> epath.Path:
+    """A local directory, absolute, or one in a bucket."""
+    path = epath.Path(directory)
+    return path if "://" in str(path) else epath.Path(path.expanduser().absolute())
+
+
+def _is_complete(entry: epath.Path) -> bool:
+    # A bucket cannot rename a directory: there Orbax writes this object last.
+    return "://" not in str(entry) or (entry / "commit_success.txt").exists()
+
+
+def _complete_steps(directory: epath.Path) -> list[int]:
     try:
-        names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
+        entries = [e for e in directory.iterdir() if e.name.isdecimal() and e.is_dir()]
+        names = [entry.name for entry in entries if _is_complete(entry)]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from error
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(map(int, names))
 
 
 def _all_damaged(directory: Path, steps: list[int]) -> UserError:

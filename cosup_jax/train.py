@@ -30,7 +30,7 @@ from cosup_jax.probe import Probe
 from cosup_jax.sample import Sample
 from cosup_jax.step import TrainState
 from cosup_jax.telemetry import Progress, Recorder, Throughput
-from cosup_jax.workdir import Workdir
+from cosup_jax.workdir import Workdir, checkpoints
 
 STEPS_AHEAD = 2  # queued behind the running one; more would only hold batches in memory
 
@@ -59,18 +59,18 @@ def train(config: Config, workdir: str) -> str:
     mesh = assemble.mesh_for(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loop, as Ctrl-C
     with Workdir(workdir) as directory:
-        check_readable(directory.path / "checkpoints")
+        check_readable(checkpoints(directory.path))
         status = directory.read_status()
         given = to_dict(config)
         if status and status["state"] == "finished" and _read_config(directory) == given:
-            _say(f"{directory.path} is finished: {status['step']} steps, see report.html")
+            _say(f"{directory.url} is finished: {status['step']} steps, see report.html")
             return "finished"
         job = _prepare(config, directory, mesh)
         step = _run(job, given)
         _say(
             f"stopped at step {step} of {job.num_steps}; the same command goes on from there"
             if step < job.num_steps
-            else f"done: {directory.path / 'report.html'}"
+            else f"done: {directory.url}/report.html"
         )
         return "stopped" if step < job.num_steps else "finished"
 
@@ -83,6 +83,7 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
         _say(line)
     config = assemble.resolve(config)
     tokenizers = assemble.read_tokenizers(config, workdir.path, data)
+    workdir.publish("tokenizer")
     store = tokens.tokenize(data.train, *tokenizers, config, directory)
     plan = Plan(store, config)
     made = {"plan of the steps": plan.fingerprint}
@@ -112,7 +113,7 @@ def _run(job: Job, given: dict[str, Any]) -> int:
     epoch_steps = job.plan.steps_per_epoch(0) if config.optim.schedule == "epoch" else 0
     tx = optim.make(config, job.num_steps, epoch_steps)
     abstract = assemble.abstract_state(config, towers, tx, mesh)
-    checkpointer = Checkpointer(job.workdir.path / "checkpoints", config.checkpoint.keep)
+    checkpointer = Checkpointer(checkpoints(job.workdir.path), config.checkpoint.keep)
     restored = checkpointer.restore(abstract, {"plan": job.plan.fingerprint})
     start = restored.step if restored else 0
     if start > job.num_steps:
@@ -200,6 +201,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
             recorder.record(step, measure(state, step))
         if pauses:
             _show(progress, recorder.flush())  # a checkpoint's lines are on disk before it is
+            job.workdir.publish("metrics.jsonl", "tensorboard")
         if last or stop or step % config.checkpoint.every_steps == 0:
             checkpointer.save(step, state, _meta(job, state))
             job.workdir.status("running", step)

@@ -6,15 +6,22 @@ In a run of several processes only process 0 locks and writes; all of them may c
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import secrets
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
+from cosup_jax import processes
+from cosup_jax.bucket import Bucket, Lease, is_url
 from cosup_jax.errors import UserError
 
 # What the place is at fault for, and not we.
@@ -25,19 +32,32 @@ _REFUSED = {
 STATES = ("running", "stopped", "finished", "failed")
 
 
+_PULLED = ("tokenizer/", "evaluation/")  # with all files at the top; the rest is large, or a cache
+_KEPT_HERE = ("data", "checkpoints")
+_LOCATION = ".bucket"  # in a mirror: the URL it stands for
+
+
 class Workdir:
-    """Created and locked on construction; the operating system frees the lock on death."""
+    """Created and locked on construction; the operating system frees the lock on death.
+
+    `path` is always a local directory. For a workdir in a bucket it mirrors it: files are written
+    there, where they can be appended to and mapped, and `publish` copies them into the bucket;
+    checkpoints go there directly, tokens stay here.
+    """
 
     def __init__(self, path: str | Path):
         """Raises UserError if the directory cannot be written or another run holds it."""
-        if "://" in str(path):
-            raise UserError(
-                f"--workdir={path} must be a directory; mount the storage and name that"
-            )
+        self._lock = self._bucket = self._lease = None
+        if is_url(path):
+            self._bucket = Bucket(str(path))
+            path = mirror(self._bucket.url)
         self.path = Path(path).expanduser().absolute()
-        self._lock = None
-        if jax.process_index() != 0:
-            return
+        self.url = self._bucket.url if self._bucket else str(self.path)
+        if jax.process_index() == 0:
+            self._take()
+        self._share()
+
+    def _take(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -55,7 +75,60 @@ class Workdir:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         # A forked data worker that outlives us must not keep our lock.
-        os.register_at_fork(after_in_child=self.close)
+        os.register_at_fork(after_in_child=self._unlock)
+        if self._bucket:
+            try:
+                self._lease = Lease(self._bucket, lambda text: print(text, file=sys.stderr))
+            except UserError:
+                self._unlock()
+                raise
+
+    def _share(self) -> None:
+        """Every process sees what process 0 has: the same directory, or a mirror of the bucket.
+
+        Raises UserError, naming a process that does not.
+        """
+        token = processes.broadcast("workdir", secrets.token_hex(8), processes.BARRIER_SECONDS)
+        if self._bucket:
+            self._pull()
+            processes.barrier("workdir is mirrored")  # before process 0 changes anything
+        elif jax.process_count() > 1:
+            note = self.path / f".seen.{token}"
+            if jax.process_index() == 0:
+                note.touch()
+            processes.barrier("workdir is there")
+            seen = _appears(note)
+            try:
+                shown = {f"what process 0 wrote into {self.path}": "seen" if seen else "not seen"}
+                processes.agree("its workdir", shown)
+            finally:
+                note.unlink(missing_ok=True)
+
+    def _pull(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / _LOCATION, self.url)
+        for name in self._bucket.names():
+            if name != Lease.NAME and ("/" not in name or name.startswith(_PULLED)):
+                self._bucket.download(name, self.path)
+
+    def publish(self, *names: str) -> None:
+        """Copies files or directories of the workdir into the bucket, if it lies in one.
+
+        Raises UserError if that fails, or another run has taken the workdir over.
+        """
+        if self._bucket is None or jax.process_index() != 0:
+            return
+        if self._lease.lost:
+            raise UserError(f"{self.url} was taken over by another run, or is out of reach")
+        for name in names:
+            if (self.path / name).exists():
+                self._bucket.upload(self.path, name)
+
+    def fetch(self, name: str) -> None:
+        """Copies what the bucket has under `name` here; for what is not mirrored at the start."""
+        if self._bucket:
+            for found in self._bucket.names(name):
+                self._bucket.download(found, self.path)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as indented JSON. Raises UserError if the disk is full or read-only."""
@@ -69,6 +142,7 @@ class Workdir:
             write_atomic(self.path / name, text)
         except OSError as error:
             raise _unwritable(self.path / name, error) from error
+        self.publish(name)
 
     def status(self, state: str, step: int) -> None:
         """Writes status.json: running | stopped | finished | failed, and the steps taken."""
@@ -90,7 +164,18 @@ class Workdir:
         return found
 
     def close(self) -> None:
-        """Frees the lock."""
+        """Publishes all there is to show, and frees the lock."""
+        if self._lease:
+            try:
+                if not self._lease.lost:
+                    shown = (p.name for p in self.path.iterdir() if p.name not in _KEPT_HERE)
+                    self.publish(*(name for name in shown if name not in (".lock", _LOCATION)))
+            finally:
+                self._lease.close()
+                self._lease = None
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -100,6 +185,31 @@ class Workdir:
 
     def __exit__(self, *exc):
         self.close()
+
+
+def mirror(url: str) -> Path:
+    """The local directory for a workdir in a bucket: below COSUP_CACHE (~/.cache/cosup_jax)."""
+    below = os.environ.get("COSUP_CACHE") or "~/.cache/cosup_jax"
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+    return Path(below).expanduser() / f"{url.rstrip('/').rsplit('/', 1)[1]}-{digest}"
+
+
+def checkpoints(directory: Path) -> epath.Path:
+    """Where the checkpoints of the workdir `directory` lie: in it, or in the bucket it mirrors."""
+    location = Path(directory) / _LOCATION
+    base = location.read_text() if location.is_file() else str(directory)
+    return epath.Path(base.removeprefix("file://")) / "checkpoints"
+
+
+def _appears(path: Path) -> bool:
+    """Whether the file is seen, on a network file system perhaps a little later."""
+    end = time.monotonic() + 20
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        os.listdir(path.parent)  # some clients remember what was not there
+        time.sleep(0.2)
+    return True
 
 
 def write_atomic(path: Path, text: str) -> None:

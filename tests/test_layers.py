@@ -11,7 +11,7 @@ PACKAGE = ROOT / "cosup_jax"
 LAYERS = (  # low to high; a module imports strictly lower ones
     "errors families hlo",
     "liveness kernels",
-    "processes",
+    "processes bucket",
     "config workdir",
     "freeze records roofline",
     "hf.names",

@@ -1,0 +1,163 @@
+"""Workdirs and data in buckets: on file://, a bucket without a network."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cosup_jax import workdir as workdir_lib
+from cosup_jax.bucket import Bucket, Lease, localise
+from cosup_jax.errors import UserError
+from cosup_jax.workdir import Workdir, checkpoints
+
+LEASE_S = 0.8
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    """A bucket, and a cache of this machine's own; leases that lapse at once."""
+    monkeypatch.setenv("COSUP_CACHE", str(tmp_path / "host a"))
+    quick = lambda bucket, say: Lease(bucket, say, LEASE_S)
+    quick.NAME = Lease.NAME
+    monkeypatch.setattr(workdir_lib, "Lease", quick)
+    (tmp_path / "bucket").mkdir()
+    return f"file://{tmp_path}/bucket/runs/one"
+
+
+def another_host(tmp_path, monkeypatch):
+    monkeypatch.setenv("COSUP_CACHE", str(tmp_path / "host b"))
+
+
+def test_objects_are_whole_and_listed(url):
+    """Bugs: a name that is a prefix of another lists it too; a missing object read as empty."""
+    bucket = Bucket(url)
+    bucket.write("a/x", b"1")
+    bucket.write("ab", b"2")
+    assert (bucket.names(), bucket.names("a/")) == (["a/x", "ab"], ["a/x"])
+    assert (bucket.read("ab"), bucket.read("a")) == (b"2", None)
+
+
+@pytest.mark.parametrize("path", ["ftp://a/b", "gs://", "file:///"])
+def test_a_url_that_is_no_bucket(path):
+    """Bug: a typing error in the scheme makes a local directory of that name."""
+    with pytest.raises(UserError, match=r"give a local path, or gs://"):
+        Workdir(path)
+
+
+def test_what_a_run_writes_is_in_the_bucket_and_found_again(url, tmp_path, monkeypatch):
+    """Bugs: a status that the launcher never sees; a resume on another machine that starts anew;
+    tokens uploaded with every report."""
+    with Workdir(url) as workdir:
+        assert workdir.url == url and workdir.path.is_relative_to(tmp_path / "host a")
+        workdir.status("running", 3)
+        assert json.loads(Bucket(url).read("status.json")) == {"state": "running", "step": 3}
+        for name in ("metrics.jsonl", "tokenizer/k/vocab.json", "data/tokens", "index/shard"):
+            (workdir.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (workdir.path / name).write_text("first")
+        workdir.publish("metrics.jsonl", "tokenizer")
+        assert Bucket(url).read("tokenizer/k/vocab.json") == b"first"
+        (workdir.path / "metrics.jsonl").write_text("first, longer")
+    names = Bucket(url).names()
+    assert "metrics.jsonl" in names and "index/shard" in names
+    assert not [name for name in names if name.startswith((".lease", ".lock", "data", ".bucket"))]
+    another_host(tmp_path, monkeypatch)
+    with Workdir(url) as workdir:
+        assert workdir.read_status() == {"state": "running", "step": 3}
+        assert (workdir.path / "metrics.jsonl").read_text() == "first, longer"
+        assert (workdir.path / "tokenizer/k/vocab.json").is_file()
+        assert not (workdir.path / "index").exists()
+        workdir.fetch("index/")
+        assert (workdir.path / "index/shard").read_text() == "first"
+        expected = Path(url.removeprefix("file://")) / "checkpoints"
+        assert str(checkpoints(workdir.path)) == str(expected)
+
+
+def test_a_second_run_is_refused_on_another_machine(url, tmp_path, monkeypatch):
+    """Bug: two machines write one workdir, as no lock of theirs is seen by the other."""
+    with Workdir(url):
+        another_host(tmp_path, monkeypatch)
+        start = time.monotonic()
+        with pytest.raises(UserError, match="in use by another run, process"):
+            Workdir(url)
+        assert time.monotonic() - start < 2 * LEASE_S
+    Workdir(url).close()
+
+
+def test_a_dead_run_frees_its_lease_and_notices(url, capsys):
+    """Bugs: a kill -9 that locks the workdir for ever; a run that was cut off from the bucket and
+    writes on beside its successor."""
+    bucket = Bucket(url)
+    dead = Lease(bucket, print, LEASE_S)
+    dead._over.set()  # renews no more
+    dead._thread.join()
+    heir = Lease(bucket, print, LEASE_S)
+    assert "was held by process" in capsys.readouterr().out
+    dead._over.clear()
+    dead._renew()
+    assert dead.lost and not heir.lost
+    dead.close()
+    assert json.loads(bucket.read(Lease.NAME))["holder"], "the heir's lease is gone"
+    heir.close()
+    assert bucket.read(Lease.NAME) is None
+
+
+def test_of_two_takers_one_wins(url):
+    """Bug: both find the lease free, and both take it."""
+    bucket, taken, refused = Bucket(url), [], []
+
+    def take():
+        try:
+            taken.append(Lease(bucket, print, 10.0))
+        except UserError:
+            refused.append(1)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    looked = threading.Barrier(4)
+    look = bucket.look
+    bucket.look = lambda name: (look(name), looked.wait(10) if not taken else None)[0]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(taken), len(refused)) == (1, 3)
+    taken[0].close()
+
+
+def test_a_lost_lease_stops_the_run(url):
+    """Bug: the loser goes on training, and its uploads destroy the winner's."""
+    workdir = Workdir(url)
+    workdir._lease.lost = True
+    with pytest.raises(UserError, match="taken over"):
+        workdir.status("running", 4)
+    workdir.close()
+    assert Bucket(url).read("status.json") is None
+
+
+@pytest.mark.parametrize(
+    ("source", "gives", "files"),
+    [
+        ("{url}/x.jsonl@2", "x.jsonl@2", ["x.jsonl", "x.passages.jsonl"]),
+        ("prepared:{url}/made", "made", ["made/manifest.json", "made/t/a"]),
+        ("prepared:{url}/made::x", "made::x", ["made/manifest.json", "made/t/a"]),
+        ("{url}/y*.jsonl", "y*.jsonl", ["y1.jsonl", "y1.passages.jsonl", "y2.jsonl"]),
+    ],
+)
+def test_data_is_fetched_once(url, tmp_path, source, gives, files, monkeypatch):
+    """Bugs: questions without their passages; a prepared directory of which a file is missing;
+    every start downloads the corpus again."""
+    bucket = Bucket(url)
+    for name in ("x.jsonl", "x.passages.jsonl", "xy.jsonl", "made/manifest.json", "made/t/a"):
+        bucket.write(name, name.encode())
+    for name in ("y1.jsonl", "y1.passages.jsonl", "y2.jsonl", "maden"):
+        bucket.write(name, name.encode())
+    found = localise(source.format(url=url), tmp_path / "cache")
+    assert "://" not in found and found.endswith(f"/{gives}")
+    local = Path(found.removeprefix("prepared:").removesuffix(gives))
+    assert sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()) == files
+    monkeypatch.setattr(Bucket, "download", lambda *_: pytest.fail("again"))
+    assert localise(source.format(url=url), tmp_path / "cache") == found
+    assert localise("tfds:world", tmp_path) == "tfds:world"
+    with pytest.raises(UserError, match="does not exist"):
+        localise(f"{url}/no.jsonl", tmp_path)
