@@ -16,6 +16,7 @@ from typing import Any
 import tensorstore as ts
 
 from cosup_jax.errors import UserError
+from cosup_jax.paths import inside
 
 SCHEMES = ("gs", "file")
 LEASE_S = 60.0  # a lease that was not renewed for so long is nobody's
@@ -63,7 +64,7 @@ class Bucket:
 
     def download(self, name: str, directory: Path) -> None:
         """Writes the object to `directory / name`, whole or not at all."""
-        path = directory / name
+        path = inside(directory, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:

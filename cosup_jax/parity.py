@@ -115,8 +115,10 @@ def transformers_logits(directory: Path, sample: Sample) -> list[np.ndarray]:
     """Gen's by AutoModelForCausalLM, in float32. Needs torch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(directory / "gen", dtype="float32").eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory / "gen")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory / "gen", dtype="float32", trust_remote_code=False
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory / "gen", trust_remote_code=False)
     rows = [row.tolist() for row in sample.gen_tokens]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
     logits = model(**batch).logits.detach().numpy()

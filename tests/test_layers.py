@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cosup_jax"
 LAYERS = (  # low to high; a module imports strictly lower ones
     "errors families hlo",
-    "liveness kernels",
+    "liveness kernels paths",
     "processes bucket",
     "config workdir",
     "freeze records roofline",

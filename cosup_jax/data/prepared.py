@@ -27,6 +27,7 @@ from cosup_jax.data.digests import file_digest
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
 from cosup_jax.data.storage import IdIndex, hash_of, replacing
 from cosup_jax.errors import UserError
+from cosup_jax.paths import inside
 
 FORMAT = 1  # raise it whenever the files change
 FILE_ROWS = 262_144  # rows of a file
@@ -63,7 +64,7 @@ def load(directory: str, name: str, memory: Path) -> Dataset:
         raise UserError(f"data source 'prepared:{directory}::{name}': there is {known}")
     source = about["sources"][name]
     for file, fact in source["files"].items():
-        if not (path / file).is_file() or (path / file).stat().st_size != fact["bytes"]:
+        if not inside(path, file).is_file() or (path / file).stat().st_size != fact["bytes"]:
             raise UserError(f"{path / file}: missing or cut off; run --mode=prepare again")
         if file_digest(path / file, memory) != fact["sha256"]:
             raise UserError(f"{path / file}: not what was written; run --mode=prepare again")

@@ -230,7 +230,7 @@ def _pretrained(name: str, source: str, weight_rows: int) -> Tokenizer:
 def _from_pretrained(name: str, **options) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer  # slow to import, and a tokenizer of our own needs none
 
-    return AutoTokenizer.from_pretrained(name, **options)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def _check_reachable(repository: str) -> None:

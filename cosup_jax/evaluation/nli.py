@@ -88,7 +88,7 @@ class TransformersNli:
         import transformers
 
         try:
-            config = transformers.AutoConfig.from_pretrained(self.name)
+            config = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False)
             if importlib.util.find_spec("torch") is None:
                 raise UserError(
                     f"the NLI model {self.name} needs torch: pip install 'cosup_jax[parity]'"
@@ -98,8 +98,10 @@ class TransformersNli:
             )
             kind = "Seq2SeqLM" if self._writes else "SequenceClassification"
             auto = getattr(transformers, f"AutoModelFor{kind}")
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
-            self._model = auto.from_pretrained(self.name, dtype=dtype)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.name, trust_remote_code=False
+            )
+            self._model = auto.from_pretrained(self.name, dtype=dtype, trust_remote_code=False)
         except (ImportError, OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(

@@ -24,6 +24,7 @@ from cosup_jax.hf import sentence
 from cosup_jax.hf.configs import arch_fields
 from cosup_jax.hf.gguf import GgufFile
 from cosup_jax.hf.names import HEAD, LAYOUTS, TABLE, Layout, Tensor, axes, layers_of, unfrozen
+from cosup_jax.paths import inside
 
 CONNECT_S = 5  # seconds until the hub counts as out of reach
 NEW_ROW_NOISE = 0.02  # noise of a new vocabulary row, in standard deviations of the old ones
@@ -152,7 +153,7 @@ class _Files:
 
     def _open(self, file: str) -> Any:
         if file not in self._opened:
-            path = self.directory / file
+            path = inside(self.directory, file)
             try:
                 self._opened[file] = safetensors.safe_open(path, framework="np")
             except (OSError, safetensors.SafetensorError) as error:
