@@ -104,14 +104,7 @@ def search_speed(vectors: int, width: int, k: int = 10) -> dict[int, float]:
     return share
 
 
-def _tiles(corpus_NxD: jax.Array) -> jax.Array:
-    """1024 rows at a time, multiplied by one query."""
-    n = min(len(corpus_NxD), 1024)
-    cut = lambda i: jax.lax.dynamic_slice_in_dim(corpus_NxD, i * n, n) @ corpus_NxD[0]
-    return jax.lax.map(cut, jnp.arange(len(corpus_NxD) // n)).max()
-
-
-_READS = {"max": jnp.max, "sum": jnp.sum, "tiles": _tiles}
+_READS = {"max": jnp.max, "sum": jnp.sum}
 
 
 def _seconds(run: Callable, *args) -> float:

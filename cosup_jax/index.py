@@ -1,12 +1,12 @@
-"""Exact maximum inner product search over passage vectors, a tile at a time.
+"""Exact maximum inner product search over passage vectors, a stretch of the corpus at a time.
 
-A corpus is scored in tiles, on a CPU small enough for its caches. Tiles make a stretch, whose best
-rows are merged into the best so far: [queries x corpus] never exists. Sorting is what is slow, so a
-stretch is cut into blocks of rows, and only the k blocks of largest maximum are looked into: a row
-among the k best lies in one of them, as k maxima precede all that lie in another.
+The best rows of a stretch are merged into the best so far: [queries x corpus] never exists. Sorting
+is what is slow, so a stretch is cut into blocks of rows, and only the k blocks of largest maximum
+are looked into: a row among the k best lies in one of them, as k maxima precede all in any other.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -21,9 +21,8 @@ from cosup_jax.sharding import AXES
 
 BLOCK = 128  # rows of which the largest score is taken first
 QUERIES = 256  # scored together
-TILE_BYTES = {"cpu": 2**21}  # of float32 vectors scored at once, by platform
-OTHER_TILE_BYTES = 2**28
-STRETCH_BYTES = 2**25  # of scores
+STRETCH_BYTES = 2**24  # of the scores of a stretch
+TILE_BYTES = 2**20  # of scores that a CPU's cache holds between product and maxima
 CHUNK_BYTES = 2**28  # of float32 vectors sent to a device at once
 
 
@@ -49,8 +48,8 @@ class Corpus(Protocol):
 class Best(NamedTuple):
     """The best rows so far, best first, and of equal scores the lower row first."""
 
-    scores_QxK: jax.Array  # float32; -inf where there is no row
-    rows_QxK: jax.Array  # int32
+    scores_QxK: np.ndarray | jax.Array  # float32; -inf where there is no row
+    rows_QxK: np.ndarray | jax.Array  # int32
 
 
 def search(
@@ -77,17 +76,15 @@ def search(
     if len(corpus) >= 2**31:
         raise UserError(f"{len(corpus):,} vectors are too many for one search; split the index")
     if not len(query_QxD) or not len(corpus):
-        shape = (len(query_QxD), k)
-        return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+        scores, rows = _nothing(len(query_QxD), k)
+        return scores, rows.astype(np.int64)
     queries = _blocks(query_QxD, mesh)
-    nothing = Best(*(_put(np.asarray(x), mesh, P()) for x in _nothing(len(queries[0]), k)))
-    best, first = [nothing] * len(queries), 0
-    for chunk, rows in _chunks(corpus, mesh):
-        merged = [
-            _merge(*pair, chunk, first, rows, mesh) for pair in zip(best, queries, strict=True)
-        ]
+    best = [Best(*(_put(x, mesh, P()) for x in _nothing(len(queries[0]), k)))] * len(queries)
+    for chunk in _chunks(corpus, len(queries[0]), mesh):
+        pairs = zip(best, queries, strict=True)
+        merged = [_merge(*pair, *chunk, mesh) for pair in pairs]
         jax.block_until_ready(best)  # else all chunks would be sent at once
-        best, first = merged, first + rows
+        best = merged
     scores, rows = map(np.concatenate, zip(*jax.device_get(best), strict=True))
     scores, rows = scores[: len(query_QxD)], rows[: len(query_QxD)].astype(np.int64)
     return scores, np.where(scores == -np.inf, -1, rows)
@@ -101,29 +98,47 @@ def _blocks(query_QxD: np.ndarray, mesh: Mesh | None) -> list[jax.Array]:
 
 
 def _nothing(queries: int, k: int) -> Best:
-    return Best(jnp.full((queries, k), -jnp.inf), jnp.full((queries, k), -1, jnp.int32))
+    return Best(np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int32))
 
 
-def _chunks(corpus, mesh: Mesh | None) -> Iterator[tuple[Stored, int]]:
-    """Rows on the devices, all chunks of one shape, and how many of them count."""
-    parts = mesh.size if mesh else 1
-    if hasattr(corpus, "shape"):
-        whole = -(-len(corpus) // parts) * parts
-        yield _placed(Stored(corpus), whole, mesh), len(corpus)
+class _Chunk(NamedTuple):
+    """A part of the corpus on the devices."""
+
+    stored: Stored
+    first: int  # row of the corpus that its own row 0 is
+    rows: int  # how many of its rows count
+
+
+def _chunks(corpus, queries: int, mesh: Mesh | None) -> Iterator[_Chunk]:
+    """All rows, each in one chunk."""
+    resident, on_cpu = hasattr(corpus, "shape"), mesh is None and jax.default_backend() == "cpu"
+    if resident and not on_cpu:
+        yield _Chunk(_placed(Stored(corpus), 1, mesh), 0, len(corpus))
         return
-    unit = BLOCK * parts
-    rows = min(CHUNK_BYTES * parts // (4 * corpus.width), len(corpus))
-    rows = max(rows // unit, 1) * unit
-    for stored in corpus.chunks(rows):
-        yield _placed(stored, rows, mesh), len(stored.vectors)
+    unit = BLOCK * (mesh.size if mesh else 1)
+    # On a CPU a stretch is a chunk, a view for which nothing is copied.
+    rows = _stretch_rows(queries) if on_cpu else CHUNK_BYTES * unit // (4 * BLOCK * corpus.width)
+    parts = [Stored(np.asarray(corpus))] if resident else corpus.chunks(max(rows, unit))
+    first = 0
+    for part in parts:
+        count = len(part.vectors)
+        whole = count // unit * unit
+        for start, stop in itertools.pairwise(sorted({*range(0, whole, rows), whole, count})):
+            cut = Stored(*(x if x is None else x[start:stop] for x in part))
+            yield _Chunk(_placed(cut, unit, mesh), first + start, stop - start)
+        first += count
 
 
-def _placed(stored: Stored, rows: int, mesh: Mesh | None) -> Stored:
-    """Padded to `rows` rows, which the devices share."""
+def _stretch_rows(queries: int) -> int:
+    return max(STRETCH_BYTES // (4 * queries * BLOCK), 1) * BLOCK
+
+
+def _placed(stored: Stored, unit: int, mesh: Mesh | None) -> Stored:
+    """On the devices, which share the rows; padded to a multiple of `unit` and of the devices."""
+    unit = max(unit, mesh.size if mesh else 1)
 
     def place(x):
-        short = rows - len(x)
-        if short:
+        if short := -len(x) % unit:
             x = np.concatenate([np.asarray(x), np.zeros((short, *x.shape[1:]), x.dtype)])
         return _put(x, mesh, P(AXES))
 
@@ -141,64 +156,85 @@ def _put(x: np.ndarray | jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _merge(
-    best: Best, query_QxD: jax.Array, chunk: Stored, first: int, rows: int, mesh: Mesh | None
+    best: Best, query_QxD: jax.Array, stored: Stored, first: int, rows: int, mesh: Mesh | None
 ) -> Best:
-    """`best` and the first `rows` rows of a chunk, whose own first row is `first` of the corpus."""
+    """`best` and a chunk."""
     k = best.scores_QxK.shape[1]
     if mesh is None:
-        found = _best_rows(query_QxD, chunk, rows, k, jax.default_backend())
+        found = _best_rows(query_QxD, stored, rows, k)
         return _top(best, Best(found.scores_QxK, found.rows_QxK + first))
-    platform, own = mesh.devices.flat[0].platform, len(chunk.vectors) // mesh.size
+    own = len(stored.vectors) // mesh.size
 
-    def on_device(query_QxD, chunk, rows):
+    def on_device(query_QxD, stored, rows):
         before = jax.lax.axis_index(AXES) * own
-        found = _best_rows(query_QxD, chunk, jnp.clip(rows - before, 0, own), k, platform)
-        found = found._replace(rows_QxK=found.rows_QxK + before)
+        found = _best_rows(query_QxD, stored, rows - before, k)
+        found = Best(found.scores_QxK, found.rows_QxK + before)
         return jax.tree.map(lambda x: jax.lax.all_gather(x, AXES, axis=1, tiled=True), found)
 
     found = jax.shard_map(
         on_device, mesh=mesh, in_specs=(P(), P(AXES), P()), out_specs=P(), check_vma=False
-    )(query_QxD, chunk, rows)
+    )(query_QxD, stored, rows)
     return _top(best, Best(found.scores_QxK, found.rows_QxK + first))
 
 
-def _best_rows(query_QxD: jax.Array, chunk: Stored, rows: jax.Array, k: int, platform: str) -> Best:
-    """The best of the first `rows` rows, counted from 0, on one device."""
-    Q, D = query_QxD.shape
-    N = len(chunk.vectors)
-    n = TILE_BYTES.get(platform, OTHER_TILE_BYTES) // (4 * D * BLOCK) * BLOCK
-    n = min(max(n, BLOCK), -(-N // BLOCK) * BLOCK)  # rows of a tile
-    if n > N:
-        chunk = jax.tree.map(lambda x: jnp.pad(x, [(0, n - N)] + [(0, 0)] * (x.ndim - 1)), chunk)
-        N = n
-    most = max(STRETCH_BYTES // (4 * Q * n), 1)
-    stretches = -(-N // (n * most))
-    tiles = -(-N // (n * stretches))  # of a stretch
+def _best_rows(query_QxD: jax.Array, stored: Stored, rows, k: int) -> Best:
+    """The best of the first `rows` rows, or of all that there are, on one device.
 
-    def tile(first):
-        """Scores of rows first .. first + n - 1; where those run out, the last n, partly masked."""
-        start = jnp.minimum(first, N - n)
-        cut = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, n), chunk)
-        score_nxQ = _scores(cut, query_QxD)
-        row_n = start + jnp.arange(n)
-        wanted_n = (row_n >= first) & (row_n < rows)
-        score_nxQ = jnp.where(wanted_n[:, None] & ~jnp.isnan(score_nxQ), score_nxQ, -jnp.inf)
-        score_bxBxQ = score_nxQ.reshape(-1, BLOCK, Q)
-        return start, score_bxBxQ, jnp.max(score_bxBxQ, axis=1)
+    All products are of whole blocks of rows: copies would not tie if some were summed otherwise.
+    """
+    Q, N = len(query_QxD), len(stored.vectors)
+    rows = jnp.minimum(rows, N)
+    stretches = -(-N // _stretch_rows(Q))
+    n = -(-N // (stretches * BLOCK)) * BLOCK
+    if n >= N:
+        pad = lambda x: jnp.pad(x, [(0, n - N)] + [(0, 0)] * (x.ndim - 1))
+        return _best_of_stretch(query_QxD, jax.tree.map(pad, stored), 0, 0, rows, k)
 
     def stretch(number, best):
-        firsts = (number * tiles + jnp.arange(tiles)) * n
-        starts, scores, maxima = jax.lax.map(tile, firsts)
-        first_b = (starts[:, None] + jnp.arange(0, n, BLOCK)[None]).reshape(-1)
-        score_bxBxQ, max_Qxb = scores.reshape(-1, BLOCK, Q), maxima.reshape(-1, Q).T
-        _, block_Qxk = jax.lax.top_k(max_Qxb, min(k, max_Qxb.shape[1]))
-        block_Qxk = jnp.sort(block_Qxk, axis=1)  # so that equal scores stay in order of rows
-        score_QxkxB = score_bxBxQ[block_Qxk, :, jnp.arange(Q)[:, None]]
-        row_QxkxB = first_b[block_Qxk][:, :, None] + jnp.arange(BLOCK)[None, None]
-        return _top(best, Best(score_QxkxB.reshape(Q, -1), row_QxkxB.reshape(Q, -1)))
+        first = number * n
+        at = jnp.minimum(first, N - n)  # one shape: the last reaches back
+        cut = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, n), stored)
+        return _top(best, _best_of_stretch(query_QxD, cut, at, first, rows, k))
 
-    used = -(-rows // (n * tiles))
-    return jax.lax.fori_loop(0, used, stretch, _nothing(Q, k))
+    return jax.lax.fori_loop(0, stretches, stretch, jax.tree.map(jnp.asarray, _nothing(Q, k)))
+
+
+def _best_of_stretch(query_QxD: jax.Array, stored: Stored, at, start, stop, k: int) -> Best:
+    """The best of the rows start .. stop - 1 in a stretch whose own first row is `at`."""
+    Q, n = len(query_QxD), len(stored.vectors)
+    row_bxB = at + jnp.arange(n).reshape(-1, BLOCK)
+
+    def searched(scores, rows):
+        wanted = (rows >= start) & (rows < stop) & ~jnp.isnan(scores)
+        return jnp.where(wanted, scores, -jnp.inf)
+
+    def tile(stored, row_bxB):
+        score_bxBxQ = _scores(stored, query_QxD).reshape(-1, BLOCK, Q)
+        return score_bxBxQ, jnp.max(searched(score_bxBxQ, row_bxB[:, :, None]), axis=1)
+
+    tiles = _tiles(n, Q)
+    if tiles == 1:
+        score_bxBxQ, max_bxQ = tile(stored, row_bxB)
+    else:
+        cut = lambda x: x.reshape(tiles, -1, *x.shape[1:])
+        found = jax.lax.map(lambda part: tile(*part), jax.tree.map(cut, (stored, row_bxB)))
+        score_bxBxQ, max_bxQ = (x.reshape(-1, *x.shape[2:]) for x in found)
+    max_Qxb = max_bxQ.T
+    _, block_Qxk = jax.lax.top_k(max_Qxb, min(k, max_Qxb.shape[1]))
+    block_Qxk = jnp.sort(block_Qxk, axis=1)  # so that equal scores stay in order of rows
+    row_QxkB = row_bxB[block_Qxk].reshape(Q, -1)
+    score_QxkB = score_bxBxQ[block_Qxk, :, jnp.arange(Q)[:, None]].reshape(Q, -1)
+    return _top(_nothing(Q, k), Best(searched(score_QxkB, row_QxkB), row_QxkB))
+
+
+def _tiles(rows: int, queries: int) -> int:
+    """In how many products a stretch is scored.
+
+    One, as each cut is a copy, but where a CPU multiplies for so long that the copy is nothing.
+    """
+    most = TILE_BYTES // (4 * queries * BLOCK) * BLOCK
+    cuts = queries >= 128 and jax.default_backend() == "cpu" and most and rows % most == 0
+    return rows // most if cuts else 1
 
 
 def _top(best: Best, found: Best) -> Best:

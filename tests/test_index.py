@@ -49,11 +49,11 @@ def assert_same(found, expected):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Blocks of 4 rows, tiles of 8, stretches of 2 tiles and more, so that few rows make many."""
+    """Blocks of 4 rows, stretches of 16 and more, chunks of 12, so that few rows make many."""
     monkeypatch.setattr(index, "BLOCK", 4)
-    monkeypatch.setattr(index, "TILE_BYTES", {"cpu": 4 * 3 * 8})
     monkeypatch.setattr(index, "STRETCH_BYTES", 4 * 4 * 16)
     monkeypatch.setattr(index, "CHUNK_BYTES", 4 * 3 * 12)
+    monkeypatch.setattr(index, "TILE_BYTES", 4 * 256 * 4)  # 256 queries: 4 rows
     index._merge.clear_cache()
     yield sharding.make_mesh(MeshConfig(2, 2, 2))
     index._merge.clear_cache()
@@ -90,12 +90,17 @@ def test_search_equals_a_sort(tiny, how, queries, rows, k):
     check()
 
 
-def test_every_row_of_a_full_size_corpus_can_be_found(tiny):
-    """Bugs: blocks that are chosen by the wrong maximum, more queries than one block of them."""
+@pytest.mark.parametrize("stretch_rows", [4, 16, 512])
+def test_many_queries(tiny, monkeypatch, stretch_rows):
+    """Bugs: more queries than one block of them, tiles of a stretch put together in another order,
+    blocks chosen by the wrong maximum."""
+    monkeypatch.setattr(index, "STRETCH_BYTES", 4 * 256 * stretch_rows)
     rng = np.random.default_rng(0)
-    corpus_NxD = rng.permutation(500).astype(np.float32)[:, None] * np.eye(3, dtype=np.float32)[0]
-    query_QxD = np.tile([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]], (150, 1)).astype(np.float32)
-    assert_same(index.search(query_QxD, corpus_NxD, 7), by_sorting(query_QxD, corpus_NxD, 7))
+    corpus_NxD = rng.integers(-50, 50, (500, 3)).astype(np.float32)
+    query_QxD = rng.integers(-9, 9, (300, 3)).astype(np.float32)
+    for rows in (500, 492, 48):
+        expected = by_sorting(query_QxD, corpus_NxD[:rows], 7)
+        assert_same(index.search(query_QxD, corpus_NxD[:rows], 7), expected)
 
 
 def test_nothing_to_search_or_to_ask_for():
