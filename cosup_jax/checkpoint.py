@@ -6,9 +6,11 @@ shape and checksum. A directory with a plain number for a name is complete: Orba
 and renames.
 """
 
+import functools
 import json
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,15 @@ from cosup_jax.errors import UserError
 _log = logging.getLogger(__name__)
 # Orbax tells its own developers of every save through absl; what goes wrong also comes as an error.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _report(hook: Callable, kind: type, error: BaseException, trace: Any) -> None:
+    """What is uncaught, but for the end of a read after Orbax gave up on another one."""
+    if str(error) != "Event loop is closed":
+        hook(kind, error, trace)
+
+
+sys.excepthook = functools.partial(_report, sys.excepthook)
 
 
 class Restored(NamedTuple):

@@ -11,6 +11,7 @@ from cosup_jax.config import (
     SHAPE,
     TEMPERATURE_RANGE,
     Config,
+    RopeScaling,
     get_dotted,
     replace_dotted,
     sources,
@@ -18,10 +19,16 @@ from cosup_jax.config import (
 from cosup_jax.errors import UserError
 from cosup_jax.families import FAMILIES, KERNELS
 
+_ROPE_SCALING = {  # what each kind reads
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original", "low", "high"),
+    "yarn": ("factor", "original", "low", "high", "attention"),
+}
 _ARCH = {
     "family": tuple(FAMILIES),
     "activation": ("", "silu", "gelu", "gelu_tanh"),
-    "rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
+    "rope_scaling.kind": tuple(_ROPE_SCALING),
     "dtype": ("float32", "bfloat16"),
     "frozen_dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
@@ -196,6 +203,14 @@ def _check(config: Config) -> None:
             )
         if arch.rope_fraction > 1:
             raise UserError(f"config.{tower}.arch.rope_fraction={arch.rope_fraction} is a share")
+        kind = arch.rope_scaling.kind
+        for name, default in vars(RopeScaling()).items():
+            given = getattr(arch.rope_scaling, name) != default
+            if given and name != "kind" and name not in _ROPE_SCALING[kind]:
+                raise UserError(
+                    f"config.{tower}.arch.rope_scaling.{name} means nothing with kind={kind}; drop "
+                    "it, or set the kind"
+                )
     for name in ("pooling", "prompt"):
         if getattr(config.gen, name) != getattr(Config().gen, name):
             raise UserError(

@@ -20,6 +20,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cosup_jax import checkpoint
 from cosup_jax.checkpoint import Checkpointer, check_readable, restore_params
 from cosup_jax.errors import UserError
 
@@ -257,6 +258,16 @@ def test_params_alone(tmp_path, devices):
         restore_params(tmp_path, abstract(state.params, mesh))
     with pytest.raises(UserError, match="holds no checkpoint"):
         restore_params(tmp_path / "absent", abstract(state.params, mesh))
+
+
+def test_only_the_end_of_a_late_read_goes_unreported():
+    """Bug: a damaged checkpoint's one line is followed by tracebacks of reads that Orbax gave up
+    on; or an error of ours is hidden with them."""
+    told = []
+    hook = lambda kind, error, trace: told.append(str(error))
+    for line in ("Event loop is closed", "a fault of ours"):
+        checkpoint._report(hook, RuntimeError, RuntimeError(line), None)
+    assert told == ["a fault of ours"] and sys.excepthook.func is checkpoint._report
 
 
 def test_full_disk_surfaces(tmp_path, devices, capfd):

@@ -79,6 +79,7 @@ def test_unknown_key_is_refused():
         ("gen.pooling", "last", "Gen reads no passages"),
         ("gen.prompt", "passage: ", "Gen reads no passages"),
         ("gen.arch.rope_fraction", 1.5, "is a share"),
+        ("ctx.arch.rope_scaling.factor", 8.0, "rope_scaling.factor means nothing with kind=none"),
         ("data.train", "world@heavy", "weight"),
         ("loss.remote_negatives", "detached", "official"),
     ],
