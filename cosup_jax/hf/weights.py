@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import constants, snapshot_download
 
@@ -121,7 +122,7 @@ def _load(path: Path, abstract: Mapping, old_vocab: int | None, seed: int, needs
         table[HEAD] = table[HEAD]._replace(name=layout.table[TABLE].name)
     _check_names(path, files.names, table, leaves, layout)
     arrays = {}
-    for name, leaf in leaves.items():
+    for name, leaf in tqdm.tqdm(leaves.items(), f"reading {path.name}", leave=False, disable=None):
         layers = layers_of(name, leaves)
         arrays[name] = _read_leaf(path, files, name, table[name], leaf, layers, old_vocab, seed)
     return unflatten_dict(arrays, sep="/")
