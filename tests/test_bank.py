@@ -44,8 +44,11 @@ def _step_data(step: int, ids=None, valid=None):
     return live, Queries(draw(Q, D), positives, jnp.asarray(valid))
 
 
+_store = jax.jit(bank_lib.fill)
+
+
 def _fill(bank, step: int, keep: bool = True, **data):
-    return bank_lib.fill(bank, *_step_data(step, **data), jnp.int32(step), jnp.bool_(keep))
+    return _store(bank, *_step_data(step, **data), jnp.int32(step), jnp.bool_(keep))
 
 
 def _counted(bank, live, step, c):
@@ -127,7 +130,7 @@ def test_a_fresh_dual_bank_is_one_large_batch():
     steps = [_step_data(step) for step in range(4)]
     bank = bank_lib.init(c.bank, SHAPE, D)
     for step, data in enumerate(steps[:-1]):
-        bank = bank_lib.fill(bank, *data, jnp.int32(step), jnp.bool_(True))
+        bank = _store(bank, *data, jnp.int32(step), jnp.bool_(True))
 
     @jax.jit
     def gradient(asked, live, bank):

@@ -1,5 +1,7 @@
 """Next-sequence prediction on bare vectors against loops: every loss, mask and bank."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,10 @@ def _config(kind: str, **keys):
     return config(bank__kind=kind, loss__learn_temperature=True, **sizes, **keys)
 
 
+_fill = jax.jit(bank_lib.fill)
+
+
+@jax.jit
 def _live(vectors, ids, valid, step=0) -> Candidates:
     """Candidates as `cosup.condense` makes them."""
     counted = contrast.first_of_each(jnp.asarray(ids), jnp.asarray(valid))
@@ -52,7 +58,7 @@ def _vectors(seed: int, c):
         old = ids[rng.permutation(C)].copy()
         old[: C // 2, 0] += 20  # half of them are passages that are not live
         old_live = _live(draw(C, D), old, rng.random(C) < 0.9, past)
-        bank = bank_lib.fill(bank, old_live, asked(old, 0.9), jnp.int32(past), jnp.bool_(True))
+        bank = _fill(bank, old_live, asked(old, 0.9), jnp.int32(past), jnp.bool_(True))
     return queries, draw(C, D), ids, valid, bank
 
 
@@ -107,6 +113,7 @@ def test_nsp_equals_the_loops(kind, contrastive, margin_mask, tile_bytes):
             assert_close(grads[3], outer * expected[4])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _sums(c, queries, live, ids, valid, bank):
     step = jnp.int32(STEP)
     columns = [_live(live, ids, valid)]
