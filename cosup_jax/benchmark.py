@@ -1,20 +1,28 @@
-"""--mode=benchmark: how fast this machine tokenises, reads batches from cached tokens, searches."""
+"""--mode=benchmark: how fast this machine tokenises, reads cached tokens, searches, answers."""
 
+import dataclasses
 import resource
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cosup_jax import assemble, index, sharding
+from cosup_jax.assemble import Tokenizers
 from cosup_jax.config import Config
-from cosup_jax.data import pipeline, tokens
+from cosup_jax.data import markup, pipeline, tokens
 from cosup_jax.data.batch import Batch
 from cosup_jax.data.plan import Plan
+from cosup_jax.data.schema import Dataset
+from cosup_jax.data.storage import Chosen
+from cosup_jax.decode import Decoder
 from cosup_jax.errors import UserError
+from cosup_jax.retrieve import Search
 from cosup_jax.workdir import Workdir
 
 SEARCHED_FOR = (1, 2, 4, 8, 32, 256)  # queries at once
@@ -23,15 +31,21 @@ SIDE = 2048  # of the square matrices that are multiplied
 
 
 def benchmark(
-    config: Config, workdir: str, steps: int = 400, vectors: int = 1_000_000, width: int = 0
+    config: Config,
+    workdir: str,
+    steps: int = 400,
+    vectors: int = 1_000_000,
+    width: int = 0,
+    answers: int = 128,
 ) -> None:
-    """Prints tokens per second, by the clock and for each second of one core; and how long search
-    takes beside what memory or arithmetic alone would.
+    """Prints tokens per second, by the clock and for each second of one core; how long search
+    takes beside what memory or arithmetic alone would; and how many questions are answered.
 
     Args:
       steps: batches that are read.
       vectors: float32 vectors that are searched.
       width: of these; 0: as Gen's.
+      answers: questions that are answered.
 
     Raises:
       UserError: whatever is wrong with config or data.
@@ -58,6 +72,8 @@ def benchmark(
         _print(f"reading {steps} batches", lambda: sum(map(_tokens, reader)), int)
         if vectors:
             search_speed(vectors, width or config.gen.arch.width)
+        if answers:
+            answer_speed(data.train[0][0], answers, tokenizers, config, mesh)
 
 
 def search_speed(vectors: int, width: int, k: int = 10) -> dict[int, float]:
@@ -102,6 +118,41 @@ def search_speed(vectors: int, width: int, k: int = 10) -> dict[int, float]:
             flush=True,
         )
     return share
+
+
+def answer_speed(
+    dataset: Dataset, answers: int, tokenizers: Tokenizers, config: Config, mesh: Mesh
+) -> float:
+    """Prints how fast a Gen of random weights answers training questions; returns tokens/s.
+
+    Such a Gen never stops by itself, so every answer is one passage and generate.max_tokens.
+    """
+    keys = {"retrieve_first": True, "max_retrievals": 1, "temperature": 0.0}
+    config = dataclasses.replace(config, generate=dataclasses.replace(config.generate, **keys))
+    towers, settings = assemble.make_towers(config, tokenizers), config.generate
+    places = sharding.tree_shardings(
+        mesh, towers.gen.logical_axes(), jax.eval_shape(towers.gen.init, jax.random.key(0))
+    )
+    gen = jax.jit(towers.gen.init, out_shardings=places)(jax.random.key(0))
+    asked = [markup.prompt(e, tokenizers.gen) for e in islice(dataset.rows("train"), answers)]
+    passages = Chosen(dataset.passages.at, np.arange(len(dataset.passages)))
+    vectors = np.random.default_rng(0).random((len(passages), towers.gen.width), np.float32)
+    decoder, search = Decoder(mesh, towers, config, tokenizers.gen), Search(passages, vectors)
+    took_s = []
+    for _ in range(1 + ROUNDS):
+        start = time.perf_counter()
+        found = list(decoder.answers({"gen": gen}, asked, search))
+        took_s.append(time.perf_counter() - start)
+    median_s, tokens = float(np.median(took_s[1:])), sum(answer.written for answer in found)
+    retrievals = sum(len(answer.retrieved) for answer in found)
+    print(
+        f"answering {len(asked)} questions, {decoder.rows} at once in {settings.context_tokens} "
+        f"tokens of context, {retrievals / len(asked):.1f} passages and {tokens / len(asked):.0f} "
+        f"tokens each, median of {ROUNDS}: {len(asked) / median_s:,.1f} questions/s, "
+        f"{tokens / median_s:,.0f} tokens/s; {len(decoder.compiled)} compiled shapes",
+        flush=True,
+    )
+    return tokens / median_s
 
 
 _READS = {"max": jnp.max, "sum": jnp.sum}

@@ -77,7 +77,7 @@ def record(
         "raw": raw,
         "spans": spans,
         "retrieved": [
-            {"id": passages[one.row].id, "score": one.score, "number": numbers[one.row]}
+            {"id": passages[one.row].id, "score": _score(one), "number": numbers[one.row]}
             for one in shown
         ],
         "sources": [
@@ -88,6 +88,11 @@ def record(
         "retrievals": len(answer.retrieved),
         "stopped": answer.stopped,
     }
+
+
+def _score(found: Found) -> float | None:
+    """To five digits: the last ones depend on which questions were answered together."""
+    return None if found.score is None else float(f"{found.score:.5g}")
 
 
 def _grounds(part: Part, passages: Sequence[Passage]) -> int:

@@ -5,6 +5,7 @@ those that have ended and starts the next questions in them. It is asked once a 
 batch has need of it, never for a single token.
 """
 
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cosup_jax import advance, sharding
-from cosup_jax.advance import Marks, Status, vacant
+from cosup_jax.advance import Marks, Rows, Status, vacant
 from cosup_jax.config import Config
 from cosup_jax.data import markup
 from cosup_jax.data.schema import Passage
@@ -80,21 +81,31 @@ class Decoder:
         make = lambda: gen.cache(self.rows, settings.context_tokens)
         with jax.set_mesh(mesh):
             shapes = jax.eval_shape(make)
-        axes = ("layers", "batch", None, "kv_heads", None)
-        places = jax.tree.map(lambda x: sharding.leaf_sharding(mesh, x.shape, axes), shapes)
+        place = lambda x: sharding.leaf_sharding(
+            mesh, x.shape, ("layers", "batch", "kv_heads", None, None)
+        )
+        places = jax.tree.map(place, shapes)
         self._empty = jax.jit(make, out_shardings=places)
+
+        self._sizes = sorted({self._served, -(-self.rows // 2)} - {self.rows})
+        self._reaches = sorted({-(-settings.context_tokens // part) for part in (4, 2, 1)})
 
         def write(params, cache, rows, patience):
             self.compiled.append(f"write {self.rows} x 1")
             return advance.write(params, cache, rows, patience, gen, marks, config)
 
-        def fill(params, cache, *rows):
-            self.compiled.append(f"fill {self._served} x {settings.chunk_tokens}")
-            return advance.fill(params, cache, *rows, gen, settings.chunk_tokens)
+        def write_some(params, cache, index_P, *rows):
+            self.compiled.append(f"write {len(index_P)} x 1")
+            return advance.write_some(params, cache, index_P, *rows, gen, marks, config)
 
-        replicated = sharding.replicated(mesh)
-        self._write = jax.jit(write, donate_argnums=1, out_shardings=(places, replicated))
-        self._fill = jax.jit(fill, donate_argnums=1, out_shardings=places)
+        def fill(reach, params, cache, *rows):
+            self.compiled.append(f"fill {self._served} x {settings.chunk_tokens} of {reach}")
+            return advance.fill(params, cache, *rows, reach, gen, settings.chunk_tokens)
+
+        jit = functools.partial(jax.jit, out_shardings=(places, sharding.replicated(mesh)))
+        self._write = jit(write, donate_argnums=1)
+        self._write_some = jit(write_some, donate_argnums=1)
+        self._fill = jax.jit(fill, static_argnums=0, donate_argnums=2, out_shardings=places)
 
     def answers(
         self, params: dict, prompts: Sequence[Sequence[int]], retriever: Retriever | None = None
@@ -119,23 +130,42 @@ class Decoder:
             yield finished.pop(wanted)
 
     def _run(self, gen_params: dict, cache: dict, batch: "_Batch") -> dict:
-        rows = batch.rows
-        unread = np.flatnonzero(
-            (rows.status_B == Status.RUNNING) & (rows.cached_B < rows.known_B - 1)
-        )
         with jax.set_mesh(self._mesh):
-            for start in range(0, len(unread), self._served):
-                group = unread[start : start + self._served]
-                index_P = np.full(self._served, self.rows, np.int32)
-                index_P[: len(group)] = group
-                own = np.minimum(index_P, self.rows - 1)
-                known_P = np.where(index_P < self.rows, rows.known_B[own], 0)
-                places = (index_P, rows.tokens_BxS[own], rows.cached_B[own], known_P)
-                cache = self._fill(gen_params, cache, *places)
-            rows.cached_B[unread] = rows.known_B[unread] - 1
-            cache, rows = self._write(gen_params, cache, rows, np.int32(self._served))
-            batch.rows = jax.tree.map(np.array, jax.device_get(rows))  # copies: the host writes
+            cache = self._read(gen_params, cache, batch.rows)
+            running = np.flatnonzero(batch.rows.status_B == Status.RUNNING)
+            patience = np.int32(max(1, min(self._served, len(running) // TOGETHER)))
+            few = next((n for n in self._sizes if n >= len(running)), None)
+            if few is None:
+                cache, rows = self._write(gen_params, cache, batch.rows, patience)
+                batch.rows = jax.tree.map(np.array, jax.device_get(rows))  # copies: we write
+            elif len(running):
+                index_P, some = self._some(batch.rows, running, few)
+                cache, some = self._write_some(gen_params, cache, index_P, some, patience)
+                for held, new in zip(batch.rows, jax.device_get(some), strict=True):
+                    held[running] = new[: len(running)]
         return cache
+
+    def _read(self, gen_params: dict, cache: dict, rows: Rows) -> dict:
+        """All that stands unread in running rows but for the last token; like with like."""
+        unread_B = np.where(rows.status_B == Status.RUNNING, rows.known_B - 1 - rows.cached_B, 0)
+        todo = np.argsort(-unread_B, kind="stable")[: np.count_nonzero(unread_B)]
+        for start in range(0, len(todo), self._served):
+            group = todo[start : start + self._served]
+            index_P, own = self._some(rows, group, self._served)
+            reach = next(n for n in self._reaches if n >= rows.known_B[group].max())
+            places = (index_P, own.tokens_BxS, own.cached_B, own.known_B)
+            cache = self._fill(reach, gen_params, cache, *places)
+            rows.cached_B[group] = rows.known_B[group] - 1
+        return cache
+
+    def _some(self, rows: Rows, group: np.ndarray, size: int) -> tuple[np.ndarray, Rows]:
+        """A few rows by themselves, and where they are; padded with vacant ones, which are B."""
+        index_P = np.full(size, self.rows, np.int32)
+        index_P[: len(group)] = group
+        some = vacant(size, rows.tokens_BxS.shape[1], self._width)
+        for held, new in zip(some, rows, strict=True):
+            held[: len(group)] = new[group]
+        return index_P, some
 
 
 class _Batch:

@@ -30,7 +30,7 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "evaluate": "held-out questions answered in several ways and scored, with intervals",
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "preflight": "compile the step for --topology=..., without data: its memory, FLOPs and time",
-    "benchmark": "the speed of tokenising, of the input pipeline and of search on this machine",
+    "benchmark": "the speed of tokenising, reading, searching and answering on this machine",
 }
 OPTIONS = {  # flags of one mode: what they are called in its function, and int (0 or more) or str
     "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
@@ -40,6 +40,7 @@ OPTIONS = {  # flags of one mode: what they are called in its function, and int 
         "--steps": ("steps", int),
         "--vectors": ("vectors", int),
         "--width": ("width", int),
+        "--answers": ("answers", int),
     },
 }
 JOINING = {  # flags that stand for variables of the environment
@@ -56,8 +57,8 @@ modes:
 
 --mode=validate also takes --show=N, training rows as the model reads them, and --limit=N, rows
 named of each kind of finding; --mode=generate takes --questions=FILE and --output=FILE, both JSONL;
---mode=benchmark takes --steps=N, batches that are read, and --vectors=N of --width=D, vectors that
-are searched; --mode=preflight takes --topology=host or a
+--mode=benchmark takes --steps=N, batches that are read, --vectors=N of --width=D, vectors that are
+searched, and --answers=N, questions that are answered; --mode=preflight takes --topology=host or a
 TPU slice such as v5e:16x16, and on the host --steps=N, steps on random data whose time is set
 beside the predicted one.
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cosup_jax import attention
 from cosup_jax.config import ArchConfig, LoraConfig
 from cosup_jax.families import FAMILIES
 from cosup_jax.rotary import rotate
@@ -75,20 +76,33 @@ class Transformer:
         marks padding that belongs to segment s: it sees the segment, and nothing sees it. What
         stands at segment 0 is meaningless and finite.
         """
-        return self._module().apply({"params": params}, tokens_BxT, segments_BxT, positions_BxT)
+        causal = FAMILIES[self.arch.family].causal
+        mask_Bx1xTxT = attention.mask(segments_BxT, causal, self.arch.window)
+        return self._module().apply({"params": params}, tokens_BxT, mask_Bx1xTxT, positions_BxT)
 
     def cache(self, rows: int, slots: int) -> dict:
         """Room for the keys and values of `slots` tokens a row, in the compute dtype."""
         a, family = self.arch, FAMILIES[self.arch.family]
         if not family.causal:
             raise ValueError(f"a {a.family} sees later tokens: nothing of it can be kept")
-        shape = lambda layers: (layers, rows, slots, a.kv_heads, a.head_dim)
-        empty = lambda layers: constrain(
-            jnp.zeros(shape(layers), a.dtype), "layers", "batch", None, "kv_heads", None
-        )
-        return {
-            name: {"k": empty(layers), "v": empty(layers)} for name, layers in _stacks(a).items()
-        }
+        parts = _stacks(a)
+        if _unrolls(a):
+            parts = {f"{name}_{i}": 1 for name, layers in parts.items() for i in range(layers)}
+        empty = lambda layers: attention.empty(layers, rows, a.kv_heads, slots, a.head_dim, a.dtype)
+        return {name: empty(layers) for name, layers in parts.items()}
+
+    def unstack(self, params: dict) -> dict:
+        """The parameters of each layer by themselves, where the scan over them is unrolled.
+
+        For a loop around `extend`, which would else cut them out anew each time.
+        """
+        if not _unrolls(self.arch):
+            return params
+        found = {name: part for name, part in params.items() if name not in _stacks(self.arch)}
+        for name, layers in _stacks(self.arch).items() if len(found) < len(params) else ():
+            for i in range(layers):
+                found[f"{name}_{i}"] = jax.tree.map(lambda x, i=i: x[i], params[name])
+        return found
 
     def extend(self, params: dict, cache: dict, tokens_BxT, starts_B) -> tuple[jax.Array, dict]:
         """Final hidden states [B, T, D] of tokens behind those in the cache, and the new cache.
@@ -100,7 +114,11 @@ class Transformer:
         """
         T = tokens_BxT.shape[1]
         positions_BxT = starts_B[:, None] + jnp.arange(T)[None]
-        return self._module().apply({"params": params}, tokens_BxT, None, positions_BxT, cache)
+        slots = attention.slots(cache)
+        mask_Bx1xTxS = attention.cache_mask(positions_BxT, slots, self.arch.window)
+        module = self._module(stacked=not _unrolls(self.arch))
+        inputs = (tokens_BxT, mask_Bx1xTxS, positions_BxT, cache)
+        return module.apply({"params": self.unstack(params)}, *inputs)
 
     def unembedding(self, params: dict) -> jax.Array:
         """Output embedding [D, V]; columns from vocab_size on belong to no token."""
@@ -117,12 +135,12 @@ class Transformer:
         )
         return jnp.where(jnp.arange(kernel_DxV.shape[1]) < self.vocab_size, logits, _NEVER)
 
-    def _module(self) -> nn.Module:
-        return _Decoder(self.arch, padded_vocab(self.vocab_size), self.has_head)
+    def _module(self, stacked: bool = True) -> nn.Module:
+        return _Decoder(self.arch, padded_vocab(self.vocab_size), self.has_head, stacked)
 
     def _boxed(self, key: jax.Array) -> dict:
         x = jnp.ones((1, 2), jnp.int32)
-        return self._module().init(key, x, x, x)["params"]
+        return self._module().init(key, x, attention.mask(x), x)["params"]
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -143,42 +161,6 @@ def merge_adapters(params: dict, arch: ArchConfig) -> dict:
             update = (arch.lora.alpha / rank) * update.reshape(kernel.shape)
             merged[name] = kernel.astype(jnp.float32) + update
     return unflatten_dict(merged)
-
-
-def attention_mask(segments_BxT: jax.Array, causal: bool = True, window: int = 0) -> jax.Array:
-    """[B, 1, T, T], True where row token t may look at token s."""
-    T = segments_BxT.shape[1]
-    key_BxT = segments_BxT[:, None, :]
-    same = jnp.abs(segments_BxT)[:, :, None] == key_BxT  # a negative or zero key never matches > 0
-    near = jnp.ones((T, T), bool)
-    near = jnp.tril(near) if causal else near
-    near &= jnp.triu(near, 1 - window) if window else near  # segments have no gaps
-    return (same & (key_BxT > 0) & near[None])[:, None]
-
-
-def cache_mask(positions_BxT: jax.Array, slots: int, window: int = 0) -> jax.Array:
-    """[B, 1, T, S], True where a token may look at a slot: slot s holds the token at position s."""
-    slot_S, at_BxTx1 = jnp.arange(slots)[None, None], positions_BxT[:, :, None]
-    seen_BxTxS = slot_S <= at_BxTx1
-    seen_BxTxS &= slot_S > at_BxTx1 - window if window else True
-    return seen_BxTxS[:, None]
-
-
-def _remember(cache: dict, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE) -> tuple:
-    """The cache with a layer's new keys and values in it, and all of the layer's."""
-    rows_Bx1 = jnp.arange(len(positions_BxT))[:, None]
-    put = lambda held, new: held.at[layer, rows_Bx1, positions_BxT].set(new, mode="drop")
-    cache = {"k": put(cache["k"], k_BxTxGxE), "v": put(cache["v"], v_BxTxGxE)}
-    return cache, cache["k"][layer], cache["v"][layer]
-
-
-def _attend(arch: ArchConfig, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT):
-    # cuDNN's fused kernel takes no segments: fed a mask it would build the whole [B, H, T, T] bias,
-    # so packed rows take XLA's path on every platform.
-    implementation = "cudnn" if arch.attention == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(
-        q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask=mask_Bx1xTxT, implementation=implementation
-    )
 
 
 def _param(module: nn.Module, name: str, shape, axes, init) -> jax.Array:
@@ -253,11 +235,12 @@ class _Attention(nn.Module):
         if family.positions == "rotary":
             q_BxTxHxE = rotate(q_BxTxHxE, positions_BxT, a)
             k_BxTxGxE = rotate(k_BxTxGxE, positions_BxT, a)
-        if cache is not None:
-            cache, k_BxTxGxE, v_BxTxGxE = _remember(
-                cache, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE
-            )
-        out_BxTxHxE = _attend(a, q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxS)
+        if cache is None:
+            parts = (q_BxTxHxE, k_BxTxGxE, v_BxTxGxE)
+            out_BxTxHxE = attention.attend(*parts, mask_Bx1xTxS, a.attention)
+        else:
+            cache = attention.put(cache, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE)
+            out_BxTxHxE = attention.recall(q_BxTxHxE, cache, layer, mask_Bx1xTxS)
         return linear("o", out_BxTxHxE, "he->d", _branch(a)), cache
 
 
@@ -286,10 +269,10 @@ class _Block(nn.Module):
         x_BxTxD, cache = carry
         a, kind = self.arch, FAMILIES[self.arch.family].block
         attn_norm, mlp_norm = _Norm(a, name="attn_norm"), _Norm(a, name="mlp_norm")
-        attention, mlp = _Attention(a, name="attn"), _MLP(a, name="mlp")
+        attn, mlp = _Attention(a, name="attn"), _MLP(a, name="mlp")
         settle = lambda x: constrain(x, "batch", None, None)
         read_BxTxD = x_BxTxD if kind == "post" else attn_norm(x_BxTxD)
-        attended_BxTxD, cache = attention(read_BxTxD, mask_Bx1xTxS, positions_BxT, cache, layer)
+        attended_BxTxD, cache = attn(read_BxTxD, mask_Bx1xTxS, positions_BxT, cache, layer)
         if kind == "post":
             x_BxTxD = settle(attn_norm(x_BxTxD + attended_BxTxD))
             x_BxTxD = mlp_norm(x_BxTxD + mlp(x_BxTxD))
@@ -305,19 +288,22 @@ class _Decoder(nn.Module):
     arch: ArchConfig
     padded_vocab: int
     has_head: bool
+    stacked: bool = True
 
     @nn.compact
-    def __call__(self, tokens_BxT, segments_BxT, positions_BxT, cache=None):
-        """Final states; with a cache also the new cache, and segments have no meaning then."""
+    def __call__(self, tokens_BxT, mask_Bx1xTxS, positions_BxT, cache=None):
+        """Final states; with a cache also the new cache."""
         a, family = self.arch, FAMILIES[self.arch.family]
         x_BxTxD = _Embedding(a, self.padded_vocab, name="embed")(tokens_BxT, positions_BxT)
-        if cache is None:
-            mask_Bx1xTxS = attention_mask(segments_BxT, family.causal, a.window)
-        else:
-            slots = jax.tree.leaves(cache)[0].shape[2]
-            mask_Bx1xTxS = cache_mask(positions_BxT, slots, a.window)
         kept = {}
         for name, layers in _stacks(a).items():
+            arch = _plain(a) if name == "frozen_blocks" else a
+            if not self.stacked:
+                for layer in (f"{name}_{i}" for i in range(layers)):
+                    carry = (x_BxTxD, cache[layer])
+                    carry, _ = _Block(arch, name=layer)(carry, 0, mask_Bx1xTxS, positions_BxT)
+                    x_BxTxD, kept[layer] = carry
+                continue
             blocks = nn.scan(
                 _remat(_Block, a.remat),
                 variable_axes={"params": 0},
@@ -326,7 +312,7 @@ class _Decoder(nn.Module):
                 length=layers,
                 unroll=min(a.scan_unroll, layers),
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(_plain(a) if name == "frozen_blocks" else a, name=name)
+            )(arch, name=name)
             number = None if cache is None else jnp.arange(layers)
             carry = (x_BxTxD, None if cache is None else cache[name])
             (x_BxTxD, kept[name]), _ = blocks(carry, number, mask_Bx1xTxS, positions_BxT)
@@ -380,6 +366,11 @@ def _stacks(arch: ArchConfig) -> dict[str, int]:
     """Layers of each scanned stack, lowest first; a stack without any is left out."""
     stacks = {"frozen_blocks": arch.frozen_layers, "blocks": arch.layers - arch.frozen_layers}
     return {name: layers for name, layers in stacks.items() if layers}
+
+
+def _unrolls(arch: ArchConfig) -> bool:
+    """Whether no stack is looped over."""
+    return arch.scan_unroll >= max(_stacks(arch).values())
 
 
 def _plain(arch: ArchConfig) -> ArchConfig:

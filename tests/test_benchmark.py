@@ -6,6 +6,7 @@ import time
 from test_validate import rows, write
 
 from cosup_jax import benchmark
+from cosup_jax.config import replace_dotted
 
 
 def test_the_clock_starts_after_the_first_batch(tmp_path, monkeypatch, capsys):
@@ -19,10 +20,16 @@ def test_the_clock_starts_after_the_first_batch(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark.pipeline, "batches", slow_start)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock() + sum(late_s))
-    benchmark.benchmark(write(tmp_path, *rows()), str(tmp_path / "work"), steps=3, vectors=0)
+    config = write(tmp_path, *rows())
+    small = {"gen.arch.layers": 1, "gen.arch.width": 16, "gen.arch.mlp_width": 16}
+    small |= {"generate.batch_size": 2, "generate.context_tokens": 256, "generate.max_tokens": 3}
+    for key, value in small.items():
+        config = replace_dotted(config, key, value)
+    benchmark.benchmark(config, str(tmp_path / "work"), steps=3, vectors=0, answers=3)
     out = capsys.readouterr().out
     tokens, seconds = re.search(r"reading 3 batches: ([\d,]+) tokens in ([\d.]+) s", out).groups()
     assert float(seconds) < 500 and int(tokens.replace(",", "")) > 0
+    assert "answering 3 questions, 8 at once in 256 tokens of context, 1.0 passages and 3" in out
 
 
 def test_search_is_timed_beside_the_roofline(monkeypatch, capsys):

@@ -17,7 +17,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "hf.names",
     "hf.gguf",
     "hf.gguf_tokenizer",
-    "rotary",
+    "rotary attention",
     "sharding data.* evaluation.* transformer optim telemetry observe contract tables"
     " hf.configs hf.sentence",
     "report_plots report_style",
