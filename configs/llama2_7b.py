@@ -11,6 +11,8 @@ Needs       access to meta-llama/Llama-2-7b-hf; data.train with the paper's data
 Command     python -m cosup_jax.main --config=configs/llama2_7b.py --workdir=runs/llama2_7b \
               --config.data.train=DIR/train.jsonl --config.data.eval=DIR/eval.jsonl
 Variants    official: compat=official, that code's objective with its bugs; 8 ranks of 8 examples
+            shape: the same shape from random weights, for preflight without access to the model
+            shape_70b: Gen as Llama-2-70B beside a 7B Ctx, for preflight
 """
 
 from cosup_jax.config import make
@@ -57,8 +59,34 @@ BASE = {
     "eval.every_steps": 500,
 }
 
+LLAMA_7B = {
+    "layers": 32,
+    "width": 4096,
+    "heads": 32,
+    "kv_heads": 32,
+    "head_dim": 128,
+    "mlp_width": 11008,
+    "tie_embeddings": False,
+}
+LLAMA_70B = LLAMA_7B | {
+    "layers": 80,
+    "width": 8192,
+    "heads": 64,
+    "kv_heads": 8,
+    "mlp_width": 28672,
+}
+SHAPE = {
+    "gen.init": "scratch",
+    "data.vocab_size": 32000,
+    **both_towers(LLAMA_7B),
+}
+
 VARIANTS = {
     "official": {"compat": "official", "loss.compat_ranks": 8},
+    "shape": SHAPE,
+    "shape_70b": SHAPE
+    | {"ctx.init": "scratch"}
+    | {f"gen.arch.{key}": value for key, value in LLAMA_70B.items()},
 }
 
 

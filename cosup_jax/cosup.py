@@ -16,7 +16,7 @@ from cosup_jax.config import Config, LossConfig
 from cosup_jax.contrast import EMPTY, Candidates, Queries, Scale, first_of_each
 from cosup_jax.data.batch import Batch
 from cosup_jax.microbatch import in_parts
-from cosup_jax.sharding import constrain
+from cosup_jax.sharding import constrain, gather
 from cosup_jax.towers import Towers, gen_hidden, passage_vectors, query_vectors
 
 
@@ -117,7 +117,7 @@ def condense(ctx_params: dict, batch: Batch, step, towers: Towers, config: Confi
     id_1xCx2 = constrain(flat(batch.passage_ids_UxPx2), None, None, None)
     valid_C = first_of_each(id_1xCx2[0], constrain(flat(batch.passage_valid_UxP)[0], None))
     step_1xC = jnp.where(valid_C, step, EMPTY)[None]
-    vector_1xCxD = constrain(flat(vector_UxPxD), None, None, None)
+    vector_1xCxD = gather(flat(vector_UxPxD), (None, "batch", None), (None, None, None))
     return Candidates(vector_1xCxD, id_1xCx2, step_1xC, since=jnp.int32(0))
 
 

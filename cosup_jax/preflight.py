@@ -84,10 +84,12 @@ def devices_of(topology: str) -> list[jax.Device]:
     """
     if topology == "host":
         return jax.devices()
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server what machine this is
+    # What libtpu would else ask the machine, in vain, and complain.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    jax.config.update("jax_platforms", "cpu")  # the slice is described, not used
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is held: several may compile at once
+    jax.config.update("jax_platforms", "cpu")
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -149,7 +151,7 @@ class _Job:
             "chip": chip and dataclasses.asdict(chip),
         }
         if chip is not None:
-            estimate = roofline.estimate(program, chip)
+            estimate = roofline.estimate(program, chip, memory["temporaries"])
             peak = roofline.published(chip.name) or chip
             rate = peak.bf16_flops if self.config.gen.arch.dtype == "bfloat16" else peak.f32_flops
             used = by_formula / (estimate.step_s * self.mesh.size * rate)
@@ -337,7 +339,7 @@ def _print(found: dict[str, Any]) -> None:
         parts = (
             f"products {e['products_s']:.3g}, memory {e['memory_s']:.3g}, launches "
             f"{e['launch_s']:.3g}, network {e['exposed_network_s']:.3g} exposed and "
-            f"{e['hidden_network_s']:.3g} beside"
+            f"{e['hidden_network_s']:.3g} beside, fresh memory {e['fresh_s']:.3g}"
         )
         print(f"predicted step on {name}: {e['step_s']:.4g} s ({parts}); MFU {found['mfu']:.1%}")
     if "measured" in found:

@@ -1,6 +1,7 @@
 """How long a program takes at least on a chip, by published or by measured peaks."""
 
 import dataclasses
+import math
 import os
 import resource
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cosup_jax.kernels import COLLECTIVES, Program
 
@@ -21,18 +23,32 @@ class Chip:
     name: str
     bf16_flops: float  # of matrix products
     f32_flops: float  # the same in float32, at jax's default precision
-    memory_bytes: float  # read or written in main memory
-    capacity: float  # bytes of main memory
+    capacity: float  # bytes of its memory
+    # What a kernel reads and writes there, by how much that is: (bytes, bytes per second), ...
+    memory: tuple[tuple[float, float], ...]
     network_bytes: float  # sent to other chips, one direction, all links together
-    transposed_bytes: float = 0.0  # read or written where elements change places; 0 = memory_bytes
-    launch_s: float = 0.0  # seconds that every kernel takes beside its work
+    transposed: tuple[tuple[float, float], ...] = ()  # as `memory`, where neighbours are parted
+    launch_s: float = 0.0  # that every kernel takes beside its work
+    fresh_s: float = 0.0  # for each byte of temporaries: a CPU's come from the system in each step
     measured: bool = False
+
+    def traffic_s(self, size: float, transposes: bool = False) -> float:
+        """Seconds to read and write `size` bytes; between the points by the logarithm of both."""
+        points = (self.transposed if transposes else ()) or self.memory
+        if not size:
+            return 0.0
+        sizes, rates = (np.log([point[i] for point in points]) for i in (0, 1))
+        return size / math.exp(np.interp(math.log(size), sizes, rates))
+
+    def sent_s(self, size: float) -> float:
+        """Seconds to send `size` bytes; devices without links share their memory."""
+        return size / self.network_bytes if self.network_bytes else self.traffic_s(size)
 
 
 def _published(name, tflops, gb_per_s, gib, network_gb_per_s, f32_share):
     flops = tflops * 1e12
     network = network_gb_per_s * 1e9
-    return Chip(name, flops, flops * f32_share, gb_per_s * 1e9, gib * GIB, network)
+    return Chip(name, flops, flops * f32_share, gib * GIB, ((1.0, gb_per_s * 1e9),), network)
 
 
 # Dense bf16, device memory, and links of one direction, by the makers' data sheets. By default
@@ -63,10 +79,11 @@ class Estimate:
     launch_s: float
     hidden_network_s: float  # sent beside other work
     exposed_network_s: float  # sent while nothing else runs
+    fresh_s: float  # until the system has given the temporaries
     step_s: float
 
 
-def estimate(program: Program, chip: Chip) -> Estimate:
+def estimate(program: Program, chip: Chip, temporaries: float = 0.0) -> Estimate:
     """Every kernel takes as long as the slower of its matrix products and its memory traffic.
 
     Copies and collectives that the schedule starts and collects later run beside all of that.
@@ -74,14 +91,12 @@ def estimate(program: Program, chip: Chip) -> Estimate:
     products = memory = launch = hidden = exposed = beside = 0.0
     for kernel in program.kernels:
         for one in kernel.collectives:
-            seconds = kernel.times * one.bytes / (chip.network_bytes or chip.memory_bytes)
-            hidden, exposed = (
-                (hidden + seconds, exposed) if one.overlapped else (hidden, exposed + seconds)
-            )
+            sent = kernel.times * chip.sent_s(one.bytes)
+            hidden += sent * one.overlapped
+            exposed += sent * (not one.overlapped)
         if kernel.opcode.removesuffix("-start") in COLLECTIVES:
             continue
-        rate = chip.transposed_bytes if kernel.transposes else 0.0
-        traffic = kernel.times * kernel.bytes / (rate or chip.memory_bytes)
+        traffic = kernel.times * chip.traffic_s(kernel.bytes, kernel.transposes)
         if kernel.opcode.endswith("-start"):
             beside += traffic
             continue
@@ -94,9 +109,9 @@ def estimate(program: Program, chip: Chip) -> Estimate:
             products += flops
         else:
             memory += traffic
-    busy = products + memory + launch
-    step = max(busy, beside + memory, hidden) + exposed
-    return Estimate(products, memory, launch, hidden, exposed, step)
+    fresh = temporaries * chip.fresh_s
+    step = max(products + memory + launch, beside + memory, hidden) + exposed + fresh
+    return Estimate(products, memory, launch, hidden, exposed, fresh, step)
 
 
 def measured(device: jax.Device) -> Chip:
@@ -106,40 +121,56 @@ def measured(device: jax.Device) -> Chip:
     cores together.
     """
     on_cpu = device.platform == "cpu"
-    size = 1024 if on_cpu else 8192
+    widths = (512, 1448, 4096) if on_cpu else (1448, 4096, 11585)  # 2, 16, 128 MiB; 16, 128, 1024
+    random = lambda n, dtype="float32": jax.random.normal(jax.random.key(0), (n, n), dtype)
+    flops, memory, transposed = {}, [], []
     with jax.default_device(device):
-        flops = {
-            dtype: 2 * size**3 / seconds(lambda x: x @ x, jnp.full((size, size), 1e-3, dtype))
-            for dtype in ("bfloat16", "float32")
-        }
-        words = jnp.ones(2**26 if on_cpu else 2**28, jnp.float32)
-        stream = 8 * words.size / seconds(lambda x: 0.999 * x + 1, words, repeats=4)
-        square = jnp.ones((3000, 3000), jnp.float32)
-        turned = 8 * square.size / seconds(lambda x: x.T + 1, square, repeats=4)
-        tiny = jnp.eye(16)
-        chain = lambda x: jax.lax.fori_loop(0, 100, lambda i, x: jnp.sort(x) + 1, x)
-        launch = seconds(chain, tiny) / 200
+        for dtype in ("bfloat16", "float32"):
+            n = 1024 if on_cpu else 8192
+            taken = seconds(lambda x: x @ x * x.shape[0] ** -0.5, random(n, dtype))
+            flops[dtype] = 2 * n**3 / taken
+        for n in widths:
+            repeats = (widths[-1] // n) ** 2
+            for points, function in ((memory, jax.nn.silu), (transposed, lambda x: x.T + 1)):
+                # No power of two: its columns would all fall on the same lines of a cache.
+                x = random(n - 24)
+                points.append((8 * x.size, 8 * x.size / seconds(function, x, repeats)))
+        launch = seconds(lambda x: jnp.sort(x) + 1, random(16), repeats=100) / 2
+        fresh = _fresh_s(x, device) if on_cpu else 0.0
     known = published(device.device_kind)
     return Chip(
         name=device.device_kind,
         bf16_flops=flops["bfloat16"],
         f32_flops=flops["float32"],
-        memory_bytes=stream,
         capacity=_capacity(device),
+        memory=tuple(memory),
         network_bytes=known.network_bytes if known else 0.0,
-        transposed_bytes=min(turned, stream),
-        launch_s=0.0 if on_cpu else launch,
+        transposed=tuple(transposed),
+        launch_s=launch,
+        fresh_s=fresh,
         measured=True,
     )
 
 
+def _fresh_s(x: jax.Array, device: jax.Device) -> float:
+    """Seconds that a byte given by the system takes more than one of our own."""
+    double = lambda x: 2 * x
+    run = jax.jit(double)
+    taken = []
+    for _ in range(4):
+        watch = Watch(device)
+        jax.block_until_ready(run(x))
+        taken.append(watch.seconds())
+    return max(min(taken[1:]) - seconds(double, x), 0.0) / (4 * x.size)
+
+
 def seconds(function: Callable, x: jax.Array, repeats: int = 1) -> float:
-    """Least seconds of `x = function(x)`, run `repeats` times on the device in a row, of five."""
+    """Least seconds of `x = function(x)`, run `repeats` times on the device in a row, of three."""
     device = next(iter(x.devices()))
     run = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda i, x: function(x), x))
     jax.block_until_ready(run(x))
     taken = []
-    for _ in range(5):
+    for _ in range(3):
         watch = Watch(device)
         jax.block_until_ready(run(x))
         taken.append(watch.seconds())

@@ -1,5 +1,6 @@
 """The device mesh and the one table that says which mesh axis splits which logical axis."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +108,22 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, logical))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, parts: Sequence[str | None], whole: Sequence[str | None]) -> jax.Array:
+    """`constrain(x, *whole)` of what lies as `parts` say.
+
+    The gradient, a sum over devices, goes straight back to the parts: a reduce-scatter, where
+    `constrain` would give every device the whole sum.
+    """
+    return constrain(x, *whole)
+
+
+gather.defvjp(
+    lambda x, parts, whole: (constrain(x, *whole), None),
+    lambda parts, whole, _, grad: (constrain(grad, *parts),),
+)
+
+
 def check_rows(mesh: Mesh, name: str, count: int, micro_batches: int) -> None:
     """Raises UserError unless `count` rows split evenly over devices and micro-batches."""
     parts = row_parts(mesh) * micro_batches
@@ -120,8 +137,8 @@ def check_rows(mesh: Mesh, name: str, count: int, micro_batches: int) -> None:
 
 def whole_over(place: NamedSharding) -> list[str]:
     """Axes of several devices, meant to split parameters, that do not split this array."""
-    used = {axis for entry in place.spec for axis in (entry or ())}
-    return [a for a in ("fsdp", "tensor") if place.mesh.shape[a] > 1 and a not in used]
+    splits = lambda axis: any(axis == entry or axis in (entry or ()) for entry in place.spec)
+    return [a for a in ("fsdp", "tensor") if place.mesh.shape[a] > 1 and not splits(a)]
 
 
 def replicated_share(shardings: Any, shapes: Any) -> dict[str, float]:

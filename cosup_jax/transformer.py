@@ -27,7 +27,7 @@ from cosup_jax import attention
 from cosup_jax.config import ArchConfig, LoraConfig
 from cosup_jax.families import FAMILIES
 from cosup_jax.rotary import rotate
-from cosup_jax.sharding import constrain
+from cosup_jax.sharding import constrain, gather
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to it, so that any tensor axis up to 128 splits it
 _NEVER = -1e30  # logit of a padded vocabulary entry; finite, so that gradients stay finite
@@ -337,8 +337,9 @@ class _Embedding(nn.Module):
         rows = lambda name, count, axis: _param(
             self, name, (count, a.width), (axis, "embed"), normal
         ).astype(a.dtype)
-        table_VxD = constrain(rows("table", self.padded_vocab, "vocab"), "vocab", None)
-        x_BxTxD = constrain(table_VxD[tokens_BxT], "batch", None, None)  # gathered over fsdp once
+        table_VxD = rows("table", self.padded_vocab, "vocab")
+        table_VxD = gather(table_VxD, ("vocab", "embed"), ("vocab", None))  # once, over fsdp
+        x_BxTxD = constrain(table_VxD[tokens_BxT], "batch", None, None)
         if family.positions == "learned":
             x_BxTxD += constrain(rows("positions", a.max_positions, None), None, None)[
                 positions_BxT
