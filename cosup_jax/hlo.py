@@ -118,12 +118,14 @@ class Module:
         """
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(noted[1]), True
-        condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)[1]
+        condition, body = (
+            re.search(rf"{part}=%([\w.\-]+)", loop.attributes)[1] for part in ("condition", "body")
+        )
         limit = self._limit(self.root(condition))
-        if limit is not None:
-            place, end = limit
-            return max(end - self._start(loop, place), 0), True
-        return self._most_tiles(re.search(r"body=%([\w.\-]+)", loop.attributes)[1]), False
+        if limit is None:
+            return self._most_tiles(body), False
+        place, end = limit
+        return max(-(-(end - self._start(loop, place)) // self._step(body, place)), 0), True
 
     def _limit(self, test: Instruction) -> tuple[int, int] | None:
         """(i, n) of a condition `carry[i] < n` with a constant n; None for any other."""
@@ -151,6 +153,19 @@ class Module:
         while first.opcode in ("copy", "bitcast"):
             (first,) = self.operands(first)
         return first.number if first.opcode == "constant" else 0
+
+    def _step(self, body: str, place: int) -> int:
+        """What the body adds to the counter, taken for 1 unless it is a constant."""
+        carry = self.root(body)
+        after = self.operands(carry)[place] if carry.opcode == "tuple" else carry
+        while after.opcode in ("copy", "bitcast"):
+            (after,) = self.operands(after)
+        terms = self.operands(after)
+        if after.opcode == "fusion":
+            after = self.root(after.called[0])
+            terms = self.operands(after)
+        steps = [term.number for term in terms if term.opcode == "constant"]
+        return steps[0] if after.opcode == "add" and steps else 1
 
     def _most_tiles(self, body: str) -> int:
         most = 1
