@@ -1,16 +1,15 @@
 """Checkpoints: asynchronous, atomic, restored onto any mesh. Every call to Orbax is in this file.
 
 `DIRECTORY/<step>/` holds `state`, an Orbax tree {path of a leaf: array}, and `meta`, JSON with the
-run's own part (config, embedding contract, fingerprint of the data plan) and per leaf its dtype,
-shape and checksum. A directory with a plain number for a name is complete: Orbax writes beside it
-and renames.
+run's own part (config, embedding contract, fingerprint of the data plan), per leaf its dtype, shape
+and checksum, and a digest of itself. A directory with a plain number for a name is complete: Orbax
+writes beside it and renames.
 """
 
-import functools
+import hashlib
 import json
 import logging
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,20 +21,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from cosup_jax import quiet
 from cosup_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-# Orbax tells its own developers of every save through absl; what goes wrong also comes as an error.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-def _report(hook: Callable, kind: type, error: BaseException, trace: Any) -> None:
-    """What is uncaught, but for the end of a read after Orbax gave up on another one."""
-    if str(error) != "Event loop is closed":
-        hook(kind, error, trace)
-
-
-sys.excepthook = functools.partial(_report, sys.excepthook)
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Orbax would ask about steps long past, and processes then miss the one to stop at."""
+        return False
 
 
 class Restored(NamedTuple):
@@ -65,7 +60,7 @@ class Checkpointer:
             preservation_policy=policy, cleanup_tmp_directories=True
         )
         with self._writing("open"):
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = _Manager(self._directory, options=options)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts saving and returns once the state is copied, so that it may be donated.
@@ -91,10 +86,15 @@ class Checkpointer:
         }
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
-            meta=ocp.args.JsonSave({"run": dict(meta), "leaves": leaves}),
+            meta=ocp.args.JsonSave(_sealed({"run": dict(meta), "leaves": leaves})),
         )
         with self._writing(f"save step {step}"):
             self._manager.save(step, args=items, force=True)
+
+    def check(self) -> None:
+        """Raises UserError if the save in the background has failed; waits for nothing."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the last save is complete. Raises UserError if it failed."""
@@ -107,8 +107,8 @@ class Checkpointer:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first, and of the one being saved."""
-        return sorted(self._manager.all_steps())
+        """Steps of the complete checkpoints, oldest first."""
+        return _complete_steps(self._directory)
 
     def restore(self, abstract_state: Any, fingerprint: Mapping[str, Any]) -> Restored | None:
         """The newest sound checkpoint, bit-equal, or None if there is none at all.
@@ -158,6 +158,7 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:
+            quiet.drop_echoes()
             raise UserError(
                 f"checkpoints in {self._directory}: cannot {what} ({_first_line(error)}); check "
                 "permissions and free space, then start again: the run resumes from the last one"
@@ -231,8 +232,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         json.loads((path / "state" / "_METADATA").read_text())
         meta = json.loads((path / "meta" / "metadata").read_text())
-        if not isinstance(meta["run"], dict) or not isinstance(meta["leaves"], dict):
-            raise ValueError("its metadata is not of this program")
+        body = {"run": meta["run"], "leaves": meta["leaves"]}
+        if meta not in (body, _sealed(body)):  # the first checkpoints had no digest
+            raise ValueError("its metadata is not what was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _DamagedError(_first_line(error)) from error
     return meta
@@ -248,11 +250,21 @@ def _read_arrays(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     try:
         # The handler itself, for CheckpointManager.restore ends in a barrier, at which the other
         # processes would wait for ever for the one that hit the damaged file.
-        return ocp.PyTreeCheckpointHandler().restore(epath.Path(path / "state"), args=arguments)
+        found = ocp.PyTreeCheckpointHandler().restore(epath.Path(path / "state"), args=arguments)
     except jax.errors.JaxRuntimeError:
         raise  # out of memory and the like: no fault of the file
     except Exception as error:  # TensorStore raises that very class, among many
+        quiet.drop_echoes()
         raise _DamagedError(_first_line(error)) from error
+    for name, array in found.items():
+        if not isinstance(array, jax.Array):  # what its index lacks comes back as it was asked for
+            raise _DamagedError(f"{name} is not there")
+    return found
+
+
+def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    return meta | {"sha256": digest}
 
 
 def _check_fingerprint(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -6,11 +6,13 @@ process must be called by all, in the same order; in a run of one process it doe
 """
 
 import collections
+import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import signal
 import socket
 import threading
 import time
@@ -50,7 +52,7 @@ def join(environ: Mapping[str, str]) -> None:
     alarm = threading.Timer(seconds, _give_up, (f"{seconds} s, {where or 'found by JAX'}",))
     alarm.daemon = True
     alarm.start()
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             **where,
@@ -62,6 +64,7 @@ def join(environ: Mapping[str, str]) -> None:
         raise UserError(f"cannot join the other processes ({where}): {error}") from error
     finally:
         alarm.cancel()
+    signal.signal(signal.SIGTERM, on_term)  # JAX's preemption service has taken it
     liveness.start(lost_s)
 
 
@@ -203,6 +206,19 @@ def broadcast(name: str, value: str | None = None, seconds: float = AGREE_SECOND
         return store.blocking_key_value_get(key, milliseconds(seconds))
     except jax.errors.JaxRuntimeError:
         raise LostProcess(f"process 0 did not come to '{name}' within {seconds:.0f} s") from None
+
+
+def announce_preemption() -> None:
+    """Gives notice that this process will be ended; one process may do so, or several.
+
+    `multihost_utils.reached_preemption_sync_point` then answers True in all processes at one step,
+    which they agree on without the devices.
+    """
+    if jax.distributed.is_initialized():
+        # JAX's service knows no other notice than SIGTERM, and would hold that for good; the others
+        # learn of it by this key.
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        joined().client.key_value_set("RECEIVED_PREEMPTION_NOTICE", now, allow_overwrite=True)
 
 
 def finish() -> None:

@@ -179,6 +179,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
         ahead.append(metrics)
         if len(ahead) > STEPS_AHEAD:
             _check_finite(ahead.popleft(), job, checkpointer)
+        checkpointer.check()
         clock.count(*_volume(job, step))
         step += 1
         progress.advance(step)
@@ -333,14 +334,13 @@ class _Signals:
     def _ask(self, number, frame):
         self._asked = True
         signal.signal(number, signal.SIG_DFL)
+        processes.announce_preemption()
 
     def to_stop(self, step: int) -> bool:
-        """Whether to stop now; all processes agree, every eighth step."""
+        """Whether to stop now; several processes all do at the same step, a little later."""
         if jax.process_count() == 1:
             return self._asked
-        if step % 8:
-            return False
-        return bool(np.any(multihost_utils.process_allgather(np.array(self._asked))))
+        return multihost_utils.reached_preemption_sync_point(step)
 
 
 def _say_bank(state: TrainState, shape: BatchShape, config: Config) -> None:

@@ -74,6 +74,10 @@ class Workdir:
             raise _unwritable(self.path, error) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        for places in ("", "evaluation/**/", "index/*/"):  # what killed runs did not finish
+            for left in self.path.glob(f"{places}.*.part"):
+                if left.is_file():
+                    left.unlink()
         # A forked data worker that outlives us must not keep our lock.
         os.register_at_fork(after_in_child=self._unlock)
         if self._bucket:
@@ -215,7 +219,9 @@ def _appears(path: Path) -> bool:
 def write_atomic(path: Path, text: str) -> None:
     """Writes a file that is, after a crash at any instruction, the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=".part", dir=path.parent
+    )
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)

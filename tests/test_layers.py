@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cosup_jax"
 LAYERS = (  # low to high; a module imports strictly lower ones
-    "errors families hlo",
+    "errors families hlo quiet",
     "liveness kernels paths",
     "processes bucket",
     "config workdir",

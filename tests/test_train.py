@@ -11,42 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import towns
 
 from cosup_jax import main as main_lib
 from cosup_jax.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-TINY = """\
-from cosup_jax.config import make
-
-def get_config(variant=""):
-    return make({overrides!r}, {{}}, variant)
-"""
 SHORT = (
     *("--config.num_steps=4", "--config.checkpoint.every_steps=3"),
     *("--config.mesh.fsdp=2", "--config.generate.examples=1"),
 )
-ARCH = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 64}
-
-
-def _write_data(directory: Path) -> Path:
-    """Forty towns, four questions each, the last of them held out."""
-    rng = random.Random(0)
-    examples, passages = [], []
-    for i in range(40):
-        name = "".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(3)).title()
-        facts = {what: str(rng.randint(100, 999)) for what in ("walls", "wells", "mills", "boats")}
-        text = f"{name} has " + ", ".join(f"{n} {what}" for what, n in facts.items()) + "."
-        passages.append({"id": f"p{i}", "title": name, "text": text})
-        for what, n in facts.items():
-            question = f"How many {what} has {name}?"
-            split = "dev" if what == "boats" else "train"
-            row = {"id": f"{i}{what}", "task": "open_qa", "question": question, "answers": [n]}
-            examples.append(row | {"evidence": [f"p{i}"], "split": split})
-    for name, rows in (("towns", examples), ("towns.passages", passages)):
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return directory / "towns.jsonl"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,21 +45,10 @@ def own_signals():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A config that trains for 24 steps in seconds, on up to 8 devices."""
-    directory = tmp_path_factory.mktemp("tiny")
-    data = str(_write_data(directory))
-    overrides = {
-        **{f"gen.arch.{key}": value for key, value in ARCH.items()},
-        **{"data.train": data, "data.eval": data, "data.vocab_size": 400},
-        **{"num_steps": 24, "batch_size": 8, "data.max_gen_tokens": 128, "data.ctx_rows": 8},
-        # Lines are written at multiples of 4 and 6. A signal that waits for one is obeyed a step
-        # later, where no checkpoint is due.
-        **{"data.ctx_row_tokens": 128, "log.every_steps": 1, "checkpoint.every_steps": 4},
-        **{"eval.every_steps": 6, "eval.examples": 20, "generate.examples": 2},
-        **{"generate.max_tokens": 64, "bank.kind": "dual", "bank.size": 128, "bank.queries": 128},
-    }
-    path = directory / "tiny.py"
-    path.write_text(TINY.format(overrides=overrides))
-    return path
+    every = {"checkpoint__every_steps": 4, "eval__every_steps": 6}
+    # Lines are written at multiples of 4 and 6. A signal that waits for one is obeyed a step later,
+    # where no checkpoint is due.
+    return towns.write_config(tmp_path_factory.mktemp("tiny"), num_steps=24, **every)
 
 
 def _command(config, workdir, *flags) -> list[str]:
@@ -96,12 +60,6 @@ def _start(command) -> subprocess.Popen:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
-
-
-def _lines(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
 def _digest(workdir: Path) -> str:
@@ -129,7 +87,7 @@ def short(tiny, tmp_path_factory) -> tuple[Path, list]:
     save = Checkpointer.save
 
     def noted(self, step, *rest):
-        seen.append((step, [row["step"] for row in _lines(workdir)]))
+        seen.append((step, [row["step"] for row in towns.metrics(workdir)]))
         save(self, step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -146,7 +104,7 @@ def test_metrics_are_on_disk_before_their_checkpoint(short):
 
 def test_a_finished_run_left_everything(tiny, unbroken, capsys):
     """Bug: a step logged twice or never; a second invocation that trains again."""
-    rows = _lines(unbroken)
+    rows = towns.metrics(unbroken)
     assert [row["step"] for row in rows] == list(range(25))
     evaluated = [row["step"] for row in rows if "eval/towns.dev/recall_at_1" in row]
     assert evaluated == [0, 6, 12, 18, 24]
@@ -156,7 +114,7 @@ def test_a_finished_run_left_everything(tiny, unbroken, capsys):
     assert any((unbroken / "tensorboard").iterdir())
     assert main_lib.main([f"--config={tiny}", f"--workdir={unbroken}"]) == 0
     assert "is finished" in capsys.readouterr().out
-    assert _lines(unbroken) == rows
+    assert towns.metrics(unbroken) == rows
 
 
 def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
@@ -188,7 +146,7 @@ def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     process = _start(_command(tiny, workdir))
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert _lines(workdir) == _lines(unbroken)
+    assert towns.metrics(workdir) == towns.metrics(unbroken)
     assert _digest(workdir) == _digest(unbroken)
 
 
@@ -205,7 +163,7 @@ def test_two_processes_equal_one(tiny, short, tmp_path):
         timeout=250,
     )
     assert process.returncode == 0, process.stderr
-    for a, b in zip(_lines(two), _lines(one), strict=True):
+    for a, b in zip(towns.metrics(two), towns.metrics(one), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
 
 
