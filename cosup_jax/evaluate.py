@@ -11,6 +11,8 @@ What is on disk is not answered again, unless model, config or data have changed
 import collections
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,12 @@ class _Evaluation:
             *(trained.data.held_out, trained.tokenizers, config, directory, train),
             left_out(train, config),
         )
-        parts = [self._set(part) for part in sets]
+        parts = []
+        for part in sets:
+            started = time.perf_counter()
+            parts.append(self._set(part))
+            took = f"{len(parts[-1]['arms'])} arms in {time.perf_counter() - started:.0f} s"
+            print(f"{part.name}: {len(part.examples)} questions, {took}", file=sys.stderr)
         return {
             "step": trained.step,
             "judge": {"name": config.eval.judge, "prefix": self._prefix},
@@ -100,7 +107,7 @@ class _Evaluation:
         """One set: its facts, its arms, and what needs no model for comparison."""
         seed, trains_on = self._trained.config.seed, self._trained.data.train
         facts = [asked.about(part, question) for question in range(len(part.examples))]
-        correct = scoring.judged_by(facts)
+        correct = scoring.judged_by(part.split_sample())
         answers = self._answers(part, facts, correct)
         trained = answers["corpus"][1] if "corpus" in answers else []
         seen = [fact["seen"] for fact in facts if fact["seen"] is not None]
@@ -217,11 +224,10 @@ class _Evaluation:
 
 def _majority(part: HeldOut) -> tuple[str, str]:
     """The most frequent first answer of the set's training rows, or of its own without any."""
-    split = "train" if len(part.dataset.splits.get("train", ())) else ""
-    where = "most frequent in training" if split else "most frequent here"
-    rows = part.dataset.splits.get(split, ())
-    examples = [part.dataset.examples[row] for row in rows[:: len(rows) // _LABELS_READ + 1]]
-    labels = collections.Counter(e.answers[0] for e in examples or part.examples)
+    train = part.dataset.splits.get("train", ())
+    examples = [part.dataset.examples[row] for row in train[:: len(train) // _LABELS_READ + 1]]
+    labels = collections.Counter(e.answers[0] for e in examples or part.split_sample())
+    where = "most frequent in training" if examples else "most frequent here"
     return labels.most_common(1)[0][0], where
 
 

@@ -40,6 +40,11 @@ class HeldOut(NamedTuple):
     corpus: Corpus
     seen: np.ndarray  # bool, of each [Ret]: training reads its passage as evidence too
 
+    def split_sample(self, most: int = 1000) -> list[Example]:
+        """Examples of the whole split that questions are drawn from, at even distances."""
+        rows = self.dataset.splits[self.name.removeprefix(f"{self.dataset.name}.")]
+        return [self.dataset.examples[row] for row in rows[:: -(-len(rows) // most)]]
+
     def evidence(self, question: int) -> list[int]:
         """Rows of the corpus that a question's evidence is, each once, in the order needed."""
         return self.rows(self.examples[question].evidence)

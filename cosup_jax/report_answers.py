@@ -55,8 +55,12 @@ def examples(records: Mapping[str, Mapping[str, Sequence[Record]]], shown: int) 
 
 def _domain(name: str, part: Mapping[str, Any]) -> str:
     scores = ", ".join(f"{metric} {value:.3f}" for metric, value in part["scores"].items())
+    reads = "reads" if name == "in-domain" else "does not read"
     sets = html.escape(", ".join(part["sets"]))
-    return f'<p class="note"><b>{name}</b> ({sets}): {html.escape(scores)}</p>'
+    return (
+        f'<p class="note"><b>{name}</b>, sources that training {reads}: {html.escape(scores)}, '
+        f"means over {sets}</p>"
+    )
 
 
 def _set(part: Mapping[str, Any], prefix: str) -> str:

@@ -45,7 +45,12 @@ class Sample:
     def at(self, step: int, params: dict) -> dict[str, list[Record]]:
         """{set: answers, scored}; those of the newest step are remembered."""
         if self._step != step:
-            self._records = {part.name: self._answers(part, params) for part in self._sets}
+            corpora, self._records = {}, {}
+            for part in self._sets:
+                source = part.dataset.version  # sets of one source share its corpus
+                if source not in corpora:
+                    corpora[source] = self._encoder.corpus(params, part.corpus, len(part.corpus))
+                self._records[part.name] = self._answers(part, params, corpora[source])
             self._step = step
         return self._records
 
@@ -59,15 +64,17 @@ class Sample:
                     found[f"eval/{name}/answers_{score}"] = float(np.mean(values))
         return found
 
-    def _answers(self, part: HeldOut, params: dict) -> list[Record]:
+    def _answers(self, part: HeldOut, params: dict, vector_NxD: np.ndarray) -> list[Record]:
         order = np.random.default_rng(self._config.seed).permutation(len(part.examples))
         questions = order[: self._each].tolist()
         facts = [asked.about(part, question) for question in questions]
         arm = Arm("corpus", ARMS["corpus"], len(part.corpus))
-        vector_NxD = self._encoder.corpus(params, part.corpus, len(part.corpus))
         written = self._answering.answers(params, part, questions, arm, vector_NxD)
         records = [record | fact for record, fact in zip(written, facts, strict=True)]
-        correct, scores = scoring.judged_by(facts), scoring.scored(records, self._judge)
+        correct, scores = (
+            scoring.judged_by(part.split_sample()),
+            scoring.scored(records, self._judge),
+        )
         return [
             record | {"scores": found, "correct": found[correct]}
             for record, found in zip(records, scores, strict=True)

@@ -30,23 +30,33 @@ def headings(prefix: str) -> list[str]:
 
 
 def rows(part: Mapping[str, Any], prefix: str) -> list[list[str]]:
-    """The cells under `headings`, but for the set's, of one set of an evaluation's summary."""
+    """The cells under `headings`, but for the set's, of one set of an evaluation's summary.
+
+    Below trained retrieval over the whole corpus stand the splits that divide its answers.
+    """
     found = []
     for arm in (*part["arms"], *part["references"]):
-        scores = arm["scores"]
-        correct = scores.get(part["correct"])
-        any_score = correct or next(iter(scores.values()), {"n": 0})
-        found.append(
-            [
-                arm["label"],
-                f"{arm['passages']:,}" if arm["passages"] else MISSING,
-                number(correct),
-                interval(correct),
-                *(number(scores.get(metric.format(prefix))) for metric in _COLUMNS),
-                f"{any_score['n']:,}",
-            ]
-        )
+        found.append(_row(arm["label"], arm["passages"], arm["scores"], part["correct"], prefix))
+        for split, half in arm["splits"].items() if arm.get("arm") == "corpus" else ():
+            if 0 < half["questions"] < part["questions"]:
+                scores = half["scores"]
+                found.append(_row(f"- {split}", None, scores, part["correct"], prefix))
     return found
+
+
+def _row(
+    label: str, passages: int | None, scores: Mapping[str, Any], correct: str, prefix: str
+) -> list[str]:
+    score = scores.get(correct)
+    any_score = score or next(iter(scores.values()), {"n": 0})
+    return [
+        label,
+        f"{passages:,}" if passages else MISSING,
+        number(score),
+        interval(score),
+        *(number(scores.get(metric.format(prefix))) for metric in _COLUMNS),
+        f"{any_score['n']:,}",
+    ]
 
 
 def number(score: Mapping[str, Any] | None) -> str:
@@ -67,7 +77,12 @@ def answers_table(summary: Mapping[str, Any]) -> str:
     for part in summary["sets"]:
         names = iter((part["name"], f"  {part['correct']}"))
         cells += [[next(names, ""), *row] for row in rows(part, prefix)]
-    return aligned([headings(prefix), *cells], _LEFT)
+    means = [
+        f"{name}, mean over {len(found['sets'])} sets by trained retrieval: "
+        + ", ".join(f"{metric} {value:.3f}" for metric, value in found["scores"].items())
+        for name, found in summary["domains"].items()
+    ]
+    return "\n".join([aligned([headings(prefix), *cells], _LEFT), *means])
 
 
 def aligned(cells: Sequence[Sequence[str]], left: int) -> str:

@@ -1,5 +1,7 @@
 """Scores of one answer, each against what the rules of the peers give by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from cosup_jax.evaluation import scoring
@@ -107,4 +109,4 @@ def test_empty_answer_counts_zero():
 )
 def test_what_a_set_is_judged_by(rows, metric):
     """Bug: "A", the letter of a choice, is in every text, so that a set of choices is all right."""
-    assert scoring.judged_by([answer(**row) for row in rows]) == metric
+    assert scoring.judged_by([SimpleNamespace(**answer(**row)) for row in rows]) == metric

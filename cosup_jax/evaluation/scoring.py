@@ -19,17 +19,17 @@ _EXACT = {"label", "choice"}  # kinds of answers that are right letter for lette
 _LEFT_OUT = ("entity", "answer_and_ent")  # of KILT's: our evidence has no titles to find
 
 
-def judged_by(records: Sequence[Record]) -> str:
-    """The score that says whether an answer to these questions is correct.
+def judged_by(examples: Sequence[Any]) -> str:
+    """The score that says whether an answer to such questions (data.schema.Example) is correct.
 
     Groups of answers ask for str_em, long answers for rougel, labels and choices for accuracy, free
     text for f1, a string of the evidence for acc_substring, and a mixture of kinds for em.
     """
-    most = lambda holds: sum(map(bool, map(holds, records))) > len(records) / 2
-    kinds = {record["kind"] for record in records}
-    if most(lambda record: record["answer_groups"]):
+    most = lambda holds: sum(map(bool, map(holds, examples))) > len(examples) / 2
+    kinds = {example.kind for example in examples}
+    if most(lambda example: example.answer_groups):
         return "str_em"
-    if most(lambda record: record["task"] == "long_form" or record["long_answer"]):
+    if most(lambda example: example.task == "long_form" or example.long_answer):
         return "rougel"
     if kinds <= _EXACT:
         return "accuracy"
