@@ -25,8 +25,7 @@ from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
 from cosup_jax.workdir import Workdir
 
-_PLATFORM = "tpu"
-_LARGEST = 8  # buffers that are named
+_NAMED = 8  # of the largest buffers and replicated leaves
 
 
 def preflight(config: Config, workdir: str, topology: str = "host", steps: int = 0) -> None:
@@ -94,12 +93,12 @@ def devices_of(topology: str) -> list[jax.Device]:
         import libtpu  # noqa: F401
     except ImportError:
         raise UserError(
-            f"--topology={topology} needs libtpu to compile for a TPU: pip install libtpu"
+            f"--topology={topology} needs libtpu to compile for a TPU: pip install 'cosup_jax[tpu]'"
         ) from None
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(topology, _PLATFORM).devices
+        return topologies.get_topology_desc(topology, "tpu").devices
     except Exception as error:
         raise UserError(
             f"--topology={topology} is no TPU slice that libtpu knows ({_first_line(error)}); "
@@ -135,7 +134,13 @@ class _Job:
     def account(self, compiled, chip: Chip | None) -> dict[str, Any]:
         """Memory, FLOPs, collectives and the estimate."""
         memory = _memory(compiled)
-        program = kernels.read(compiled.as_text())
+        try:
+            program = kernels.read(compiled.as_text())
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                "this jaxlib cannot read what this libtpu compiles; pip install 'jax[tpu]' brings "
+                f"two that match ({_first_line(error)})"
+            ) from error
         by_formula = model_flops(self.config, self.towers, self.state)
         found = {
             "memory": memory,
@@ -145,13 +150,13 @@ class _Job:
             "loops_counted_at_most": program.bounded,
             "largest_buffers": [
                 {"kernel": k.name, "bytes": k.result_bytes, "scope": k.scope}
-                for k in program.largest(_LARGEST)
+                for k in program.largest(_NAMED)
             ],
             "fits": chip is None or memory["total"] <= chip.capacity,
             "chip": chip and dataclasses.asdict(chip),
         }
         if chip is not None:
-            estimate = roofline.estimate(program, chip, memory["temporaries"])
+            estimate = roofline.estimate(program, chip)
             peak = roofline.published(chip.name) or chip
             rate = peak.bf16_flops if self.config.gen.arch.dtype == "bfloat16" else peak.f32_flops
             used = by_formula / (estimate.step_s * self.mesh.size * rate)
@@ -339,7 +344,7 @@ def _print(found: dict[str, Any]) -> None:
         parts = (
             f"products {e['products_s']:.3g}, memory {e['memory_s']:.3g}, launches "
             f"{e['launch_s']:.3g}, network {e['exposed_network_s']:.3g} exposed and "
-            f"{e['hidden_network_s']:.3g} beside, fresh memory {e['fresh_s']:.3g}"
+            f"{e['hidden_network_s']:.3g} beside"
         )
         print(f"predicted step on {name}: {e['step_s']:.4g} s ({parts}); MFU {found['mfu']:.1%}")
     if "measured" in found:
@@ -348,6 +353,8 @@ def _print(found: dict[str, Any]) -> None:
             f"measured step: {m['step_s']:.4g} s ({m['clock_s']:.4g} s by the clock); predicted "
             f"{predicted / m['step_s'] - 1:+.0%}"
         )
-    whole = found["replicated"]
+    whole = sorted(found["replicated"], key=lambda leaf: -leaf["bytes"])
     size = sum(leaf["bytes"] for leaf in whole)
-    print(f"replicated over an axis: {len(whole)} leaves, {size / 2**20:.2f} MiB")
+    print(f"whole on every device of an axis: {len(whole)} leaves, {size / 2**20:.2f} MiB")
+    for leaf in whole[:_NAMED]:
+        print(f"  {leaf['leaf']} over {', '.join(leaf['axes'])}: {leaf['bytes'] / 2**20:.2f} MiB")

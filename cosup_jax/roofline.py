@@ -29,7 +29,6 @@ class Chip:
     network_bytes: float  # sent to other chips, one direction, all links together
     transposed: tuple[tuple[float, float], ...] = ()  # as `memory`, where neighbours are parted
     launch_s: float = 0.0  # that every kernel takes beside its work
-    fresh_s: float = 0.0  # for each byte of temporaries: a CPU's come from the system in each step
     measured: bool = False
 
     def traffic_s(self, size: float, transposes: bool = False) -> float:
@@ -79,11 +78,10 @@ class Estimate:
     launch_s: float
     hidden_network_s: float  # sent beside other work
     exposed_network_s: float  # sent while nothing else runs
-    fresh_s: float  # until the system has given the temporaries
     step_s: float
 
 
-def estimate(program: Program, chip: Chip, temporaries: float = 0.0) -> Estimate:
+def estimate(program: Program, chip: Chip) -> Estimate:
     """Every kernel takes as long as the slower of its matrix products and its memory traffic.
 
     Copies and collectives that the schedule starts and collects later run beside all of that.
@@ -109,18 +107,18 @@ def estimate(program: Program, chip: Chip, temporaries: float = 0.0) -> Estimate
             products += flops
         else:
             memory += traffic
-    fresh = temporaries * chip.fresh_s
-    step = max(products + memory + launch, beside + memory, hidden) + exposed + fresh
-    return Estimate(products, memory, launch, hidden, exposed, fresh, step)
+    step = max(products + memory + launch, beside + memory, hidden) + exposed
+    return Estimate(products, memory, launch, hidden, exposed, step)
 
 
 def measured(device: jax.Device) -> Chip:
     """What this device reaches, in about ten seconds.
 
-    On a CPU it is timed by the seconds of its cores, so that other programs do not count, for all
-    cores together.
+    On a CPU it is timed by the seconds of its cores, so that other programs do not count; several
+    CPU devices share what it reaches.
     """
     on_cpu = device.platform == "cpu"
+    share = 1 / jax.local_device_count() if on_cpu else 1.0
     widths = (512, 1448, 4096) if on_cpu else (1448, 4096, 11585)  # 2, 16, 128 MiB; 16, 128, 1024
     random = lambda n, dtype="float32": jax.random.normal(jax.random.key(0), (n, n), dtype)
     flops, memory, transposed = {}, [], []
@@ -128,40 +126,27 @@ def measured(device: jax.Device) -> Chip:
         for dtype in ("bfloat16", "float32"):
             n = 1024 if on_cpu else 8192
             taken = seconds(lambda x: x @ x * x.shape[0] ** -0.5, random(n, dtype))
-            flops[dtype] = 2 * n**3 / taken
+            flops[dtype] = share * 2 * n**3 / taken
         for n in widths:
             repeats = (widths[-1] // n) ** 2
             for points, function in ((memory, jax.nn.silu), (transposed, lambda x: x.T + 1)):
                 # No power of two: its columns would all fall on the same lines of a cache.
                 x = random(n - 24)
-                points.append((8 * x.size, 8 * x.size / seconds(function, x, repeats)))
+                moved = 8 * x.size
+                points.append((moved, share * moved / seconds(function, x, repeats)))
         launch = seconds(lambda x: jnp.sort(x) + 1, random(16), repeats=100) / 2
-        fresh = _fresh_s(x, device) if on_cpu else 0.0
     known = published(device.device_kind)
     return Chip(
         name=device.device_kind,
         bf16_flops=flops["bfloat16"],
         f32_flops=flops["float32"],
-        capacity=_capacity(device),
+        capacity=share * _capacity(device),
         memory=tuple(memory),
         network_bytes=known.network_bytes if known else 0.0,
         transposed=tuple(transposed),
         launch_s=launch,
-        fresh_s=fresh,
         measured=True,
     )
-
-
-def _fresh_s(x: jax.Array, device: jax.Device) -> float:
-    """Seconds that a byte given by the system takes more than one of our own."""
-    double = lambda x: 2 * x
-    run = jax.jit(double)
-    taken = []
-    for _ in range(4):
-        watch = Watch(device)
-        jax.block_until_ready(run(x))
-        taken.append(watch.seconds())
-    return max(min(taken[1:]) - seconds(double, x), 0.0) / (4 * x.size)
 
 
 def seconds(function: Callable, x: jax.Array, repeats: int = 1) -> float:

@@ -1,0 +1,273 @@
+"""FLOPs, memory traffic and collectives of compiled programs, against counts by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cosup_jax import kernels, sharding
+from cosup_jax.config import MeshConfig
+from cosup_jax.hlo import Module
+
+
+def compiled(function, *shapes, **jit):
+    like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function, **jit).lower(*like).compile().as_text()
+
+
+def test_products_in_nested_loops_count_as_often_as_they_run():
+    """Bug: the body of a loop counted once, as XLA's cost analysis does; or a loop in a loop by
+    the inner length alone."""
+
+    def inner(x, _):
+        return jnp.tanh(x @ x), None
+
+    def outer(x, _):
+        x, _ = jax.lax.scan(inner, x, None, length=5)
+        return jnp.sin(x @ x), None
+
+    program = kernels.read(compiled(lambda x: jax.lax.scan(outer, x, None, length=3)[0], (16, 16)))
+    assert program.flops == (3 * 5 + 3) * 2 * 16**3
+    assert not program.bounded
+
+
+def test_products_of_batches_and_of_long_and_short_sides():
+    """Bug: batch dimensions squared, or the contracted one counted with rows and columns."""
+    text = compiled(lambda a, b: jnp.einsum("bik,bkj->bij", a, b), (3, 40, 24), (3, 24, 56))
+    (product,) = [p for kernel in kernels.read(text).kernels for p in kernel.products]
+    assert product[:4] == (3, 40, 56, 24)
+    assert product.flops == 2 * 3 * 40 * 56 * 24
+
+
+def test_a_loop_that_ends_where_data_says_is_counted_at_most():
+    """Bug: a loop over supervised tiles counted once, which forgets most of the vocabulary."""
+
+    def walk(x, n):
+        def body(i, carry):
+            tile = jax.lax.dynamic_slice_in_dim(x, i * 8, 8)
+            return carry + jnp.sum(tile @ x.T)
+
+        return jax.lax.fori_loop(0, n, body, 0.0)
+
+    like = jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    program = kernels.read(jax.jit(walk).lower(*like).compile().as_text())
+    assert len(program.bounded) == 1
+    assert program.flops == 8 * 2 * 8 * 32 * 64
+
+
+LOOP = """\
+HloModule toy, num_partitions=8
+
+%body (carry: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %carry = (s32[]{:T(128)}, f32[4,4]{1,0:T(8,128)S(1)}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %two = s32[] constant(STEP)
+  %next = s32[] add(%i, %two)
+  %x = f32[4,4]{1,0} get-tuple-element(%carry), index=1
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (s32[], f32[4,4]{1,0}) tuple(%next, %y)
+}
+
+%test (kept: (s32[], f32[4,4])) -> pred[] {
+  %kept = (s32[], f32[4,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%kept), index=0
+  %end = s32[] constant(17)
+  ROOT %less = pred[] compare(COMPARED), direction=DIRECTION
+}
+
+ENTRY %main (p: f32[4,4]) -> f32[4,4] {
+  %p = f32[4,4]{1,0} parameter(0)
+  %start = s32[] constant(3)
+  %first = (s32[], f32[4,4]{1,0}) tuple(%start, %p)
+  %loop = (s32[], f32[4,4]{1,0}) while(%first), condition=%test, body=%body
+  ROOT %r = f32[4,4]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("compared", "direction", "step", "trips"),
+    [
+        ("%j, %end", "LT", 1, 14),
+        ("%j, %end", "LE", 1, 15),
+        ("%end, %j", "GT", 1, 14),
+        ("%j, %end", "LT", 4, 4),
+    ],
+)
+def test_trip_counts_that_the_compiler_did_not_note(compared, direction, step, trips):
+    """Bug: a TPU's loops, which carry no trip count, counted once; or by the end alone, whatever
+    the start, the step and the comparison."""
+    text = LOOP.replace("COMPARED", compared).replace("DIRECTION", direction)
+    module = Module(text.replace("STEP", str(step)))
+    (loop,) = [one for one in module.computations["main"] if one.opcode == "while"]
+    assert module.trips(loop) == (trips, True)
+    assert kernels.read(text.replace("STEP", str(step))).flops == trips * 2 * 4**3
+
+
+COLLECTIVES = """\
+HloModule toy, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (whole: bf16[64,16]) -> bf16[16,16] {
+  %whole = bf16[64,16]{1,0} parameter(0)
+  %summed = bf16[64,16]{1,0} all-reduce(%whole), channel_id=7, replica_groups=[2,4]<=[8], to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %mine = bf16[16,16]{1,0} dynamic-slice(%summed, %zero, %zero), dynamic_slice_sizes={16,16}
+}
+
+%begin (part: f32[2,16]) -> (f32[2,16], f32[16,16]) {
+  %part = f32[2,16]{1,0} parameter(0)
+  %gathered = f32[16,16]{1,0} all-gather(%part), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %started = (f32[2,16]{1,0}, f32[16,16]{1,0}) custom-call(%gathered), custom_call_target="AsyncCollectiveStart"
+}
+
+%go_on (part2: f32[2,16], other: f32[16,16]) -> f32[16,16] {
+  %part2 = f32[2,16]{1,0} parameter(0)
+  %other = f32[16,16]{1,0} parameter(1)
+  %again = f32[16,16]{1,0} all-gather(%part2), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %twice = f32[16,16]{1,0} multiply(%other, %other)
+}
+
+ENTRY %main (p: f32[2,16], q: bf16[64,16], r: f32[16,16]) -> f32[16,16] {
+  %p = f32[2,16]{1,0} parameter(0)
+  %q = bf16[64,16]{1,0} parameter(1)
+  %r = f32[16,16]{1,0} parameter(2)
+  %scattered = bf16[16,16]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = (f32[2,16]{1,0}, f32[16,16]{1,0}) fusion(%p), kind=kCustom, calls=%begin
+  %beside = f32[16,16]{1,0} fusion(%p, %r), kind=kLoop, calls=%go_on
+  %all = f32[16,16]{1,0} all-reduce(%beside), channel_id=3, replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
+  %turned = f32[16,16]{1,0} all-to-all(%all), channel_id=4, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+  %moved = f32[16,16]{1,0} collective-permute(%turned), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  ROOT %small = f32[16,16]{1,0} reduce-scatter(%moved), channel_id=6, replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_bytes_that_a_ring_sends():
+    """Bug: an all-reduce counted once though it goes round twice, a TPU's fused reduce-scatter as
+    an all-reduce, a collective that runs beside two fusions counted in both, or the wrong group."""
+    program = kernels.read(COLLECTIVES)
+    assert program.collective_bytes() == {
+        "all-gather": 16 * 16 * 4 * 7 / 8,
+        "reduce-scatter": 16 * 16 * 2 * 3 + 16 * 16 * 4 * 7,
+        "all-reduce": 2 * 16 * 16 * 4 * 3 / 4,
+        "all-to-all": 16 * 16 * 4 / 2,
+        "collective-permute": 16 * 16 * 4,
+    }
+    overlapped = [one.kind for k in program.kernels for one in k.collectives if one.overlapped]
+    assert overlapped == ["all-gather"]
+
+
+def test_collectives_of_a_real_program(devices):
+    """Bug: what a backend writes differently from the toy text; an all-gather in a scan once."""
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8), devices)
+    place = lambda *spec: NamedSharding(mesh, P(*spec))
+
+    def walk(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    text = compiled(
+        walk,
+        (3, 32, 32),
+        (8, 32),
+        in_shardings=(place(None, "fsdp"), place("fsdp")),
+        out_shardings=place("fsdp"),
+    )
+    program = kernels.read(text)
+    assert program.flops == 3 * 2 * 1 * 32 * 32
+    assert program.collective_bytes()["all-gather"] == 3 * 32 * 32 * 4 * 7 / 8
+
+
+CONVOLUTIONS = {  # as a TPU writes matrix products: result, operands, attributes, FLOPs
+    "plain": ("bf16[128,64]", "bf16[128,32]", "bf16[32,64]", "dim_labels=bf_io->bf", 128 * 64 * 32),
+    "batched": (  # a batch of 8 in holes of a dilated window
+        "f32[8,16,4]",
+        "f32[8,16,32]",
+        "f32[8,32,4]",
+        "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf",
+        8 * 16 * 4 * 32,
+    ),
+    "heads": (  # [4096, 1024] x [1024, 8 heads of 16], the heads in a padded window
+        "bf16[96,8,16]",
+        "bf16[24,96,1]",
+        "bf16[24,8,16]",
+        "window={size=8 pad=7_7 rhs_reversal=1}, dim_labels=fb0_i0o->b0f",
+        96 * 8 * 16 * 24,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_matrix_products_that_a_tpu_writes_as_convolutions(name):
+    """Bug: every tap of a window counted, though most of them meet padding or holes."""
+    result, left, right, attributes, products = CONVOLUTIONS[name]
+    text = f"""\
+HloModule toy
+
+ENTRY %main (a: f32[], b: f32[]) -> f32[] {{
+  %a = {left}{{1,0}} parameter(0)
+  %b = {right}{{1,0}} parameter(1)
+  ROOT %c = {result}{{1,0}} convolution(%a, %b), {attributes}
+}}
+"""
+    assert kernels.read(text).flops == 2 * products
+
+
+def test_matrix_products_that_a_gpu_leaves_to_its_library():
+    """Bug: no FLOPs at all on a GPU, whose products are calls of cuBLAS."""
+    text = """\
+HloModule toy
+
+ENTRY %main (a: bf16[2,64,32], b: bf16[2,32,16]) -> bf16[2,64,16] {
+  %a = bf16[2,64,32]{2,1,0} parameter(0)
+  %b = bf16[2,32,16]{2,1,0} parameter(1)
+  ROOT %c = (bf16[2,64,16]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+}
+"""  # noqa: E501
+    (kernel,) = kernels.read(text).kernels
+    assert kernel.products == (kernels.Product(2, 64, 16, 32, "bf16"),)
+
+
+def test_traffic_of_slices_is_that_of_the_slices():
+    """Bug: a scan that reads one layer of a stack in each turn charged for the whole stack."""
+    step = lambda x, w: (x * 2 + w, None)
+    text = compiled(lambda x, w: jax.lax.scan(step, x, w)[0], (1024,), (64, 1024))
+    program = kernels.read(text)
+    moved = sum(kernel.times * kernel.bytes for kernel in program.kernels)
+    assert 64 * 3 * 4096 <= moved < 64 * 8 * 4096  # the stack would be 64 * 64 * 4096
+
+
+def test_data_in_the_cores_own_memory_is_no_traffic():
+    """Bug: what a TPU keeps in VMEM counted as read from HBM, which makes all memory bound."""
+    text = """\
+HloModule toy
+
+ENTRY %main (a: f32[64,32]) -> f32[64,32] {
+  %a = f32[64,32]{1,0} parameter(0)
+  %b = f32[64,32]{1,0:T(8,128)S(1)} negate(%a)
+  ROOT %c = f32[64,32]{1,0:T(8,128)} negate(%b)
+}
+"""
+    assert [kernel.bytes for kernel in kernels.read(text).kernels] == [8192, 8192]
+
+
+@pytest.mark.parametrize(("turn", "expected"), [(True, True), (False, False)])
+def test_what_parts_neighbours(turn, expected):
+    """Bug: transposes, a tenth as fast on a CPU, priced as copies; or every copy as a transpose."""
+    function = (lambda x: x.T + 1) if turn else (lambda x: x.reshape(6, 2, 8) + 1)
+    program = kernels.read(compiled(functools.partial(function), (12, 8)))
+    assert any(kernel.transposes for kernel in program.kernels) is expected
+
+
+def test_text_without_a_program_is_refused():
+    """Bug: an empty answer of the compiler read as a program that costs nothing."""
+    with pytest.raises(ValueError, match="no ENTRY"):
+        kernels.read("HloModule nothing\n")

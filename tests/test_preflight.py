@@ -1,0 +1,186 @@
+"""--mode=preflight: what it finds out about a step, on this machine and for slices elsewhere."""
+
+import importlib.util
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from cosup_jax import preflight, roofline
+from cosup_jax.data.batch import batch_shape, empty_batch
+from cosup_jax.errors import UserError
+from cosup_jax.main import main
+from tests import batches
+
+CHIP = roofline.Chip("toy", 1e12, 1e12, 1e9, ((1.0, 1e10),), 1e9)
+TINY = {
+    "gen.arch.layers": 1,
+    "gen.arch.width": 32,
+    "gen.arch.heads": 4,
+    "gen.arch.kv_heads": 4,
+    "gen.arch.head_dim": 8,
+    "gen.arch.mlp_width": 64,
+    "gen.arch.tie_embeddings": False,
+    "data.vocab_size": 251,  # 256 with the control tokens
+    "mesh.data": 1,
+    "mesh.fsdp": 4,
+    "mesh.tensor": 2,
+}
+
+
+def tiny(**keys):
+    return batches.config(**{name.replace(".", "__"): v for name, v in (TINY | keys).items()})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """preflight.json of a run on the eight devices, and what it printed."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(roofline, "measured", lambda device: CHIP)
+    path = tmp_path_factory.mktemp("preflight")
+    preflight.preflight(tiny(), str(path), steps=1)
+    patch.undo()
+    return json.loads((path / "preflight.json").read_text())
+
+
+def test_parameters_and_memory_are_those_of_the_state(found):
+    """Bug: memory of all devices for one's, or donated arguments counted twice."""
+    gen = 2 * 256 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
+    ctx = gen - 256 * 32  # no head
+    assert found["parameters"] == gen + ctx
+    memory = found["memory"]
+    state = 3 * 4 * found["parameters"]  # with two moments, float32
+    split = sum(leaf["bytes"] for leaf in found["replicated"])
+    assert state / 8 < memory["arguments"] < state / 8 + split + 20_000  # and the batch
+    parts = sum(memory[k] for k in ("arguments", "temporaries", "output", "code"))
+    assert memory["total"] == parts - memory["reused"]
+    assert memory["reused"] > 0.9 * memory["output"]
+
+
+def test_flops_agree_with_the_formula(found):
+    """Bug: a loop counted once, one device's FLOPs for the step's, a factor of 6 for 2."""
+    assert found["flops_by_formula"] == preflight_formula()
+    assert 0.9 < found["flops"] / found["flops_by_formula"] < 1.3
+    assert found["loops_counted_at_most"]
+
+
+def preflight_formula():
+    shape = batch_shape(tiny())
+    kernels = 4 * 32 * 32 + 3 * 32 * 64
+    total = 0
+    for rows, length in ((shape.B, shape.T), (shape.U, shape.L)):
+        total += 6 * rows * length * (kernels + 2 * 32 * length)
+    total += 6 * shape.B * shape.T * 32 * 256
+    return total + 6 * shape.B * shape.R * shape.U * shape.P * 32
+
+
+def test_no_large_leaf_is_whole_on_every_device(found):
+    """Bug: an optimizer moment that lies on all devices, which multiplies its memory."""
+    for leaf in found["replicated"]:
+        assert leaf["axes"] == ["tensor"], leaf  # norms, which fsdp splits
+        assert "norm" in leaf["leaf"] and leaf["bytes"] <= 4 * 32
+
+
+def test_predicted_and_measured_are_told(found):
+    """Bug: a prediction that nothing holds to account."""
+    assert found["devices"] == 8 and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert found["estimate"]["step_s"] > 0 and found["measured"]["step_s"] > 0
+    assert found["mfu"] == pytest.approx(
+        found["flops_by_formula"] / (8 * 1e12 * found["estimate"]["step_s"])
+    )
+    assert found["collective_bytes"]["all-gather"] > 0
+    assert found["largest_buffers"][0]["bytes"] >= found["largest_buffers"][-1]["bytes"]
+    assert found["fits"] and found["config"]["batch_size"] == 16
+
+
+def test_random_batch_is_a_batch():
+    """Bug: shapes or types of another batch than training's, which compiles another program; a
+    query whose passage is no candidate, which has no loss."""
+    config = tiny()
+    towers = preflight.assemble.make_towers(config, preflight.vocabularies(config))
+    shape = batch_shape(config)
+    batch = preflight.random_batch(config, towers)
+    empty = empty_batch(shape, shape.B, shape.U)
+    for name, one, other in zip(batch._fields, batch, empty, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), name
+    ids = {tuple(i) for i in batch.passage_ids_UxPx2.reshape(-1, 2)}
+    assert {tuple(i) for i in batch.ret_positives_BxRxSx2[:, :, 0].reshape(-1, 2)} <= ids
+    rows = np.arange(shape.U)[:, None]
+    numbers = np.arange(1, shape.P + 1)[None]
+    assert (batch.ctx_segments_UxL[rows, batch.passage_ends_UxP] == numbers).all()
+
+
+def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, monkeypatch):
+    """Bug: "does not fit" with exit code 0, or without a way out."""
+    problem = "RESOURCE_EXHAUSTED: Used 20.1G of 15.7G hbm"
+    monkeypatch.setattr(preflight._Job, "compile", lambda self: (None, problem))
+    config = tiny(**{"ctx.arch.remat": "full", "mesh.fsdp": 8, "mesh.tensor": 1})
+    with pytest.raises(UserError) as error:
+        preflight.preflight(config, str(tmp_path))
+    text = str(error.value)
+    assert "does not fit host: RESOURCE_EXHAUSTED: Used 20.1G" in text
+    assert "gen.arch.remat=full" in text
+    assert "ctx.arch.remat" not in text
+    assert "micro_batches=2 or more, 2 at most" in text
+    assert "mesh.fsdp (now 8)" in text
+    assert json.loads((tmp_path / "preflight.json").read_text())["fits"] is False
+
+
+def test_a_topology_without_libtpu_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    """Bug: an ImportError's traceback, or a run that compiles for the host instead."""
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    flags = ["--mode=preflight", "--config=configs/base.py:smoke", f"--workdir={tmp_path}"]
+    assert main([*flags, "--topology=v5e:2x4"]) == 2
+    error = capsys.readouterr().err
+    assert "needs libtpu" in error and "cosup_jax[tpu]" in error and error.count("\n") == 1
+
+
+def test_steps_are_refused_for_a_slice_that_is_not_here(tmp_path):
+    """Bug: --steps with a TPU's name fails after minutes of compiling."""
+    with pytest.raises(UserError, match="--topology=host alone"):
+        preflight.preflight(tiny(), str(tmp_path), "v5e:2x4", steps=3)
+
+
+def test_a_model_from_the_hub_without_network_is_told_in_a_line(tmp_path, monkeypatch):
+    """Bug: minutes of retries, or weights downloaded for their shape."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(preflight.weights.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no such directory, and not to be had from the hub"):
+        preflight.preflight(tiny(**{"gen.init": "nobody/nothing"}), str(tmp_path))
+
+
+def test_llama2_7b_has_the_size_of_llama2_7b():
+    """Bug: the variant that preflight uses offline describes another model than the paper's."""
+    from cosup_jax.freeze import freeze
+    from cosup_jax.main import load_config
+
+    for variant, gen, ctx in (("shape", 6.738e9, 6.607e9), ("shape_70b", 68.98e9, 6.607e9 + 34e6)):
+        config = preflight.assemble.resolve(freeze(load_config(f"configs/llama2_7b.py:{variant}")))
+        towers = preflight.assemble.make_towers(config, preflight.vocabularies(config))
+        for tower, size in ((towers.gen, gen), (towers.ctx, ctx)):
+            leaves = flatten_dict(jax.eval_shape(tower.init, jax.random.key(0))).values()
+            assert sum(x.size for x in leaves) == pytest.approx(size, rel=0.006)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (tpu extra)")
+def test_compiles_for_a_slice_that_is_not_here(tmp_path):
+    """Bug: a mesh, a topology or a TPU's HLO that none of the above has seen."""
+    import subprocess
+
+    keys = {**TINY, "batch_size": 16, "data.ctx_rows": 16}
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    run = [sys.executable, "-m", "cosup_jax.main", "--mode=preflight"]
+    run += ["--config=configs/base.py:smoke", f"--workdir={tmp_path}", *flags]
+    done = subprocess.run([*run, "--topology=v5e:2x4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "preflight.json").read_text())
+    assert found["devices"] == 8 and found["chip"]["name"] == "v5e" and found["fits"]
+    assert 0.9 < found["flops"] / found["flops_by_formula"] < 1.4
+    assert "8 x TPU v5 lite" in done.stdout
+    done = subprocess.run([*run, "--topology=v5e:3x5x7"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "no TPU slice that libtpu knows" in done.stderr
