@@ -21,8 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-import cosup_jax
-from cosup_jax import asked, assemble, encode, held_out, report, tables
+from cosup_jax import asked, assemble, encode, held_out, processes, report, tables
 from cosup_jax.answering import Answering, bm25_rankings
 from cosup_jax.asked import Arm
 from cosup_jax.assemble import Trained
@@ -67,7 +66,7 @@ class _Evaluation:
     def __init__(self, trained: Trained, judge: Judge, workdir: Path):
         self._trained, self._judge, self._workdir = trained, judge, workdir
         self._prefix = getattr(judge, "prefix", "")
-        self._code = _digest_files(Path(cosup_jax.__file__).parent)
+        self._code = processes.code_digest()
         self._libraries: dict[str, Library] = {}  # by the version of the source
         self._answering = Answering(
             trained.mesh, trained.towers, trained.config, trained.tokenizers.gen
@@ -164,23 +163,22 @@ class _Evaluation:
         added = {}
         for record in records:
             found = scores.get(record["id"]) or record["scores"]
-            added[record["id"]] = {"scores": found, "correct": found[correct], "scored_by": by}
+            right = found.get(correct)  # None: nothing says what is right
+            added[record["id"]] = {"scores": found, "correct": right, "scored_by": by}
         extra = {fact["id"]: fact | added[fact["id"]] for fact in facts}
         return answers.finish([fact["id"] for fact in facts], extra)
 
     def _references(self, part: HeldOut, facts: Sequence[Record]) -> list[dict[str, Any]]:
         """The most frequent label, where answers are labels, and BM25 of the bare question."""
         seed, found = self._trained.config.seed, []
-        if all(fact["kind"] == "label" for fact in facts):
+        if all(fact["kind"] == "label" and fact["answers"] for fact in facts):
             label, where = _majority(part)
             said = {"answer": label, "text": label, "output": label}
             records = [{**fact, "scores": scoring.answer_scores(fact | said)} for fact in facts]
             found.append((f"{label!r}, {where}", None, records))
         if any(fact["evidence"] for fact in facts):
-            records = [r for r in bm25_rankings(part, facts) if r["evidence"]]
-            records = [
-                {**r, "scores": scoring.retrieval_scores(r)} for r in records if r["evidence"]
-            ]
+            ranked = bm25_rankings(part, [fact for fact in facts if fact["evidence"]])
+            records = [{**r, "scores": scoring.retrieval_scores(r)} for r in ranked]
             found.append(("BM25 alone, the question", len(part.corpus), records))
         return [
             {"label": label, "passages": passages, "scores": summary.means(records, seed)}
@@ -190,17 +188,17 @@ class _Evaluation:
     def _domains(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Trained retrieval on sets whose source training reads, and on others: means over sets."""
         found = {}
+        metrics = ["correct", "retrieval_hit", f"{self._prefix}citation_rec"]
         for name, inside in (("in-domain", True), ("out-of-domain", False)):
-            chosen = [part for part in parts if part["in_domain"] is inside]
-            scores = []
-            for part in chosen:
+            scores = {}
+            for part in (part for part in parts if part["in_domain"] is inside):
                 for arm in part["arms"]:
                     if arm["arm"] == "corpus" and part["correct"] in arm["scores"]:
-                        scores.append(arm["scores"] | {"correct": arm["scores"][part["correct"]]})
-            metrics = ["correct", "retrieval_hit", f"{self._prefix}citation_rec"]
+                        own = {"correct": arm["scores"][part["correct"]]}
+                        scores[part["name"]] = arm["scores"] | own
             if scores:
-                names = [part["name"] for part in chosen]
-                found[name] = {"sets": names, "scores": summary.macro(scores, metrics)}
+                means = summary.macro(list(scores.values()), metrics)
+                found[name] = {"sets": list(scores), "scores": means}
         return found
 
     def _library(self, part: HeldOut) -> Library:
@@ -226,19 +224,11 @@ def _majority(part: HeldOut) -> tuple[str, str]:
     """The most frequent first answer of the set's training rows, or of its own without any."""
     train = part.dataset.splits.get("train", ())
     examples = [part.dataset.examples[row] for row in train[:: len(train) // _LABELS_READ + 1]]
-    labels = collections.Counter(e.answers[0] for e in examples or part.split_sample())
-    where = "most frequent in training" if examples else "most frequent here"
-    return labels.most_common(1)[0][0], where
+    first = lambda examples: collections.Counter(e.answers[0] for e in examples if e.answers)
+    labels = first(examples)
+    where = "most frequent in training" if labels else "most frequent here"
+    return (labels or first(part.split_sample())).most_common(1)[0][0], where
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _digest_files(package: Path) -> str:
-    """Of every module's path and text, 12 hexadecimal digits."""
-    found = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        found.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode())
-        found.update(path.read_bytes())
-    return found.hexdigest()[:12]

@@ -187,8 +187,10 @@ def _example(record: Record, others: Sequence[tuple[str, Record]]) -> str:
 
 
 def _verdict(record: Record) -> str:
-    """Right, wrong, or between the two as a number."""
+    """Right, wrong, or between the two as a number; nothing where nothing says what is right."""
     score = record["correct"]
+    if score is None:
+        return ""
     if 0 < score < 1:
         return f'<span class="badge">{score:.2f}</span>'
     verdict = "right" if score else "wrong"

@@ -58,7 +58,8 @@ class Sample:
         """`eval/<set>/answers_<score>` of a few scores: means over the answers that have them."""
         found = {}
         for name, records in self.at(step, params).items():
-            rows = [record["scores"] | {"correct": record["correct"]} for record in records]
+            rows = [record["scores"] for record in records]
+            rows += [{"correct": r["correct"]} for r in records if r["correct"] is not None]
             for score in (*_LOGGED, *(f"{self._prefix}{name}" for name in _GROUNDING)):
                 if values := [row[score] for row in rows if score in row]:
                     found[f"eval/{name}/answers_{score}"] = float(np.mean(values))
@@ -71,11 +72,9 @@ class Sample:
         arm = Arm("corpus", ARMS["corpus"], len(part.corpus))
         written = self._answering.answers(params, part, questions, arm, vector_NxD)
         records = [record | fact for record, fact in zip(written, facts, strict=True)]
-        correct, scores = (
-            scoring.judged_by(part.split_sample()),
-            scoring.scored(records, self._judge),
-        )
+        correct = scoring.judged_by(part.split_sample())
+        scores = scoring.scored(records, self._judge)
         return [
-            record | {"scores": found, "correct": found[correct]}
+            record | {"scores": found, "correct": found.get(correct)}
             for record, found in zip(records, scores, strict=True)
         ]

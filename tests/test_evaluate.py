@@ -19,7 +19,8 @@ ARMS = ["corpus", "corpus_10", "candidates", "gold", "bm25", "wrong", "none"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """24 towns; 9 questions held out, of which each names its own candidates."""
+    """24 towns; 9 questions held out, of which each names its own candidates; claims, which are
+    labelled; and a greeting, which no answer is right for."""
     home = tmp_path_factory.mktemp("evaluate")
     passage = lambda i: {"id": f"p{i}", "title": f"town{i}", "text": f"It lies by river{i}."}
     write_lines(home / "towns.passages.jsonl", map(passage, range(24)))
@@ -29,7 +30,7 @@ def home(tmp_path_factory):
         **{"candidates": [f"p{2 * i}", f"p{2 * i + 1}", "p20"], "kind": "span"},
     }
     rows = [ask(i, "train") for i in range(3)] + [ask(i, "test") for i in range(COUNT)]
-    towns = write_lines(home / "towns.jsonl", rows)
+    write_lines(home / "towns.jsonl", rows)
     claim = lambda i, split, label: {
         **{"id": f"{split}{i}", "task": "fact_check", "question": f"claim {i}", "kind": "label"},
         **{"answers": [label], "evidence": [f"p{i}"], "split": split},
@@ -37,10 +38,14 @@ def home(tmp_path_factory):
     labels = [claim(i, "train", "no") for i in range(3)] + [claim(5, "train", "yes")]
     labels += [claim(i, "test", "yes" if i else "no") for i in range(4)]
     write_lines(home / "claims.jsonl", labels)
-    shutil.copy(home / "towns.passages.jsonl", home / "claims.passages.jsonl")
+    free = {"id": "test0", "task": "dialog", "question": "hello", "split": "test"}
+    write_lines(home / "free.jsonl", [free | {"answers": [], "evidence": [], "output": "good day"}])
+    for name in ("claims", "free"):
+        shutil.copy(home / "towns.passages.jsonl", home / f"{name}.passages.jsonl")
     write_config(
         home,
-        **{"data__train": str(towns), "data__eval": f"{towns},{home / 'claims.jsonl'}"},
+        **{"data__train": f"{home}/towns.jsonl"},
+        **{"data__eval": ",".join(f"{home}/{name}.jsonl" for name in ("towns", "claims", "free"))},
         **{"generate__batch_size": 8, "generate__max_tokens": 6, "generate__retrieve_first": True},
         **{"generate__max_retrievals": 2, "eval__corpus_sizes": "10,24", "generate__examples": 2},
     )
@@ -67,7 +72,7 @@ def arm_file(home, arm, part="towns.test"):
 def test_arms_answer_the_same_questions(home, summary):
     """Bugs: an arm that is asked others, that takes its passages from elsewhere, or whose file is
     another's; passages of a part of the corpus numbered as in the whole."""
-    towns, claims = summary["sets"]
+    towns, claims, _ = summary["sets"]
     assert [arm["arm"] for arm in towns["arms"]] == ARMS
     assert [arm["arm"] for arm in claims["arms"]] == [a for a in ARMS if a != "candidates"]
     found = {arm: records.read(arm_file(home, arm)) for arm in ARMS}
@@ -96,7 +101,7 @@ def test_arms_answer_the_same_questions(home, summary):
 
 def test_summary_is_the_records_means(home, summary):
     """Bugs: a score of another arm or set; a split by something else; a hash that is not there."""
-    for part in summary["sets"]:
+    for part in summary["sets"][:2]:
         trained = records.read(arm_file(home, "corpus", part["name"]))
         for arm in part["arms"]:
             rows = records.read(arm_file(home, arm["arm"], part["name"]))
@@ -113,7 +118,7 @@ def test_summary_is_the_records_means(home, summary):
             assert arm["splits"]["retrieval succeeded"]["questions"] == len(hits)
             gold = [r["scores"]["retrieval_hit"] for r in rows]
             assert arm["arm"] != "gold" or set(gold) == {1.0}
-    towns, claims = summary["sets"]
+    towns, claims, _ = summary["sets"]
     assert towns["in_domain"] and not claims["in_domain"]
     assert towns["evidence_seen"] == pytest.approx(3 / COUNT)
     assert {"in-domain", "out-of-domain"} == set(summary["domains"])
@@ -121,10 +126,19 @@ def test_summary_is_the_records_means(home, summary):
     assert summary["judge"] == {"name": "containment", "prefix": "containment_"}
 
 
+def test_nothing_is_right(home, summary):
+    """Bugs: a KeyError once all is answered; a question without an answer counted as wrong."""
+    free = summary["sets"][2]
+    assert [arm["arm"] for arm in free["arms"]] == ["corpus", "corpus_10", "bm25", "none"]
+    assert not {"acc_substring", "retrieval_hit"} & set(free["arms"][0]["scores"])
+    assert [r["correct"] for r in records.read(arm_file(home, "corpus", "free.test"))] == [None]
+    assert summary["domains"]["out-of-domain"]["sets"] == ["claims.test"]
+
+
 def test_references(summary):
     """Bugs: the label most frequent in the questions themselves, which no system may know; BM25
     scored by answers that it does not give."""
-    towns, claims = summary["sets"]
+    towns, claims, _ = summary["sets"]
     assert [one["label"] for one in towns["references"]] == ["BM25 alone, the question"]
     majority, bm25 = claims["references"]
     assert majority["label"] == "'no', most frequent in training"
@@ -185,7 +199,7 @@ def test_goes_on_after_a_kill_and_starts_anew(home, summary, monkeypatch):
     asked.clear()
     save_checkpoint(home, seed=1, step=2)
     run(eval__arms="none", eval__questions=2)
-    assert len(asked) == 2 + 2 and read_summary(home)["step"] == 2
+    assert len(asked) == 2 + 2 + 1 and read_summary(home)["step"] == 2
 
 
 def test_short_answer():

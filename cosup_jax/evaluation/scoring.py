@@ -1,8 +1,8 @@
 """Each answer's scores, by KILT's, ALCE's and the official code's rules, under their names.
 
 All are in 0..1, where ALCE and the official code give percent. A score is absent where the question
-has no ground for it: no answer, no evidence, no groups of answers. Records are answers as
-`retrieve.Answerer` writes them, of one evaluation set.
+has no ground for it: no answer, no evidence, no groups of answers. Records are those of
+`answering.Answering` with what `asked.about` knows of the question.
 """
 
 from collections.abc import Mapping, Sequence
