@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -61,21 +62,64 @@ def check_match(expected: EmbeddingContract, found: EmbeddingContract, what: str
 
 
 def weights_digest(params: Any) -> str:
-    """SHA-256 over path, dtype, shape and bytes of every leaf, in order of path.
+    """SHA-256 over path, dtype, shape and checksum of every leaf, in order of path.
 
-    Does not depend on the mesh. One leaf at a time is gathered on the host; in a run of several
+    The checksums are sums of integers over all elements, taken where the elements lie: no leaf is
+    gathered, and neither the mesh nor the order of summation changes a bit. A leaf in which one
+    element differs always has another checksum; one in which several differ has the same by chance
+    once in 2^128. They are no defence against somebody who wants a collision. In a run of several
     processes all must call.
     """
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
+    names = sorted(leaves)
+    sums = on_host(_checksums([_narrow(leaves[name]) for name in names]))
     digest = hashlib.sha256()
-    for name in sorted(leaves):
-        array = np.ascontiguousarray(on_host(leaves[name]))
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
+    for name, checksum in zip(names, sums, strict=True):
+        leaf = leaves[name]
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} {checksum.tolist()}\n".encode())
     return digest.hexdigest()
+
+
+_LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)  # odd, else arbitrary: one a checksum
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> jax.Array:
+    """[leaves, 4] uint32: sums, modulo 2^32, of every element mixed with its position."""
+
+    def checksum(words: jax.Array, lane: int) -> jax.Array:
+        place = jnp.uint32(lane)
+        for axis in range(words.ndim):
+            along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+            place = _mixed(place + jnp.uint32(lane) * along)
+        return jnp.sum(_mixed(words ^ place), dtype=jnp.uint32)
+
+    return jnp.stack(
+        [jnp.stack([checksum(x, lane) for lane in _LANES]) for x in map(_bits, leaves)]
+    )
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A permutation of uint32 in which every bit depends on every bit (MurmurHash3's last step)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    if x.dtype != bool:
+        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
+    return x.astype(jnp.uint32)
+
+
+def _narrow(leaf: Any) -> Any:
+    """NumPy's 64-bit numbers as two of 32 bits, for jax would round them; others as they are."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize > 4:
+        return np.ascontiguousarray(leaf)[..., None].view(np.uint32)
+    return leaf
 
 
 def on_host(leaf: Any) -> np.ndarray:
