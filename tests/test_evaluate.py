@@ -183,14 +183,16 @@ def test_goes_on_after_a_kill_and_starts_anew(home, summary, monkeypatch):
     monkeypatch.setattr(answering.Answering, "answers", counted)
     monkeypatch.setattr(report, "write_report", lambda path, run: None)  # plots take time
     run = lambda **flags: evaluate.evaluate(config_of(home, **flags), str(home / "run"))
-    path = arm_file(home, "bm25")
-    whole = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(whole[:6]) + whole[6][:100])
+    whole = {}
+    for arm in ("candidates", "gold", "bm25", "wrong"):
+        whole[arm] = arm_file(home, arm).read_bytes().splitlines(keepends=True)
+        arm_file(home, arm).write_bytes(b"".join(whole[arm][:6]) + whole[arm][6][:100])
     arm_file(home, "none", "claims.test").unlink()
-    run(eval__arms="gold,bm25,none", eval__questions=8)
-    again = [("towns.test", "bm25", 6), ("towns.test", "bm25", 7)]
+    run(eval__arms="candidates,gold,bm25,wrong,none", eval__questions=8)
+    again = [("towns.test", arm, number) for arm in whole for number in (6, 7)]
     assert asked == again + [("claims.test", "none", number) for number in range(4)]
-    assert path.read_bytes().splitlines(keepends=True) == whole[:8]
+    for arm, lines in whole.items():
+        assert arm_file(home, arm).read_bytes().splitlines(keepends=True) == lines[:8]
     before, after = (found["sets"][1]["arms"][-1] for found in (summary, read_summary(home)))
     assert after["arm"] == "none" and after["scores"] == before["scores"]
     asked.clear()
