@@ -45,6 +45,13 @@ class Corpus(Protocol):
         ...
 
 
+class Resident(NamedTuple):
+    """A corpus that lies on the devices, as `resident` puts it there."""
+
+    stored: Stored  # the devices share its rows, of which the last may be padding
+    rows: int
+
+
 class Best(NamedTuple):
     """The best rows so far, best first, and of equal scores the lower row first."""
 
@@ -52,9 +59,16 @@ class Best(NamedTuple):
     rows_QxK: np.ndarray | jax.Array  # int32
 
 
+def resident(corpus_NxD: np.ndarray, mesh: Mesh | None = None) -> jax.Array | Resident:
+    """A corpus in memory for many searches on a mesh: it travels to the devices once."""
+    if mesh is None or mesh.size == 1:
+        return jax.device_put(corpus_NxD)
+    return Resident(_placed(Stored(corpus_NxD), 1, mesh), len(corpus_NxD))
+
+
 def search(
     query_QxD: np.ndarray | jax.Array,
-    corpus: np.ndarray | jax.Array | Corpus,
+    corpus: np.ndarray | jax.Array | Corpus | Resident,
     k: int,
     mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -65,17 +79,19 @@ def search(
     rows, row is -1 and score -inf; a row whose score is no number is never found.
 
     Args:
-      corpus: an array [N, D], or vectors on disk, of which one chunk travels to the devices while
-        another is searched.
+      corpus: an array [N, D], what `resident` made of one, or vectors on disk, of which one chunk
+        travels to the devices while another is searched.
       mesh: its devices share the rows of the corpus; None: one device has them all.
 
     Raises:
       UserError: more rows than 32 bits count.
     """
     query_QxD = np.asarray(query_QxD, np.float32)
-    if len(corpus) >= 2**31:
-        raise UserError(f"{len(corpus):,} vectors are too many for one search; split the index")
-    if not len(query_QxD) or not len(corpus):
+    mesh = mesh if mesh and mesh.size > 1 else None
+    count = corpus.rows if isinstance(corpus, Resident) else len(corpus)
+    if count >= 2**31:
+        raise UserError(f"{count:,} vectors are too many for one search; split the index")
+    if not len(query_QxD) or not count:
         scores, rows = _nothing(len(query_QxD), k)
         return scores, rows.astype(np.int64)
     queries = _blocks(query_QxD, mesh)
@@ -111,14 +127,17 @@ class _Chunk(NamedTuple):
 
 def _chunks(corpus, queries: int, mesh: Mesh | None) -> Iterator[_Chunk]:
     """All rows, each in one chunk."""
-    resident, on_cpu = hasattr(corpus, "shape"), mesh is None and jax.default_backend() == "cpu"
-    if resident and not on_cpu:
+    if isinstance(corpus, Resident):
+        yield _Chunk(corpus.stored, 0, corpus.rows)
+        return
+    in_memory, on_cpu = hasattr(corpus, "shape"), mesh is None and jax.default_backend() == "cpu"
+    if in_memory and not on_cpu:
         yield _Chunk(_placed(Stored(corpus), 1, mesh), 0, len(corpus))
         return
     unit = BLOCK * (mesh.size if mesh else 1)
     # On a CPU a stretch is a chunk, a view for which nothing is copied.
     rows = _stretch_rows(queries) if on_cpu else CHUNK_BYTES * unit // (4 * BLOCK * corpus.width)
-    parts = [Stored(np.asarray(corpus))] if resident else corpus.chunks(max(rows, unit))
+    parts = [Stored(np.asarray(corpus))] if in_memory else corpus.chunks(max(rows, unit))
     first = 0
     for part in parts:
         count = len(part.vectors)

@@ -6,11 +6,11 @@ All but `Search` and `Candidates` ignore Gen's query, and so score what the trai
 import zlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from cosup_jax import index
+from cosup_jax.data.markup import passage_text
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.decode import Found
 from cosup_jax.evaluation.baselines import BM25
@@ -30,8 +30,8 @@ class Search:
     ):
         """`corpus` is [N, D], or vectors on disk, row by row those of `passages`."""
         self.passages, self._mesh = passages, mesh
-        on_host = isinstance(corpus, np.ndarray) and mesh is None
-        self._corpus = jax.device_put(corpus) if on_host else corpus
+        in_memory = isinstance(corpus, np.ndarray)
+        self._corpus = index.resident(corpus, mesh) if in_memory else corpus
 
     def limit(self, question: int) -> int:
         """As often as the budget allows."""
@@ -116,7 +116,10 @@ class Lexical:
 
 
 class Wrong:
-    """One passage of each question that is no evidence of it and holds none of its answers."""
+    """One passage of each question that is no evidence of it and holds none of its answers.
+
+    Labels and letters of choices are no part of a passage: "no" is in "not", "A" in everything.
+    """
 
     def __init__(
         self,
@@ -131,9 +134,11 @@ class Wrong:
 
     def _wrong(self, example: Example, evidence: set[int]) -> int | None:
         first = zlib.crc32(example.question.encode())
+        grouped = [answer for group in example.answer_groups for answer in group]
+        answers = () if example.kind in ("label", "choice") else (*example.answers, *grouped)
         for row in ((first + n) % len(self.passages) for n in range(len(self.passages))):
-            text = self.passages[row].text
-            if row not in evidence and not answer_present(text, example.answers):
+            text = passage_text(self.passages[row])
+            if row not in evidence and not answer_present(text, answers):
                 return row
         return None
 

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from cosup_jax import index, sharding
+from cosup_jax.config import MeshConfig
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.decode import Found
 from cosup_jax.evaluation.baselines import BM25
@@ -65,6 +67,29 @@ def test_the_wrong_passage_is_wrong_and_stays():
     assert (wrong.limit(0) > 1000, wrong.limit(2)) == (True, 0)
     drawn = {wrong._wrong(Example("s", "open_qa", f"{n}?", (), ()), set()) for n in range(40)}
     assert drawn == set(range(5))
+
+
+def test_what_a_wrong_passage_must_not_say():
+    """Bugs: the answer in its title, or one of a group of answers; no passage is wrong for the
+    label "no", which is in most texts."""
+    passages = [Passage("a", "Ulm", "a city"), Passage("b", "", "not a place")]
+
+    def rows(*answers, **more):
+        ask = lambda n: Example("s", "open_qa", f"{n}?", answers, (), **more)
+        return set(Wrong(passages, [ask(n) for n in range(9)], [[]] * 9)._rows)
+
+    assert rows("Ulm") == rows(answer_groups=(("x",), ("ulm",))) == {1}
+    assert rows("no") == {0} and rows("no", kind="label") == {0, 1}
+
+
+def test_a_corpus_in_memory_is_sent_once(monkeypatch):
+    """Bugs: all vectors travel to the devices again for each search; the rows that pad them, whose
+    score is 0, found before those below 0."""
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    asked = (-QUERY, [0, 1], [0, 0], 9)
+    search, expected = Search(PASSAGES, CORPUS, mesh), Search(PASSAGES, CORPUS)(*asked)
+    monkeypatch.setattr(index, "_placed", None)
+    assert search(*asked) == expected
 
 
 @pytest.mark.parametrize("k", [1, 2])
