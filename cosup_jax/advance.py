@@ -188,7 +188,8 @@ def _draw(logits_BxV, rows: Rows, config: Config) -> jax.Array:
     settings = config.generate
     if not settings.temperature:  # argmax takes eight times as long on a CPU
         token_1xV, best_Bx1 = jnp.arange(logits_BxV.shape[1])[None], jnp.max(logits_BxV, 1)[:, None]
-        return jnp.min(jnp.where(logits_BxV == best_Bx1, token_1xV, logits_BxV.shape[1]), axis=1)
+        likeliest_BxV = (logits_BxV == best_Bx1) | jnp.isnan(best_Bx1)  # any, where none is
+        return jnp.min(jnp.where(likeliest_BxV, token_1xV, logits_BxV.shape[1]), axis=1)
     logits_BxV = logits_BxV / settings.temperature
     if settings.top_p < 1:
         falling_BxV = -jnp.sort(-logits_BxV)

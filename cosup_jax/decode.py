@@ -20,6 +20,7 @@ from cosup_jax.config import Config
 from cosup_jax.data import markup
 from cosup_jax.data.schema import Passage
 from cosup_jax.data.tokenizer import Tokenizer
+from cosup_jax.errors import UserError
 from cosup_jax.towers import Towers
 from cosup_jax.transformer import padded_vocab
 
@@ -116,6 +117,9 @@ class Decoder:
           params: of the train state.
           prompts: token ids up to and including `## Output:`.
           retriever: None: Gen has to do without [Ret].
+
+        Raises:
+          UserError: a model whose vectors are no numbers.
         """
         batch = _Batch(self.rows, self._width, self._config, self._tokenizer, retriever)
         with jax.set_mesh(self._mesh):
@@ -217,6 +221,8 @@ class _Batch:
             return
         turns = [len(self._retrieved[row]) for row in asking]
         k, questions = self._config.generate.passages, self._question[asking]
+        if not np.isfinite(rows.query_BxD[asking]).all():
+            raise UserError("Gen's vectors at [Ret] are no numbers: this model has diverged")
         answers = self._retriever(rows.query_BxD[asking], questions.tolist(), turns, k)
         for row, found in zip(asking, answers, strict=True):
             tokens, known = self._insertion(found), rows.known_B[row]

@@ -60,13 +60,11 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
         trained = assemble.trained(config, directory.path)
         library = None if arm == "none" else Library.of(trained, directory.path)
         writer = Writer(trained, library, most=0 if questions else 1)
-        if not questions:
-            converse(writer)
-            return
-        path = (
-            Path(output) if output else directory.path / "answers" / f"{Path(questions).stem}.jsonl"
-        )
-        _answer_file(path, asked, writer)
+        if questions:
+            default = directory.path / "answers" / f"{Path(questions).stem}.jsonl"
+            _answer_file(Path(output) if output else default, asked, writer)
+    if not questions:  # the workdir is free while somebody thinks of one
+        converse(writer)
 
 
 def read_questions(name: str) -> list[Example]:
