@@ -1,0 +1,178 @@
+"""A run of several processes is the run of one: its losses, its checkpoint, its end and its resume.
+
+Real processes over loopback, two CPU devices each.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_train import _lines, _write_data, compile_once  # noqa: F401, a fixture
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+STEPS, SAVED = 6, 3
+LOST_S = 5
+CONFIG = """\
+from cosup_jax.config import make
+
+def get_config(variant=""):
+    return make({overrides!r}, {{}}, variant)
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Six steps of a batch that divides over eight devices, saved after three."""
+    directory = tmp_path_factory.mktemp("pods")
+    data = str(_write_data(directory))
+    arch = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 64}
+    overrides = {
+        **{f"gen.arch.{key}": value for key, value in arch.items()},
+        **{"data.train": data, "data.eval": data, "data.vocab_size": 400},
+        **{"num_steps": STEPS, "batch_size": 8, "data.max_gen_tokens": 128, "data.ctx_rows": 8},
+        **{"data.ctx_row_tokens": 128, "log.every_steps": 1, "checkpoint.every_steps": SAVED},
+        **{"eval.every_steps": STEPS, "eval.examples": 20, "generate.examples": 1},
+        **{"generate.max_tokens": 64, "bank.kind": "dual", "bank.size": 128, "bank.queries": 128},
+        **{"mesh.fsdp": 2},
+    }
+    path = directory / "tiny.py"
+    path.write_text(CONFIG.format(overrides=overrides))
+    return path
+
+
+@pytest.fixture
+def start():
+    """Starts the processes of a run; ends what a failed test leaves."""
+    started = []
+
+    def run(config, workdir, count, configs=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+        environ |= {"COSUP_LOST_SECONDS": str(LOST_S), "JAX_COORDINATOR_BIND_ADDRESS": address}
+        joining = [f"--coordinator={address}", f"--num_processes={count}"] if count > 1 else []
+        for process in range(count):
+            flags = [f"--config={(configs or [config] * count)[process]}", f"--workdir={workdir}"]
+            flags += [*joining, f"--process_id={process}"] if count > 1 else []
+            command = [sys.executable, "-m", "cosup_jax.main", *flags]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environ, **pipes))
+        return started[-count:]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def _finish(processes, timeout=400):
+    """Waits; returns all that was said on stderr."""
+    said = [process.communicate(timeout=timeout)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(said), "\n".join(said)
+    return said
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The run of one process on two devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-m", "cosup_jax.main", f"--config={config}"]
+    subprocess.run([*command, f"--workdir={workdir}"], cwd=ROOT, env=environ, check=True)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(config, tmp_path_factory):
+    """Workdirs of finished runs by their number of processes."""
+    return {}, tmp_path_factory.mktemp("together")
+
+
+def _run_of(count, config, start, together):
+    done, directory = together
+    if count not in done:
+        done[count] = directory / str(count)
+        _finish(start(config, done[count], count))
+    return done[count]
+
+
+def _widest(found, wanted):
+    """The largest relative difference of two runs' metrics, line by line."""
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    widest = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            widest = max(widest, abs(a[key] - b[key]) / max(abs(b[key]), 0.1))
+    return widest
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_losses_of_one_process(count, config, alone, start, together):
+    """Bugs: a host that reads the other's rows or another order of them, a loss per host, a second
+    checkpoint, a metric line per process."""
+    workdir = _run_of(count, config, start, together)
+    widest = _widest(_lines(workdir), _lines(alone))
+    print(f"{count} processes x 2 devices: metrics within {widest:.1e} of one process x 2 devices")
+    assert widest < 1e-4
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "6"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_one_checkpoint_is_restored_on_any_number(count, config, alone, start, together, tmp_path):
+    """Bugs: a shard that only its own process can read; a position in the data that depends on the
+    number of hosts."""
+    workdir = tmp_path / "run"
+    shutil.copytree(_run_of(2, config, start, together), workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    (workdir / "status.json").write_text(json.dumps({"state": "stopped", "step": SAVED}))
+    _finish(start(config, workdir, count))
+    widest = _widest(_lines(workdir), _lines(alone))
+    print(f"saved by 2 processes, restored by {count}: metrics within {widest:.1e}")
+    assert widest < 1e-4
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_killed_worker_ends_the_run_and_it_resumes_exactly(
+    dies, config, start, together, tmp_path
+):
+    """Bugs: survivors that hang in a collective; a relaunch that skips or repeats a step."""
+    whole, workdir = _run_of(2, config, start, together), tmp_path / "run"
+    processes, metrics = start(config, workdir, 2), workdir / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        time.sleep(0.01)
+        assert processes[0].poll() is None, processes[0].communicate()[1]
+    processes[dies].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    _, said = processes[1 - dies].communicate(timeout=120)
+    seconds = time.monotonic() - begin
+    print(f"process {dies} killed: the other ended after {seconds:.1f} s with {said[-200:]!r}")
+    assert processes[1 - dies].returncode == 75, said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"process {dies}" in errors[0]
+    assert "Traceback" not in said
+    assert seconds < 2 * LOST_S + 30
+    _finish(start(config, workdir, 2))
+    assert _lines(workdir) == _lines(whole)
+
+
+def test_processes_that_differ_are_refused_in_time(config, start, tmp_path):
+    """Bug: another seed on one host trains another model, or hangs until somebody looks."""
+    other = tmp_path / "tiny.py"
+    text = config.read_text()
+    other.write_text(text.replace("'num_steps'", "'seed': 1, 'num_steps'", 1))
+    begin = time.monotonic()
+    both = start(config, tmp_path / "run", 2, configs=[config, other])
+    said = [process.communicate(timeout=100)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert all("config.seed is 1 there and 0 in process 0" in text for text in said), said
+    assert time.monotonic() - begin < 90
