@@ -41,12 +41,10 @@ def await_news(error: BaseException) -> None:
     """Ends this process if a lost one is to blame for `error`; else returns.
 
     What the runtime raises when its peer is gone names nobody: we wait until the silence has lasted
-    long enough, or a process has said why it stopped.
+    long enough, or a process has said why it stopped, or all of them have shown that they live.
     """
     if _watch is not None and not _watch.over and _is_of_the_runtime(error):
-        if not _watch.awaited:
-            time.sleep(_watch.lost_s + 3 * _watch.beat_s)
-        _watch.awaited = True  # the caller above may ask again
+        _watch.await_news()
 
 
 def tell(reason: str, code: int) -> None:
@@ -93,12 +91,30 @@ class _Watch:
     def __init__(self, lost_s: float):
         self.lost_s, self.beat_s, self.over = lost_s, max(lost_s / 6, 0.5), False
         self._client, self._me = joined().client, joined().process_id
-        self.awaited = False
+        self._awaited = False
         self._leaving = threading.Event()
         self._abort_handler = _catch_abort()  # kept alive
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         threading.Thread(target=self._beat, daemon=True).start()
+
+    def await_news(self) -> None:
+        if self._awaited:
+            return  # a caller above asks again
+        self._awaited, before = True, self._counts()
+        end = time.monotonic() + 3 * self.lost_s + 10  # the silence, and slow machines
+        while time.monotonic() < end:
+            time.sleep(2 * self.beat_s)
+            now = self._counts()
+            if now and all(now[process] != count for process, count in before.items()):
+                return
+
+    def _counts(self) -> dict[int, str]:
+        """How often each process has shown that it lives; empty if that cannot be known."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            found = self._client.key_value_dir_get(_ALIVE)
+            return {int(path.rsplit("/", 1)[1]): count for path, count in found}
+        return {}
 
     def tell(self, reason: str, code: int) -> None:
         self.over = True
@@ -124,7 +140,7 @@ class _Watch:
             self._client.key_value_set(f"{_ALIVE}{self._me}", _LEFT, allow_overwrite=True)
             end = time.monotonic() + seconds
             while self._me == 0 and time.monotonic() < end:  # the store dies with process 0
-                states = [value for _, value in self._client.key_value_dir_get(_ALIVE)]
+                states = list(self._counts().values())
                 if states.count(_LEFT) == joined().num_processes:
                     return
                 time.sleep(0.1)
@@ -146,8 +162,7 @@ class _Watch:
     def _silent(self, seen: dict[int, tuple[str, float]]) -> list[int]:
         """Processes whose count has not moved for too long; `seen` keeps when it last did."""
         now = time.monotonic()
-        for path, count in self._client.key_value_dir_get(_ALIVE):
-            process = int(path.rsplit("/", 1)[1])
+        for process, count in self._counts().items():
             if process not in seen or seen[process][0] != count:
                 seen[process] = count, now
         late = lambda count, since: count != _LEFT and now - since > self.lost_s

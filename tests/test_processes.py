@@ -165,3 +165,24 @@ time.sleep({2 * LOST_S} if me == 0 else 0)
     assert (code_0, code_1) == (0, 0), err_0 + err_1
     assert "process 1 did not come to 'tokenizer' within 1 s" in out_0
     assert "finished" in out_0 and "finished" in out_1
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_an_error_of_the_runtime_waits_for_its_cause(run, lost):
+    """Bugs: a collective's traceback in place of the name of the process that died; minutes of
+    waiting for a name where everybody lives and the fault is our own."""
+    done, seconds = run(
+        2,
+        f"""
+processes.barrier("all here", 30)
+if me == 1 and {lost}:
+    os.kill(os.getpid(), signal.SIGKILL)
+if me == 0:
+    raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+time.sleep(40)
+""",
+    )
+    code, _, err = done[0]
+    assert code == (75 if lost else 1), err
+    assert ("Traceback" in err) != lost and ("process 1 gave no sign of life" in err) == lost
+    assert seconds < 3 * LOST_S + 20
