@@ -14,38 +14,21 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import _lines, _write_data, compile_once  # noqa: F401, a fixture
+import towns
+from test_train import compile_once  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED = 6, 3
 LOST_S = 5
-CONFIG = """\
-from cosup_jax.config import make
-
-def get_config(variant=""):
-    return make({overrides!r}, {{}}, variant)
-"""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Six steps of a batch that divides over eight devices, saved after three."""
+    every = {"checkpoint__every_steps": SAVED, "eval__every_steps": STEPS}
     directory = tmp_path_factory.mktemp("pods")
-    data = str(_write_data(directory))
-    arch = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 64}
-    overrides = {
-        **{f"gen.arch.{key}": value for key, value in arch.items()},
-        **{"data.train": data, "data.eval": data, "data.vocab_size": 400},
-        **{"num_steps": STEPS, "batch_size": 8, "data.max_gen_tokens": 128, "data.ctx_rows": 8},
-        **{"data.ctx_row_tokens": 128, "log.every_steps": 1, "checkpoint.every_steps": SAVED},
-        **{"eval.every_steps": STEPS, "eval.examples": 20, "generate.examples": 1},
-        **{"generate.max_tokens": 64, "bank.kind": "dual", "bank.size": 128, "bank.queries": 128},
-        **{"mesh.fsdp": 2},
-    }
-    path = directory / "tiny.py"
-    path.write_text(CONFIG.format(overrides=overrides))
-    return path
+    return towns.write_config(directory, num_steps=STEPS, mesh__fsdp=2, **every)
 
 
 @pytest.fixture
@@ -121,7 +104,7 @@ def test_the_losses_of_one_process(count, config, alone, start, together):
     """Bugs: a host that reads the other's rows or another order of them, a loss per host, a second
     checkpoint, a metric line per process."""
     workdir = _run_of(count, config, start, together)
-    widest = _widest(_lines(workdir), _lines(alone))
+    widest = _widest(towns.metrics(workdir), towns.metrics(alone))
     print(f"{count} processes x 2 devices: metrics within {widest:.1e} of one process x 2 devices")
     assert widest < 1e-4
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "6"]
@@ -136,7 +119,7 @@ def test_one_checkpoint_is_restored_on_any_number(count, config, alone, start, t
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     (workdir / "status.json").write_text(json.dumps({"state": "stopped", "step": SAVED}))
     _finish(start(config, workdir, count))
-    widest = _widest(_lines(workdir), _lines(alone))
+    widest = _widest(towns.metrics(workdir), towns.metrics(alone))
     print(f"saved by 2 processes, restored by {count}: metrics within {widest:.1e}")
     assert widest < 1e-4
 
@@ -162,7 +145,7 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_exactly(
     assert "Traceback" not in said
     assert seconds < 3 * LOST_S + 30
     _finish(start(config, workdir, 2))
-    assert _lines(workdir) == _lines(whole)
+    assert towns.metrics(workdir) == towns.metrics(whole)
 
 
 def test_processes_that_differ_are_refused_in_time(config, start, tmp_path):
