@@ -160,12 +160,14 @@ MODES = {"step": "train", "checkpoint": "train", "encode": "encode", "evaluation
 
 def _watch_litter(workdir: Path, log: Path) -> None:
     """Notes every file that a dead run left unfinished and that this one opens to read."""
-    left = {str(path) for path in workdir.rglob("*") if LITTER.search(str(path))}
+    files = [path for path in workdir.rglob("*") if LITTER.search(str(path)) and path.is_file()]
+    left = {str(path): path.stat().st_mtime_ns for path in files}
 
     def hook(name, args):
         if name == "open" and str(args[0]) in left and os.path.isfile(args[0]):
-            flags = args[2] if isinstance(args[2], int) else 0
-            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            to_read = not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            # By now it may be a file of this run, under the same name.
+            if to_read and os.stat(args[0]).st_mtime_ns == left[str(args[0])]:
                 os.write(descriptor, f"{args[0]}\n".encode())
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

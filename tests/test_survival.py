@@ -176,8 +176,8 @@ def test_killed_anywhere_the_result_is_the_same(runs, unbroken, tmp_path):
             counts["random"] += ended.code != 0
         ended = runs(workdir, mode=mode)
         assert ended.code == 0 and clean(ended), ended.said
-    assert not workdir.with_suffix(".litter").read_text()
     assert_same(workdir, unbroken)
+    assert not workdir.with_suffix(".litter").read_text()
     print(f"{counts.total()} kills: {dict(counts)}")
     assert counts.total() >= 20 and all(counts[phase] >= 3 for phase in kills.FAULTS)
 
