@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test; surprises are errors."""
 
+import logging
 import os
 
 # Threads for the fake devices to wait in for each other: with one a core, a step can block itself.
@@ -23,6 +24,15 @@ jax.config.update("jax_threefry_partitionable", True)
 @pytest.fixture(scope="session")
 def devices():
     return jax.devices()
+
+
+@pytest.fixture(autouse=True)
+def _no_logging_left_behind():
+    """`main` logs to the stderr of its test, which is closed when the next one logs."""
+    before = logging.root.handlers[:]
+    yield
+    for handler in set(logging.root.handlers) - set(before):
+        logging.root.removeHandler(handler)
 
 
 # A file runs on one worker, where its programs are compiled once; the longest start first.
