@@ -64,7 +64,8 @@ def encode_to_disk(
 ) -> Vectors:
     """The vectors of a corpus in a directory; what is there of them already is not made again.
 
-    Shards are encoded one after the other, by all processes together, and written in turn.
+    Shards are encoded one after the other, by all processes together, and written by process 0,
+    whose directory the others must see.
 
     Raises:
       UserError: a vector that is not finite; no room on the disk.
@@ -87,7 +88,7 @@ def encode_to_disk(
             vector_NxD = encoder.corpus(params, counted(corpus.packed(rows)), len(rows))
             ids = [corpus.passages[row].id for row in rows]
             _check_finite(vector_NxD, ids)
-            if number % jax.process_count() == jax.process_index():
+            if first:
                 vectors.write_shard(directory / name, vector_NxD, ids, config.dtype)
     processes.barrier("vectors written")
     if first:

@@ -29,6 +29,7 @@ def encode(config: Config, workdir: str) -> None:
     Raises UserError without a checkpoint of this config, for bad data, or without room.
     """
     with Workdir(workdir) as directory:
+        directory.fetch("index")
         trained = assemble.trained(config, directory.path)
         for dataset in datasets(trained, directory.path):
             corpus, found = index(dataset, trained, directory.path)
@@ -39,6 +40,7 @@ def encode(config: Config, workdir: str) -> None:
             )
             if trained.config.index.faiss and jax.process_index() == 0:
                 found.write_faiss(found.directory / "index.faiss")
+            directory.publish(f"index/{dataset.name}")
         processes.barrier("encoded")
 
 

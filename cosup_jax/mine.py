@@ -43,6 +43,7 @@ def mine(config: Config, workdir: str) -> None:
     """
     say = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
     with Workdir(workdir) as directory:
+        directory.fetch("index")
         trained = assemble.trained(config, directory.path)
         for line in assemble.refuse_bad_rows(trained.data, config):
             say(line)
@@ -54,6 +55,7 @@ def mine(config: Config, workdir: str) -> None:
                 write(target, dataset, mined, vectors)
             say(f"{dataset.name}: {_words(mined.counts, trained.config.index.mine_margin)}")
             say(f"name {target} in config.data.train")
+        directory.publish("mined")
         processes.barrier("mined")
 
 

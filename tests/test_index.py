@@ -142,20 +142,30 @@ def test_vectors_score_as_they_are_kept(dtype):
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-def test_at_most_two_chunks_are_on_the_device(tiny):
+def test_at_most_two_chunks_are_on_the_device(tiny, monkeypatch):
     """Bug: all chunks sent before the first is searched: a corpus larger than the device's memory
     then ends the run."""
-    corpus_NxD, most = np.ones((200, 3), np.float32), []
+    corpus_NxD, alive, waits, ready = np.ones((200, 3), np.float32), [], [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waits.append(x) or ready(x))
 
     class Watched(InChunks):
         def chunks(self, rows):
-            for stored in super().chunks(rows):
+            for number, stored in enumerate(super().chunks(rows)):
                 yield stored
-                shape = (rows, 3)
-                most.append(sum(x.shape == shape for x in jax.live_arrays()))
+                alive.append(sum(x.shape == (rows, 3) for x in jax.live_arrays()))
+                assert len(waits) == number + 1  # for all but the last
 
     index.search(corpus_NxD[:1], Watched(corpus_NxD, 12), 2)
-    assert len(most) > 10 and max(most) <= 2
+    assert len(alive) > 10 and max(alive) <= 2
+
+
+def test_what_a_device_has_may_take_several_stretches(tiny):
+    """Bugs: rows counted twice where the last stretch reaches back, or a stretch left out."""
+    rng = np.random.default_rng(0)
+    corpus_NxD = rng.integers(-9, 9, (700, 3)).astype(np.float32)
+    query_QxD = rng.integers(-9, 9, (2, 3)).astype(np.float32)
+    found = index.search(query_QxD, corpus_NxD, 40, tiny)
+    assert_same(found, by_sorting(query_QxD, corpus_NxD, 40))
 
 
 def test_no_matrix_of_all_scores():
