@@ -151,6 +151,7 @@ class MeshConfig:
     data: int = -1  # batch rows split, parameters copied
     fsdp: int = 1  # batch rows and parameters split
     tensor: int = 1  # heads, mlp features and vocabulary split
+    slices: int = 1  # TPU slices that data is split over first (DCN); the rest stays in one (ICI)
 
 
 @dataclasses.dataclass(frozen=True)

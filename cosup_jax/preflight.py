@@ -42,7 +42,7 @@ def preflight(config: Config, workdir: str, topology: str = "host", steps: int =
     """
     if steps and topology != "host":
         raise UserError("--steps=N runs steps, which --topology=host alone can; drop one of them")
-    devices = devices_of(topology)
+    devices = devices_of(topology, config.mesh.slices)
     with Workdir(workdir) as directory:
         config = assemble.resolve(config, shape_only=True)
         mesh = assemble.mesh_for(config, devices)
@@ -76,8 +76,8 @@ def preflight(config: Config, workdir: str, topology: str = "host", steps: int =
         raise UserError(f"does not fit {topology}: {_advice(found, config, mesh)}")
 
 
-def devices_of(topology: str) -> list[jax.Device]:
-    """The devices present for "host", or those of a TPU slice, described by libtpu.
+def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices present for "host", or those of so many TPU slices, described by libtpu.
 
     Raises UserError if libtpu is absent or does not know the name.
     """
@@ -98,7 +98,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(topology, "tpu").devices
+        return topologies.get_topology_desc(topology, "tpu", num_slices=slices).devices
     except Exception as error:
         raise UserError(
             f"--topology={topology} is no TPU slice that libtpu knows ({_first_line(error)}); "

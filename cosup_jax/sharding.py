@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,7 +32,7 @@ RULES = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh (data, fsdp, tensor) over all devices, Auto axis types.
 
-    Raises UserError if the axes do not multiply to the number of devices.
+    Raises UserError if the axes do not multiply to the number of devices, or slices are miscounted.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -47,11 +48,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does "
             f"not make {len(devices)} devices; set one axis to -1"
         )
-    # An axis of the mesh may end inside one of the torus: 64 x 2 on v5p:4x4x8.
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes), list(devices), allow_split_physical_axes=True
-    )
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_grid(sizes, config.slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(sizes: Sequence[int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the shape of the mesh, so that neighbours on an axis are near each other."""
+    there = len({getattr(device, "slice_index", 0) for device in devices})
+    of_tpu = devices[0].platform == "tpu"  # a GPU's slices are its hosts, which one mesh may span
+    if there != slices and (slices > 1 or of_tpu):
+        raise UserError(
+            f"config.mesh.slices={slices}, but the {len(devices)} devices lie in {there} slice(s); "
+            f"set it to {there}"
+        )
+    # An axis of the mesh may end inside one of the torus, as 64 x 2 on v5p:4x4x8 does.
+    make = {"devices": list(devices), "allow_split_physical_axes": True}
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), **make)
+    if sizes[0] % slices:
+        raise UserError(
+            f"config.mesh.data={sizes[0]} is no multiple of config.mesh.slices={slices}: only data "
+            "is split over slices"
+        )
+    inside = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **make)
 
 
 def spec(mesh, shape: Sequence[int], logical: Sequence[str | None]) -> P:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 
+import batches
 import jax
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from cosup_jax import preflight, roofline
 from cosup_jax.data.batch import batch_shape, empty_batch
 from cosup_jax.errors import UserError
 from cosup_jax.main import main
-from tests import batches
 
 CHIP = roofline.Chip("toy", 1e12, 1e12, 1e9, ((1.0, 1e10),), 1e9)
 TINY = {
