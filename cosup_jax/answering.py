@@ -49,6 +49,8 @@ class Answering:
         Beside the fields of `cited.record`: `answer`, the short one that KILT's scores compare,
         and `ranking`, ids of passages in the order in which they were found.
         """
+        if not questions:
+            return
         ranked = self._retriever(held_out, questions, arm, vectors)
         examples = [held_out.examples[question] for question in questions]
         prompts = [markup.prompt(example, self._tokenizer) for example in examples]

@@ -30,7 +30,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.library import Library
 from cosup_jax.retrieve import Candidates, Gold, Lexical, Search, Wrong
-from cosup_jax.workdir import Workdir
+from cosup_jax.workdir import Workdir, writing
 
 BY_QUESTION = ("candidates", "gold", "wrong")  # arms that need more of it than its words
 NO_DIFFERENCE = ("examples", "batch_size", "chunk_tokens")  # settings that change no answer
@@ -176,8 +176,9 @@ def _check_output(path: Path, run: str) -> None:
     """Raises UserError for a file that this run has not begun."""
     if not path.exists():
         return
-    found = records.read(path)
-    whole = path.read_bytes().count(b"\n")
+    with writing(path):  # which begins with reading it
+        found = records.read(path)
+        whole = path.read_bytes().count(b"\n")
     if len(found) < whole or any(record.get("run") != run for record in found):
         raise UserError(
             f"{path} holds something else than answers to these questions by this model, corpus "

@@ -37,11 +37,13 @@ class Library:
         return cls([(dataset, *encode.index(dataset, trained, workdir)) for dataset in found])
 
     def rows(self, example: Example, field: str) -> list[int]:
-        """Of the passages that a field of a question names: in the first set that has the id.
+        """Of the passages that a field of a question names, each once: in the first set that has
+        the id.
 
         Raises UserError for an id that none has.
         """
-        return [self._row(id, example, field) for id in getattr(example, field)]
+        rows = (self._row(id, example, field) for id in getattr(example, field))
+        return list(dict.fromkeys(rows))
 
     def _row(self, id: str, example: Example, field: str) -> int:
         for (dataset, corpus, _), start in zip(self._shelves, self._starts, strict=False):

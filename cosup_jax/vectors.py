@@ -109,7 +109,8 @@ def quantized(vector_NxD: np.ndarray, dtype: str) -> Stored:
 
 
 def write_manifest(directory: Path, layout: Layout) -> None:
-    """Names all shards, which must be there; then removes those of older indexes.
+    """Names all shards, which must be there; then removes those of older indexes, and index.faiss
+    if it was made of them.
 
     Raises UserError where the disk is full.
     """
@@ -123,8 +124,9 @@ def write_manifest(directory: Path, layout: Layout) -> None:
     with writing(path):
         manifest["sha256"] = _json_digest(manifest)
         write_atomic(path, json.dumps(manifest, indent=2) + "\n")
-        for old in directory.glob("*-[0-9][0-9][0-9][0-9][0-9]*"):
-            if not old.name.startswith(layout.key):
+        for old in filter(Path.is_dir, directory.glob("*-[0-9][0-9][0-9][0-9][0-9]*")):
+            if not old.name.lstrip(".").startswith(layout.key):
+                (directory / "index.faiss").unlink(missing_ok=True)
                 shutil.rmtree(old, ignore_errors=True)
 
 

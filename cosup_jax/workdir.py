@@ -27,7 +27,7 @@ from cosup_jax.errors import UserError
 # What the place is at fault for, and not we.
 _REFUSED = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 }
 STATES = ("running", "stopped", "finished", "failed")
 

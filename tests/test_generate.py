@@ -170,5 +170,7 @@ def test_what_a_user_can_get_wrong(home, tmp_path, capsys, monkeypatch):
     mine.write_text('{"id": "x", "text": "important"}\nnotes\n')
     assert "something else than answers" in refused(f"--output={mine}")
     assert mine.read_text().endswith("notes\n")
+    assert "Is a directory" in refused(f"--output={tmp_path}")
+    assert f"cannot write {mine / 'x'}" in refused(f"--output={mine / 'x'}")
     answers = write_lines(tmp_path / "old.jsonl", [{"id": "1", "run": "another"}])
     assert "something else than answers" in refused(f"--output={answers}")

@@ -80,7 +80,8 @@ def test_official_support():
 
 def test_grounding_by_hand():
     """Bugs: `[k]` against another passage than the k-th shown; a mean over all sentences; text
-    outside spans judged; a text without spans counted as grounded."""
+    outside spans judged; a text without spans counted as grounded; the whole of a passage without a
+    title taken for its title."""
     asked = []
     judge = lambda *pair: asked.append(pair) or "fact" in pair[1]
     raw = (
@@ -95,6 +96,11 @@ def test_grounding_by_hand():
         ("Title: T2\nfact2", "Two."),
         (both, "Three fact Four."),
     ]
+    asked.clear()
+    untitled = [{"id": 1, "title": "", "text": "fact"}]
+    raw = "[Ret]fact[Cs]One fact.[Ce][Ret]cut off[Cs]Two fact.[Ce]"
+    cited.groundings([official_item(raw, untitled)], judge)
+    assert asked == [("Title: \nfact", "One fact."), ("cut off", "Two fact.")]
 
 
 def test_official_keys_of_other_tasks():

@@ -184,8 +184,11 @@ def test_damage_is_named_and_mended(tmp_path, corpus):
 
 def test_another_model_is_refused_and_replaces_what_was_there(tmp_path, corpus):
     """Bugs: questions of one model searched in another's vectors; its shards taken for ours; the
-    old index gone before the new one is whole."""
+    old index gone before the new one is whole; an index.faiss of the old vectors beside the new."""
     other, old = dataclasses.replace(CONTRACT, weights="v"), write(tmp_path, corpus)[0]
+    faiss = tmp_path / "index.faiss"
+    old.write_faiss(faiss)
+    assert not write(tmp_path, corpus)[1] and faiss.exists()
     assert Vectors.open(tmp_path, CONTRACT).ids[9] == "p9"
     with pytest.raises(UserError, match=r"the index .* was made with weights='w', this model has"):
         Vectors.open(tmp_path, other)
@@ -195,7 +198,7 @@ def test_another_model_is_refused_and_replaces_what_was_there(tmp_path, corpus):
             write(tmp_path, corpus, contract=other)
     new, encoded = write(tmp_path, corpus, contract=other)
     assert not encoded and new.key != old.key
-    assert not any(old.key in name for name in contents(tmp_path))
+    assert not any(old.key in name for name in contents(tmp_path)) and not faiss.exists()
     for change in ({"dtype": "int8"}, {"corpus": "x"}, {"shard_rows": 4}, {"rows": 11}):
         layout = Layout(CONTRACT, corpus.fingerprint, 10, "float32", 3)
         assert layout.key == old.key != Layout(**(layout._asdict() | change)).key

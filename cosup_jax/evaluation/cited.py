@@ -125,9 +125,11 @@ def _shown(passages: Sequence[str], docs: Sequence[Item]) -> list[Item]:
 
     A passage that is none of them, as tokens and back it may not be the same text, is one itself.
     """
-    known = {"".join(f"{doc['title']} :: {doc['text']}".split()): doc for doc in docs}
+    whole = lambda doc: f"{doc['title']} :: {doc['text']}" if doc["title"] else doc["text"]
+    known = {"".join(whole(doc).split()): doc for doc in docs}
     found = []
     for passage in passages:
-        title, _, body = passage.partition(" :: ")
-        found.append(known.get("".join(passage.split()), {"title": title, "text": body}))
+        title, colons, body = passage.partition(" :: ")
+        own = {"title": title, "text": body} if colons else {"text": passage}
+        found.append(known.get("".join(passage.split()), own))
     return found
