@@ -50,8 +50,8 @@ def test_right_cited_and_found():
 
 
 def test_found_late_and_cited_badly():
-    """Bugs: a gate that opens for evidence at rank 2; citations judged against another source than
-    the one they number; the rank confused with what was shown."""
+    """Bugs: a gate that opens for evidence at rank 2, or for half of it; citations
+    judged against another source than the one they number; the rank confused with what was shown."""
     late = answer(ranking=["p2", "p1"], sources=[ROME | {"number": 1}], output="Paris[1] ")
     scores = scores_of(late)
     assert scores["Rprec"] == 0 and scores["recall@5"] == 1 and scores["retrieval_hit"] == 0
@@ -59,6 +59,8 @@ def test_found_late_and_cited_badly():
     assert scores["containment_citation_rec"] == 0
     both = answer(sources=[PARIS, ROME], output="Paris[2] Paris[1] ", evidence=["p1", "p2"])
     assert scores_of(both)["retrieval_precision"] == 1
+    half = scores_of(answer(evidence=["p1", "p3"]))
+    assert half["Rprec"] == 0.5 and half["em"] == 1 and half["KILT-em"] == 0
 
 
 def test_short_answer_and_whole_text_are_told_apart():
