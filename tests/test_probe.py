@@ -1,13 +1,11 @@
 """The costly metrics against plain computations of the same."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from batches import config, random_batch, towers
+from batches import config, lookups, random_batch, towers
 
 from cosup_jax import cosup, sharding
 from cosup_jax import step as step_lib
@@ -19,14 +17,19 @@ KEYS = {"bank__kind": "dual", "bank__size": 96, "bank__queries": 240, "log__prob
 KEYS |= {"loss__nsp_weight": 0.5, "loss__ntp_weight": 2.0, "bank__start_step": 3}
 
 
-@functools.cache
-def _trained():
+@pytest.fixture(
+    scope="module",
+    params=[(lookups, 5.0), pytest.param((towers, 0.05), marks=pytest.mark.slow)],
+    ids=["lookup", "transformer"],
+)
+def trained(request):
     """The states of four steps on 2 x 2 x 2, what they ran on, and their probe."""
-    c, t = config(**KEYS), towers()
+    make, learning_rate = request.param
+    c, t = config(**KEYS), make()
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     rows = sharding.rows(mesh)
     batch_at = lambda step: jax.device_put(random_batch(step % 4, batch_shape(c)), rows)
-    tx = optax.sgd(0.05)
+    tx = optax.sgd(learning_rate)
 
     def fresh():
         params = step_lib.init_params(jax.random.key(0), t, c)
@@ -47,10 +50,10 @@ def _cosine(a, b) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def test_gradients_of_each_loss():
+def test_gradients_of_each_loss(trained):
     """Bugs: one loss's gradient taken for the other's, a ratio without the weights, a state that
     the probe consumes."""
-    c, t, states, _, probe = _trained()
+    c, t, states, _, probe = trained
     params, bank = jax.device_get((states[4].params, states[4].bank))
     batch = random_batch(0, batch_shape(c))  # step 4's, and step 0's
     found = probe(states[4], 4)
@@ -70,9 +73,9 @@ def test_gradients_of_each_loss():
     assert found.keys() - expected.keys() == {name for name in found if name.startswith("bank/")}
 
 
-def test_drift_is_what_training_changed():
+def test_drift_is_what_training_changed(trained):
     """Bug: a stored vector compared with another passage's, or with what was stored."""
-    c, t, states, batch_at, probe = _trained()
+    c, t, states, batch_at, probe = trained
     found = probe(states[4], 4)
     assert found["bank/drift_age"] == 3  # three slots: steps 1, 2 and 3 are there
     before, after = (
@@ -94,10 +97,10 @@ def test_drift_is_what_training_changed():
     assert not [name for name in probe(states[0], 0) if name.startswith("bank/")]
 
 
-def test_a_fresh_dual_bank_points_where_a_large_batch_does():
+def test_a_fresh_dual_bank_points_where_a_large_batch_does(trained):
     """Bug: directions compared with the stale bank, or with queries that were not encoded anew;
     kinds mixed up."""
-    *_, states, batch_at, probe = _trained()
+    *_, states, batch_at, probe = trained
     state = states[4]
     stale = jax.device_get(probe(state, 4))
     bank = jax.tree.map(jnp.copy, state.bank)  # what is refreshed is consumed
@@ -116,17 +119,17 @@ def test_a_fresh_dual_bank_points_where_a_large_batch_does():
 
 
 @pytest.mark.slow
-def test_before_its_start_a_bank_has_no_direction():
+def test_before_its_start_a_bank_has_no_direction(trained):
     """Bug: directions of 1 from a bank that nothing is scored against."""
-    *_, states, _, probe = _trained()
+    *_, states, _, probe = trained
     found = probe(states[2], 2)
     assert not [name for name in found if name.startswith("bank/direction")]
     assert found["bank/passages"] == 0 and 0 < found["bank/drift_cosine"] < 1
 
 
-def test_a_skipped_step_is_not_probed():
+def test_a_skipped_step_is_not_probed(trained):
     """Bug: drift of a step that stored nothing, which is no number."""
-    *_, states, _, probe = _trained()
+    *_, states, _, probe = trained
     ring = states[4].bank.passages
     ring = ring._replace(step_KxC=jnp.where(ring.step_KxC == 1, -1, ring.step_KxC))
     found = probe(states[4].replace(bank=states[4].bank._replace(passages=ring)), 4)
