@@ -40,8 +40,9 @@ DECAYED = {"optim__weight_decay": 0.1, "optim__clip_norm": 1e-3}
 def trained(towers: Towers, run) -> tuple:
     """The state before and after two steps, and the metrics."""
     tx, batch = optim.make(run, 10, 10), random_batch(0, batch_shape(run))
-    params = jax.jit(lambda key: step.init_params(key, towers, run))(jax.random.key(0))
-    state = step.init_state(params, jax.random.key(1), tx, run)
+    params = lambda key: step.init_params(key, towers, run)
+    fresh = lambda key: step.init_state(params(key), jax.random.key(1), tx, run)
+    state = jax.jit(fresh)(jax.random.key(0))
     one = jax.jit(functools.partial(step.train_step, towers=towers, tx=tx, config=run))
     after, _ = one(state, batch)
     after, metrics = one(after, batch)
@@ -91,8 +92,8 @@ def test_a_narrower_ctx_is_projected_and_learns_to_be():
     batch = random_batch(0, batch_shape(run))
     ctx = before.params["ctx"]
     plain = {name: leaf for name, leaf in ctx.items() if name != "projection"}
-    wide = passage_vectors(ctx, batch, towers, run)
-    narrow = passage_vectors(plain, batch, towers, run)
+    read = jax.jit(lambda params: passage_vectors(params, batch, towers, run))
+    wide, narrow = read(ctx), read(plain)
     assert wide.shape[-1] == 32 and narrow.shape[-1] == 16
     assert_close(wide, np.asarray(narrow) @ np.asarray(ctx["projection"]), 1e-4)
     assert changed(before.params["ctx"], after.params["ctx"]) == {"projection"}
@@ -106,15 +107,16 @@ def test_adapters_change_nothing_at_first_and_merge_into_the_kernels():
     before, after, _ = trained(towers, told(ADAPTED, ADAPTED, **DECAYED))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, VOCAB)
     rows = (tokens, jnp.ones((2, 12), jnp.int32), jnp.broadcast_to(jnp.arange(12), (2, 12)))
+    adapted, bare_hidden = jax.jit(towers.gen.hidden), jax.jit(plain.gen.hidden)
     bare = merge_adapters(before.params["gen"], ADAPTED)
     assert not [name for name in flatten_dict(bare, sep="/") if "lora" in name]
-    assert_close(towers.gen.hidden(before.params["gen"], *rows), plain.gen.hidden(bare, *rows))
+    assert_close(adapted(before.params["gen"], *rows), bare_hidden(bare, *rows))
     merged = merge_adapters(after.params["gen"], ADAPTED)
     attn = jax.tree.map(np.asarray, after.params["gen"]["blocks"]["attn"])
     update = np.einsum("ndr,nrhe->ndhe", attn["q_lora_a"], attn["q_lora_b"])
     assert_close(merged["blocks"]["attn"]["q"], attn["q"] + 16 / 2 * update)
     assert changed(bare["blocks"], merged["blocks"]) == {"attn/q", "attn/v", "mlp/up"}
-    assert_close(towers.gen.hidden(after.params["gen"], *rows), plain.gen.hidden(merged, *rows))
+    assert_close(adapted(after.params["gen"], *rows), bare_hidden(merged, *rows))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_frozen_layers_come_first():
     split["blocks"] = jax.tree.map(lambda x: x[1:], params["blocks"])
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, VOCAB)
     rows = (tokens, jnp.ones((2, 12), jnp.int32), jnp.broadcast_to(jnp.arange(12), (2, 12)))
-    assert_close(halves.hidden(split, *rows), whole.hidden(params, *rows))
+    assert_close(jax.jit(halves.hidden)(split, *rows), jax.jit(whole.hidden)(params, *rows))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The transformer by itself: what a token may see, and that memory options change no number."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,18 +61,19 @@ def test_negative_segments_see_and_are_not_seen(params):
     assert float(jnp.abs(past[:, 5] - hidden[:, 5]).max()) > 1e-3
 
 
+@functools.cache
+def _gradient(model):
+    loss = lambda params, rows: jnp.mean(model.logits(params, model.hidden(params, *rows)) ** 2)
+    return jax.jit(jax.grad(loss))
+
+
 @pytest.mark.parametrize("option", [{"remat": "dots"}, {"remat": "full"}, {"scan_unroll": 2}])
 def test_memory_options_change_no_number(params, option):
     """Bug: remat or unrolling that changes the function."""
     other = Transformer(dataclasses.replace(ARCH, **option), VOCAB)
     assert other.arch != MODEL.arch
     rows = _rows()
-
-    def grads(model):
-        loss = lambda p: jnp.mean(model.logits(p, model.hidden(p, *rows)) ** 2)
-        return jax.jit(jax.grad(loss))(params)
-
-    assert_close(grads(other), grads(MODEL))
+    assert_close(_gradient(other)(params, rows), _gradient(MODEL)(params, rows))
     if "remat" in option:
         lowered = lambda m: str(
             jax.make_jaxpr(jax.grad(lambda p: m.hidden(p, *rows).sum()))(params)
@@ -91,7 +93,7 @@ def test_padded_vocabulary_never_wins(params):
 def test_bfloat16_computes_in_bfloat16_and_scores_in_float32(params):
     """Bug: parameters cast for good, or logits left in bfloat16."""
     half = Transformer(dataclasses.replace(ARCH, dtype="bfloat16"), VOCAB)
-    hidden = half.hidden(params, *_rows())
+    hidden = jax.jit(half.hidden)(params, *_rows())
     assert hidden.dtype == jnp.bfloat16 and half.logits(params, hidden).dtype == jnp.float32
     exact = HIDDEN(params, *_rows())
     assert float(jnp.abs(hidden.astype(jnp.float32) - exact).max()) < 0.1
