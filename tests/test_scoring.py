@@ -51,7 +51,8 @@ def test_right_cited_and_found():
 
 def test_found_late_and_cited_badly():
     """Bugs: a gate that opens for evidence at rank 2, or for half of it; citations
-    judged against another source than the one they number; the rank confused with what was shown."""
+    judged against another source than the one they number; the rank confused with what was
+    shown."""
     late = answer(ranking=["p2", "p1"], sources=[ROME | {"number": 1}], output="Paris[1] ")
     scores = scores_of(late)
     assert scores["Rprec"] == 0 and scores["recall@5"] == 1 and scores["retrieval_hit"] == 0
