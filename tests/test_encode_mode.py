@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import ARCH, TINY, _write_data
+import towns
 
 from cosup_jax.config import DataConfig
 from cosup_jax.data import sources
@@ -56,11 +56,13 @@ def test_memory_does_not_grow_with_the_index(tmp_path):
 def test_train_encode_mine_train(tmp_path):
     """Bugs: a mode that only its parts' tests know to work; two processes that write other vectors
     than one, or wait for each other; a mined source that does not train."""
-    source = _write_data(tmp_path)
-    keys = {f"{tower}.arch.{name}": size for tower in ("gen",) for name, size in ARCH.items()}
+    source = towns.write_data(tmp_path)
+    keys = {f"{tower}.arch.{name}": size for tower in ("gen",) for name, size in towns.ARCH.items()}
     keys |= {"data.train": str(source), "data.eval": str(source), "data.vocab_size": 400}
     keys |= {"num_steps": 4, "batch_size": 8, "data.ctx_rows": 8, "index.shard_rows": 7}
-    (tmp_path / "tiny.py").write_text(TINY.format(overrides=keys | {"index.mine_margin": 0.0}))
+    (tmp_path / "tiny.py").write_text(
+        towns.CONFIG.format(overrides=keys | {"index.mine_margin": 0.0})
+    )
 
     def run(*argv, workdir="one", processes=1):
         script = [sys.executable, "-m", "cosup_jax.main"]
