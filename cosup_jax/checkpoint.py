@@ -54,6 +54,7 @@ class Checkpointer:
         Raises:
           UserError: the directory cannot be written.
         """
+        quiet.drop_echoes()  # of a save in the background they come before its error does
         self._directory = _located(directory)
         policy = ocp.checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
@@ -158,7 +159,6 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:
-            quiet.drop_echoes()
             raise UserError(
                 f"checkpoints in {self._directory}: cannot {what} ({_first_line(error)}); check "
                 "permissions and free space, then start again: the run resumes from the last one"
@@ -241,6 +241,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _read_arrays(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    quiet.drop_echoes()
     abstract = {name: _raw_abstract(leaf) for name, leaf in wanted.items()}
     arguments = ocp.args.PyTreeRestore(
         abstract,
@@ -254,7 +255,6 @@ def _read_arrays(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     except jax.errors.JaxRuntimeError:
         raise  # out of memory and the like: no fault of the file
     except Exception as error:  # TensorStore raises that very class, among many
-        quiet.drop_echoes()
         raise _DamagedError(_first_line(error)) from error
     for name, array in found.items():
         if not isinstance(array, jax.Array):  # what its index lacks comes back as it was asked for

@@ -107,7 +107,8 @@ def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
 
 def files(workdir: Path) -> dict[str, bytes]:
     """Whatever a run leaves but for checkpoints, caches, and what depends on the clock."""
-    left_out = ("checkpoints", "tensorboard", "data", ".lock", "report.html", "metrics.jsonl")
+    left_out = ["checkpoints", "tensorboard", "data", "report.html", "metrics.jsonl"]
+    left_out += [".lock", ".started"]
     found = [path for path in workdir.rglob("*") if path.is_file()]
     found = [p for p in found if p.relative_to(workdir).parts[0] not in left_out]
     found = [p for p in found if not p.name.endswith(".lock") and p.parent.name != "digests"]
