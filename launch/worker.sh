@@ -16,10 +16,16 @@ action=${1:-}
 [[ $action ]] || usage
 shift
 
+# Whether the process whose number is in this file lives and is still ours: numbers are used again.
+lives() {
+  local pid
+  pid=$(cat "$here/$1" 2>/dev/null) && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q "$2"
+}
+
 state() {
   if [[ -f $here/code ]]; then
     echo "ended $(<"$here/code")"
-  elif [[ -f $here/pid ]] && kill -0 "$(<"$here/pid")" 2>/dev/null; then
+  elif lives pid 'launch/worker.sh supervise'; then
     echo running
   elif [[ -f $here/pid ]]; then
     echo "ended 137" # killed together with its shell, or the machine started anew
@@ -49,7 +55,7 @@ case $action in
     ;;
   supervise) supervise "$@" ;;
   state) state ;;
-  stop) [[ $(state) != running ]] || kill -TERM "$(<"$here/program")" ;;
+  stop) ! lives program cosup_jax.main || kill -TERM "$(<"$here/program")" ;;
   log) exec tail -n 100 -F "$here/log" ;;
   *) usage ;;
 esac

@@ -232,7 +232,9 @@ case $4 in
   create) echo ACTIVE > state ;;
   delete)
     rm state
-    kill -9 $(cat home/cosup_run/pid home/cosup_run/program)
+    for pid in $(cat home/cosup_run/pid home/cosup_run/program); do
+      grep -qs {here} /proc/$pid/environ && kill -9 $pid
+    done
     rm -r home/cosup_run
     ;;
   ssh)
@@ -244,6 +246,15 @@ case $4 in
     ;;
 esac
 """
+
+
+def end(tmp_path):
+    """Ends what still runs there; a number that was given to another process since is let be."""
+    for path in (tmp_path / "home").glob("cosup_run/p*"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.read_text())
+            if str(tmp_path).encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -258,9 +269,7 @@ def pod(tools, tmp_path):
         return tools("tpu_pod.sh", *argv, bodies={"gcloud": CLOUD.format(here=tmp_path)}, **environ)
 
     yield run
-    for path in (tmp_path / "home").glob("cosup_run/p*"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(path.read_text()), signal.SIGKILL)
+    end(tmp_path)
 
 
 COUNTED = (  # ends with the codes given, one a start
