@@ -83,7 +83,9 @@ def search_speed(vectors: int, width: int, k: int = 10) -> dict[int, float]:
     the fastest of several ways, in the same rounds as the searches. One device.
     """
     rng = np.random.default_rng(0)
-    corpus_NxD = jnp.asarray(rng.random((vectors, width), np.float32) - 0.5)
+    corpus_NxD = rng.random((vectors, width), np.float32)
+    corpus_NxD -= 0.5
+    corpus_NxD = jnp.asarray(corpus_NxD)
     query_QxD = rng.random((max(SEARCHED_FOR), width), np.float32) - 0.5
     square = jnp.asarray(rng.random((SIDE, SIDE), np.float32))
     ways = {
