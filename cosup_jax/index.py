@@ -102,8 +102,7 @@ def search(
         jax.block_until_ready(best)  # else all chunks would be sent at once
         best = merged
     scores, rows = map(np.concatenate, zip(*jax.device_get(best), strict=True))
-    scores, rows = scores[: len(query_QxD)], rows[: len(query_QxD)].astype(np.int64)
-    return scores, np.where(scores == -np.inf, -1, rows)
+    return scores[: len(query_QxD)], rows[: len(query_QxD)].astype(np.int64)
 
 
 def _blocks(query_QxD: np.ndarray, mesh: Mesh | None) -> list[jax.Array]:
@@ -257,7 +256,10 @@ def _tiles(rows: int, queries: int) -> int:
 
 
 def _top(best: Best, found: Best) -> Best:
-    """The best of both; `found` are later rows, and in such order that equal scores are by row."""
+    """The best of both; `found` are later rows, and in such order that equal scores are by row.
+
+    As `best` starts as rows -1 of score -inf, no other row of that score comes up.
+    """
     score, row = (jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True))
     score_QxK, at_QxK = jax.lax.top_k(score, best.scores_QxK.shape[1])  # equal ones in order
     return Best(score_QxK, jnp.take_along_axis(row, at_QxK, axis=1))
