@@ -1,5 +1,7 @@
 """Seconds from work and peaks, against sums by hand; the peaks of this machine."""
 
+import os
+
 import jax
 import pytest
 
@@ -86,8 +88,9 @@ def test_published_peaks_by_the_name_that_jax_gives(kind, name):
 
 @pytest.mark.slow
 def test_measured_peaks_are_possible():
-    """Bug: a loop that the compiler removes, which reaches petaflops."""
+    """Bug: a loop that the compiler removes: 300 GFLOP/s are more than a core can do."""
     chip = roofline.measured(jax.devices()[0])
-    assert 1e8 < chip.f32_flops < 1e13
+    cores_a_device = len(os.sched_getaffinity(0)) / jax.local_device_count()
+    assert 1e8 < chip.f32_flops < 3e11 * cores_a_device
     rates = [rate for points in (chip.memory, chip.transposed) for _, rate in points]
     assert all(1e7 < rate < 1e12 for rate in rates)
