@@ -12,9 +12,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from cosup_jax import optim, processes, sharding
+from cosup_jax import optim, sharding
 from cosup_jax import step as step_lib
-from cosup_jax.bucket import localise
 from cosup_jax.checkpoint import check_readable, restore_params
 from cosup_jax.config import SHAPE, Config, DataConfig, sources, to_dict
 from cosup_jax.contract import EmbeddingContract, check_match
@@ -26,11 +25,13 @@ from cosup_jax.data.sources import carve, expand, identity, load, prepared_direc
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.hf import weights
+from cosup_jax.model.transformer import Transformer
 from cosup_jax.pretrained import resolve
+from cosup_jax.runtime import processes
+from cosup_jax.runtime.bucket import localise
+from cosup_jax.runtime.workdir import checkpoints
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer
-from cosup_jax.workdir import checkpoints
 
 
 class Sources(NamedTuple):

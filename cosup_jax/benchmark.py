@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, index, sharding
+from cosup_jax import assemble, sharding
+from cosup_jax.answer.decode import Decoder
+from cosup_jax.answer.retrieve import Search
 from cosup_jax.assemble import Tokenizers
 from cosup_jax.config import Config
 from cosup_jax.data import markup, pipeline, tokens
@@ -20,10 +22,9 @@ from cosup_jax.data.batch import Batch
 from cosup_jax.data.plan import Plan
 from cosup_jax.data.schema import Dataset
 from cosup_jax.data.storage import Chosen
-from cosup_jax.decode import Decoder
 from cosup_jax.errors import UserError
-from cosup_jax.retrieve import Search
-from cosup_jax.workdir import Workdir
+from cosup_jax.runtime.workdir import Workdir
+from cosup_jax.search import index
 
 SEARCHED_FOR = (1, 2, 4, 8, 32, 256)  # queries at once
 ROUNDS = 5  # of which medians are taken

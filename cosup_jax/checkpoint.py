@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cosup_jax import quiet
 from cosup_jax.errors import UserError
+from cosup_jax.runtime import quiet
 
 _log = logging.getLogger(__name__)
 

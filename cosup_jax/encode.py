@@ -9,18 +9,19 @@ from pathlib import Path
 
 import jax
 
-from cosup_jax import assemble, processes
+from cosup_jax import assemble
 from cosup_jax.assemble import Sources, Trained
 from cosup_jax.config import Config
-from cosup_jax.corpus import Corpus, encode_to_disk
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.schema import Dataset
 from cosup_jax.data.sources import by_name, load_corpus
 from cosup_jax.data.tokens import tokenize_passages
-from cosup_jax.encoder import Encoder
 from cosup_jax.errors import UserError
-from cosup_jax.vectors import Vectors
-from cosup_jax.workdir import Workdir
+from cosup_jax.runtime import processes
+from cosup_jax.runtime.workdir import Workdir
+from cosup_jax.search.corpus import Corpus, encode_to_disk
+from cosup_jax.search.encoder import Encoder
+from cosup_jax.search.vectors import Vectors
 
 
 def encode(config: Config, workdir: str) -> None:

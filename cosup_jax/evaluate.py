@@ -21,9 +21,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cosup_jax import asked, assemble, encode, held_out, processes, report, tables
-from cosup_jax.answering import Answering, bm25_rankings
-from cosup_jax.asked import Arm
+from cosup_jax import assemble, encode, held_out
+from cosup_jax.answer import asked
+from cosup_jax.answer.answering import Answering, bm25_rankings
+from cosup_jax.answer.asked import Arm
+from cosup_jax.answer.library import Library
+from cosup_jax.answer.records import Answers, Record
 from cosup_jax.assemble import Trained
 from cosup_jax.config import Config, to_dict
 from cosup_jax.data import tokens
@@ -33,9 +36,9 @@ from cosup_jax.evaluation import scoring, summary
 from cosup_jax.evaluation.nli import Judge, judge_named
 from cosup_jax.generate import NO_DIFFERENCE
 from cosup_jax.held_out import HeldOut
-from cosup_jax.library import Library
-from cosup_jax.records import Answers, Record
-from cosup_jax.workdir import Workdir
+from cosup_jax.report import page, tables
+from cosup_jax.runtime import processes
+from cosup_jax.runtime.workdir import Workdir
 
 _LABELS_READ = 10_000  # rows among which the most frequent label is sought
 _DEPENDS_ON = ("seed", "gen", "ctx", "generate")  # groups of the config that answers depend on
@@ -54,8 +57,8 @@ def evaluate(config: Config, workdir: str) -> None:
         print(f"step {trained.step}: answering held-out questions", flush=True)
         found = _Evaluation(trained, judge, directory.path).summary()
         directory.write_json("evaluation/summary.json", found)
-        run = report.read_run(directory.path, trained.config.generate.examples)
-        report.write_report(directory.path / "report.html", run)
+        run = page.read_run(directory.path, trained.config.generate.examples)
+        page.write_report(directory.path / "report.html", run)
         print(tables.answers_table(found), flush=True)
         print(f"done: {directory.path / 'report.html'}", flush=True)
 

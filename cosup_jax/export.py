@@ -25,10 +25,10 @@ from cosup_jax.contract import EmbeddingContract
 from cosup_jax.data import markup
 from cosup_jax.errors import UserError
 from cosup_jax.hf import saving, sentence
+from cosup_jax.model.transformer import Transformer, merge_adapters
 from cosup_jax.parity import Ours, Sample
+from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer, merge_adapters
-from cosup_jax.workdir import Workdir
 
 ROWS = 8  # examples, and passages, that are compared
 SENTENCES = ("torch", "sentence_transformers")  # packages that read Ctx

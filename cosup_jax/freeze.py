@@ -17,7 +17,7 @@ from cosup_jax.config import (
     sources,
 )
 from cosup_jax.errors import UserError
-from cosup_jax.families import FAMILIES, KERNELS
+from cosup_jax.model.families import FAMILIES, KERNELS
 
 _ROPE_SCALING = {  # what each kind reads
     "none": (),

@@ -18,19 +18,20 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from cosup_jax import assemble, cited, records
+from cosup_jax import assemble
+from cosup_jax.answer import cited, records
+from cosup_jax.answer.decode import Decoder, Retriever
+from cosup_jax.answer.library import Library
+from cosup_jax.answer.retrieve import Candidates, Gold, Lexical, Search, Wrong
 from cosup_jax.assemble import Trained
 from cosup_jax.config import Config
 from cosup_jax.data import markup
 from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.rows import Row, existing, read_lines
 from cosup_jax.data.schema import Example
-from cosup_jax.decode import Decoder, Retriever
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation.baselines import BM25
-from cosup_jax.library import Library
-from cosup_jax.retrieve import Candidates, Gold, Lexical, Search, Wrong
-from cosup_jax.workdir import Workdir, writing
+from cosup_jax.runtime.workdir import Workdir, writing
 
 BY_QUESTION = ("candidates", "gold", "wrong")  # arms that need more of it than its words
 NO_DIFFERENCE = ("examples", "batch_size", "chunk_tokens")  # settings that change no answer

@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import cosup, index, sharding
+from cosup_jax import cosup, sharding
 from cosup_jax.config import Config
-from cosup_jax.corpus import Corpus
 from cosup_jax.data import tokens
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.markup import EVIDENCE, TARGET, passage_text
@@ -21,9 +20,11 @@ from cosup_jax.data.schema import Dataset, Example
 from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.storage import span
 from cosup_jax.data.tokens import TokenStore
-from cosup_jax.encoder import Encoder, to_mesh
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
+from cosup_jax.search import index
+from cosup_jax.search.corpus import Corpus
+from cosup_jax.search.encoder import Encoder, to_mesh
 from cosup_jax.towers import Towers, gen_hidden, query_vectors
 
 _log = logging.getLogger(__name__)

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
             print("deterministic: reproducible GPU kernels, slower scatters and reductions")
         options = _options(flags, mode)
-        processes = importlib.import_module("cosup_jax.processes")  # from here on with JAX
+        processes = importlib.import_module("cosup_jax.runtime.processes")  # from here on with JAX
         processes.join(os.environ | _told(flags))
         given = dict(_leaves(to_dict(config)))
         processes.agree("how it was started", processes.facts(mode, flags["--workdir"], given))
@@ -233,7 +233,7 @@ def _print_error(error: UserError | str) -> None:
 
 def _tell_the_others(error: BaseException, code: int, say: Callable[[], None]) -> None:
     """Says what went wrong, here and in the other processes, unless one of them is the cause."""
-    liveness = sys.modules.get("cosup_jax.liveness")  # else there are none yet
+    liveness = sys.modules.get("cosup_jax.runtime.liveness")  # else there are none yet
     if liveness:
         liveness.await_news(error)
     say()

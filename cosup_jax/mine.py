@@ -17,10 +17,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cosup_jax import assemble, index, processes, sharding
+from cosup_jax import assemble, sharding
 from cosup_jax.assemble import Trained
 from cosup_jax.config import Config, IndexConfig
-from cosup_jax.corpus import Corpus
 from cosup_jax.data import tokens
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.pipeline import PackedExamples, pack_examples
@@ -28,10 +27,13 @@ from cosup_jax.data.schema import Dataset, Example
 from cosup_jax.data.sources import by_name
 from cosup_jax.data.storage import replacing
 from cosup_jax.encode import index as encoded
-from cosup_jax.encoder import to_mesh
+from cosup_jax.runtime import processes
+from cosup_jax.runtime.workdir import Workdir
+from cosup_jax.search import index
+from cosup_jax.search.corpus import Corpus
+from cosup_jax.search.encoder import to_mesh
+from cosup_jax.search.vectors import Vectors
 from cosup_jax.towers import gen_hidden, query_vectors
-from cosup_jax.vectors import Vectors
-from cosup_jax.workdir import Workdir
 
 QUERIES = 4096  # searched for together: each time the whole index is read
 

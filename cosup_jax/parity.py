@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import encoder, sharding
+from cosup_jax import sharding
 from cosup_jax.config import ArchConfig, Config
 from cosup_jax.data.pipeline import PackedPassages
 from cosup_jax.hf import weights
+from cosup_jax.model.transformer import Transformer
+from cosup_jax.search import encoder
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer
 
 TOLERANCE = 1e-4  # largest difference of a logit or of a feature of a vector, over max(1, largest)
 

@@ -13,17 +13,18 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, kernels, optim, roofline, sharding
+from cosup_jax import assemble, optim, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import Config, to_dict
+from cosup_jax.costs import kernels, roofline
+from cosup_jax.costs.roofline import GIB, Chip
 from cosup_jax.data import tokenizer
 from cosup_jax.data.batch import Batch, batch_shape, empty_batch
 from cosup_jax.errors import UserError
 from cosup_jax.hf import weights
-from cosup_jax.roofline import GIB, Chip
+from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
-from cosup_jax.workdir import Workdir
 
 _NAMED = 8  # of the largest buffers and replicated leaves
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from cosup_jax import assemble, processes
+from cosup_jax import assemble
 from cosup_jax.assemble import Tokenizers
 from cosup_jax.config import Config
 from cosup_jax.data import prepared, tokens
@@ -17,7 +17,8 @@ from cosup_jax.data.schema import Dataset
 from cosup_jax.data.sources import by_name
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
-from cosup_jax.workdir import Workdir
+from cosup_jax.runtime import processes
+from cosup_jax.runtime.workdir import Workdir
 
 
 def prepare(config: Config, workdir: str) -> None:

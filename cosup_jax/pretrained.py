@@ -6,9 +6,9 @@ import jax
 
 from cosup_jax.config import SHAPE, ArchConfig, Config, LoraConfig, replace_dotted
 from cosup_jax.errors import UserError
-from cosup_jax.families import FAMILIES
 from cosup_jax.hf import sentence, weights
-from cosup_jax.rotary import rotated_features
+from cosup_jax.model.families import FAMILIES
+from cosup_jax.model.rotary import rotated_features
 
 _LAYOUT = ("frozen_dtype", "lora", "frozen_layers", "freeze_embeddings")  # of its parameters
 

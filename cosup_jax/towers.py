@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from cosup_jax.config import Config
 from cosup_jax.data.batch import Batch
+from cosup_jax.model.transformer import Transformer
 from cosup_jax.sharding import constrain
-from cosup_jax.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, bank, liveness, observe, optim, processes, records, report, sharding
+from cosup_jax import assemble, bank, optim, sharding
 from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
+from cosup_jax.answer import records
+from cosup_jax.answer.sample import Sample
 from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.checkpoint import Checkpointer, check_readable
 from cosup_jax.config import Config, to_dict
@@ -27,10 +29,11 @@ from cosup_jax.data.plan import Plan
 from cosup_jax.errors import UserError
 from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.probe import Probe
-from cosup_jax.sample import Sample
+from cosup_jax.report import page
+from cosup_jax.runtime import liveness, observe, processes
+from cosup_jax.runtime.telemetry import Progress, Recorder, Throughput
+from cosup_jax.runtime.workdir import Workdir, checkpoints
 from cosup_jax.step import TrainState
-from cosup_jax.telemetry import Progress, Recorder, Throughput
-from cosup_jax.workdir import Workdir, checkpoints
 
 STEPS_AHEAD = 2  # queued behind the running one; more would only hold batches in memory
 
@@ -273,10 +276,10 @@ def _finish(job: Job, state: TrainState, sample: Sample, count: int) -> None:
     job.workdir.write_json("evaluation/training.json", {"facts": facts, "baselines": baselines})
     lines = records.lines(itertools.chain(*answers.values()))
     job.workdir.write_text("evaluation/answers.jsonl", lines)
-    run = report.read_run(path, sample.shown)
-    report.write_report(path / "report.html", run)
-    rows = report.closing_rows(run["metrics"], run["baselines"])
-    print(report.closing_table(rows), flush=True)
+    run = page.read_run(path, sample.shown)
+    page.write_report(path / "report.html", run)
+    rows = page.closing_rows(run["metrics"], run["baselines"])
+    print(page.closing_table(rows), flush=True)
 
 
 def _meta(job: Job, state: TrainState) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cosup_jax.data.schema import Dataset, Example
 from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
-from cosup_jax.workdir import Workdir
+from cosup_jax.runtime.workdir import Workdir
 
 
 class _Split(NamedTuple):

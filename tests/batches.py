@@ -7,8 +7,8 @@ from cosup_jax import config as config_lib
 from cosup_jax.config import ArchConfig
 from cosup_jax.data.batch import Batch, BatchShape, empty_batch
 from cosup_jax.freeze import freeze
+from cosup_jax.model.transformer import Transformer, padded_vocab
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer, padded_vocab
 
 VOCAB = 300
 ARCH = ArchConfig(

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from cosup_jax.config import ArchConfig
 from cosup_jax.hf import weights
-from cosup_jax.transformer import Transformer
+from cosup_jax.model.transformer import Transformer
 
 V, T = 300, 48  # vocabulary, padded to 384; tokens of a recorded row
 LENGTHS = (48, 29)  # real tokens of the recorded rows

@@ -74,7 +74,7 @@ class _Items:
 
 
 def _half_a_metric_line(call: int) -> None:
-    from cosup_jax.telemetry import Recorder
+    from cosup_jax.runtime.telemetry import Recorder
 
     def tear(recorder):
         recorder._file.write('{"step": 3, "loss/tot')
@@ -85,7 +85,7 @@ def _half_a_metric_line(call: int) -> None:
 
 
 def _half_an_answer(call: int) -> None:
-    from cosup_jax.records import Answers
+    from cosup_jax.answer.records import Answers
 
     def tear(answers, record):
         answers._file.write(json.dumps(record)[:40])
@@ -96,7 +96,7 @@ def _half_an_answer(call: int) -> None:
 
 
 def _half_the_vectors(call: int) -> None:
-    from cosup_jax import vectors
+    from cosup_jax.search import vectors
 
     def tear(path, values, dtype):
         Path(path).write_bytes(values.tobytes()[: values.nbytes // 2])
@@ -112,7 +112,7 @@ def _at_save(call: int, after: bool) -> None:
 
 
 def _at_encoder(call: int) -> None:
-    from cosup_jax.encoder import Encoder
+    from cosup_jax.search.encoder import Encoder
 
     _at_call(Encoder, "corpus", call, _die)
 
@@ -205,8 +205,8 @@ def serve() -> None:
     import cosup_jax.assemble
     import cosup_jax.checkpoint
     import cosup_jax.main
-    import cosup_jax.report_plots
-    import cosup_jax.telemetry  # noqa: F401
+    import cosup_jax.report.plots
+    import cosup_jax.runtime.telemetry  # noqa: F401
 
     for line in sys.stdin:
         task = json.loads(line)

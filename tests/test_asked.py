@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from batches import config
 
-from cosup_jax import asked, assemble, held_out
+from cosup_jax import assemble, held_out
+from cosup_jax.answer import asked
 from cosup_jax.data import tokenizer, tokens
 from cosup_jax.data.schema import Dataset, Example, Passage
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cosup_jax import workdir as workdir_lib
-from cosup_jax.bucket import Bucket, Lease, localise
 from cosup_jax.errors import UserError
-from cosup_jax.workdir import Workdir, checkpoints
+from cosup_jax.runtime import workdir as workdir_lib
+from cosup_jax.runtime.bucket import Bucket, Lease, localise
+from cosup_jax.runtime.workdir import Workdir, checkpoints
 
 LEASE_S = 0.8
 

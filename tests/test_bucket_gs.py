@@ -19,7 +19,7 @@ CHECKPOINTS = """
 import sys
 import jax, jax.numpy as jnp
 from cosup_jax.checkpoint import Checkpointer, check_readable
-from cosup_jax.workdir import Workdir, checkpoints
+from cosup_jax.runtime.workdir import Workdir, checkpoints
 
 place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 state = {"a": jnp.arange(8.0), "key": jax.random.key(1)}

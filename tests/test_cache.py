@@ -12,7 +12,7 @@ import pytest
 from batches import ARCH, VOCAB, assert_close
 
 from cosup_jax.config import LoraConfig
-from cosup_jax.transformer import Transformer
+from cosup_jax.model.transformer import Transformer
 
 SHAPES = json.loads(str(np.load(Path(__file__).parent / "goldens" / "families.npz")["about"]))[
     "shapes"

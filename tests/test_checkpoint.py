@@ -21,9 +21,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cosup_jax import quiet
 from cosup_jax.checkpoint import Checkpointer, check_readable, restore_params
 from cosup_jax.errors import UserError
+from cosup_jax.runtime import quiet
 
 # What Orbax leaves behind after an error: threads of TensorStore that call an event loop it has
 # closed, and coroutines that it never started; the tests that provoke them collect them.

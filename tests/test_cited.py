@@ -2,10 +2,10 @@
 
 import pytest
 
-from cosup_jax import cited
+from cosup_jax.answer import cited
+from cosup_jax.answer.decode import Answer, Found
 from cosup_jax.data import markup, tokenizer
 from cosup_jax.data.schema import Example, Passage
-from cosup_jax.decode import Answer, Found
 
 PASSAGES = [Passage("a", "Ulm", "Ulm lies on the Danube. It is old."), Passage("b", "", "Bonn.")]
 ASKED = Example("7", "open_qa", "Where?", ("Danube",), ())

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cosup_jax import contract, kernels
+from cosup_jax import contract
 from cosup_jax.contract import EmbeddingContract, check_match, weights_digest
+from cosup_jax.costs import kernels
 from cosup_jax.errors import UserError
 
 CONTRACT = EmbeddingContract(

@@ -9,13 +9,14 @@ import pytest
 from batches import config
 from decoding import ByHand
 
-from cosup_jax import advance, assemble, sharding
+from cosup_jax import assemble, sharding
+from cosup_jax.answer import advance
+from cosup_jax.answer.decode import Decoder, Found
+from cosup_jax.answer.retrieve import Gold, Search
 from cosup_jax.config import MeshConfig
 from cosup_jax.data import tokenizer
 from cosup_jax.data.schema import Passage
-from cosup_jax.decode import Decoder, Found
 from cosup_jax.errors import UserError
-from cosup_jax.retrieve import Gold, Search
 
 TEXTS = [f"town {i} lies by river {i * 7 % 11} in the land of ulm" for i in range(12)]
 PASSAGES = [Passage(f"p{i}", f"town {i}", text) for i, text in enumerate(TEXTS)]

@@ -13,12 +13,12 @@ import pytest
 from decoding import ByHand
 
 from cosup_jax import assemble, main, train
+from cosup_jax.answer.decode import Decoder
+from cosup_jax.answer.library import Library
+from cosup_jax.answer.retrieve import Search
 from cosup_jax.config import replace_dotted
 from cosup_jax.data import markup
-from cosup_jax.decode import Decoder
 from cosup_jax.freeze import freeze
-from cosup_jax.library import Library
-from cosup_jax.retrieve import Search
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = 64

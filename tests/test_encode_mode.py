@@ -12,16 +12,16 @@ import towns
 
 from cosup_jax.config import DataConfig
 from cosup_jax.data import sources
-from cosup_jax.vectors import Vectors
+from cosup_jax.search.vectors import Vectors
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = r"""
 import re, resource, sys
 from pathlib import Path
 import numpy as np
-from cosup_jax import index, vectors
+from cosup_jax.search import index, vectors
 from cosup_jax.contract import EmbeddingContract
-from cosup_jax.vectors import Layout, Vectors
+from cosup_jax.search.vectors import Layout, Vectors
 
 rows, width, directory = int(sys.argv[1]), 256, Path(sys.argv[2])
 given = dict.fromkeys(EmbeddingContract.__dataclass_fields__, 1) | {"width": width}

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from untrained import config_of, save_checkpoint, write_config, write_lines
 
-from cosup_jax import answering, evaluate, records, report
-from cosup_jax.cited import Part
-from cosup_jax.decode import Found
+from cosup_jax import evaluate
+from cosup_jax.answer import answering, records
+from cosup_jax.answer.cited import Part
+from cosup_jax.answer.decode import Found
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import metrics
+from cosup_jax.report import page as report_page
 
 COUNT = 9
 ARMS = ["corpus", "corpus_10", "candidates", "gold", "bm25", "wrong", "none"]
@@ -181,7 +183,7 @@ def test_goes_on_after_a_kill_and_starts_anew(home, summary, monkeypatch):
         return true(self, params, part, questions, arm, vectors)
 
     monkeypatch.setattr(answering.Answering, "answers", counted)
-    monkeypatch.setattr(report, "write_report", lambda path, run: None)  # plots take time
+    monkeypatch.setattr(report_page, "write_report", lambda path, run: None)  # plots take time
     run = lambda **flags: evaluate.evaluate(config_of(home, **flags), str(home / "run"))
     whole = {}
     for arm in ("candidates", "gold", "bm25", "wrong"):

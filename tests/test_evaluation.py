@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from batches import config
 
-from cosup_jax import assemble, index, sharding
+from cosup_jax import assemble, sharding
 from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
 from cosup_jax.config import MeshConfig
@@ -17,6 +17,7 @@ from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
 from cosup_jax.evaluation.metrics import answer_present, normalize_answer
+from cosup_jax.search import index
 
 
 def test_ranks_equal_a_sort():

@@ -18,7 +18,7 @@ from cosup_jax.config import ArchConfig, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 from cosup_jax.hf import saving
-from cosup_jax.transformer import Transformer
+from cosup_jax.model.transformer import Transformer
 
 TOWNS = ["ulm", "bonn", "kiel", "jena", "trier", "fulda", "worms", "celle"]
 RIVERS = ["danube", "rhine", "schwentine", "saale", "mosel", "fuld", "ried", "aller"]

@@ -9,11 +9,11 @@ import pytest
 
 from cosup_jax import assemble, generate, main, optim
 from cosup_jax import step as step_lib
+from cosup_jax.answer.records import read
 from cosup_jax.checkpoint import Checkpointer
 from cosup_jax.config import to_dict
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
-from cosup_jax.records import read
 
 TOWNS = [f"town{i}" for i in range(9)]
 QUESTIONS = [{"question": f"where lies {town}?", "answers": ["river"]} for town in TOWNS]

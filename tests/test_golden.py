@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 from cosup_jax import cosup, official
 from cosup_jax.config import ArchConfig, replace_dotted
 from cosup_jax.data.batch import BatchShape, empty_batch
+from cosup_jax.model.transformer import Transformer, padded_vocab
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer, padded_vocab
 
 GOLDENS = Path(__file__).parent / "goldens"
 # our leaf -> official tensor name; a leaf under "blocks" stands for one tensor a layer

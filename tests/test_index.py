@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosup_jax import index, sharding
+from cosup_jax import sharding
 from cosup_jax.config import MeshConfig
+from cosup_jax.search import index
 
 
 def by_sorting(query_QxD, corpus_NxD, k):

@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cosup_jax import kernels, sharding
+from cosup_jax import sharding
 from cosup_jax.config import MeshConfig
-from cosup_jax.hlo import Module
+from cosup_jax.costs import kernels
+from cosup_jax.costs.hlo import Module
 
 
 def compiled(function, *shapes, **jit):

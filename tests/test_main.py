@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from cosup_jax import main as main_lib
-from cosup_jax import processes
 from cosup_jax.errors import UserError
+from cosup_jax.runtime import processes
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.py"))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from cosup_jax.config import LogConfig
-from cosup_jax.observe import HangWatch, Profile, device_memory
-from cosup_jax.telemetry import Recorder, Throughput
+from cosup_jax.runtime.observe import HangWatch, Profile, device_memory
+from cosup_jax.runtime.telemetry import Recorder, Throughput
 
 
 def _steps(profile, number):

@@ -16,7 +16,7 @@ from batches import assert_close
 from families import V
 
 from cosup_jax import ntp
-from cosup_jax.transformer import Transformer
+from cosup_jax.model.transformer import Transformer
 
 pytestmark = pytest.mark.parity
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from cosup_jax import preflight, roofline
+from cosup_jax import preflight
+from cosup_jax.costs import roofline
 from cosup_jax.data.batch import batch_shape, empty_batch
 from cosup_jax.errors import UserError
 from cosup_jax.main import main

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 LOST_S = 2
 WORKER = """
 import os, signal, sys, time
-from cosup_jax import liveness, main, processes
+from cosup_jax import main
+from cosup_jax.runtime import liveness, processes
 from cosup_jax.errors import LostProcess, UserError
 
 me, given = int(os.environ["JAX_PROCESS_ID"]), os.environ

@@ -19,8 +19,8 @@ from cosup_jax.config import ArchConfig
 from cosup_jax.data import markup, tokenizer
 from cosup_jax.data.schema import Passage
 from cosup_jax.hf import sentence, weights
+from cosup_jax.model.transformer import Transformer
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import Transformer
 
 pytestmark = pytest.mark.parity
 

@@ -3,7 +3,7 @@
 import json
 import os
 
-from cosup_jax import records
+from cosup_jax.answer import records
 
 
 def test_records_survive_a_kill(tmp_path):

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cosup_jax.report import closing_rows, closing_table, write_report
-from cosup_jax.report_plots import Measured, Score, by_row
-from cosup_jax.tables import answers_table
+from cosup_jax.report.page import closing_rows, closing_table, write_report
+from cosup_jax.report.plots import Measured, Score, by_row
+from cosup_jax.report.tables import answers_table
 
 VOID = {"meta", "br", "link", "img", "input"}
 

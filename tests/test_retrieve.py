@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from cosup_jax import index, sharding
+from cosup_jax import sharding
+from cosup_jax.answer.decode import Found
+from cosup_jax.answer.retrieve import Candidates, Gold, Lexical, Search, Wrong
 from cosup_jax.config import MeshConfig
 from cosup_jax.data.schema import Example, Passage
-from cosup_jax.decode import Found
 from cosup_jax.evaluation.baselines import BM25
-from cosup_jax.retrieve import Candidates, Gold, Lexical, Search, Wrong
+from cosup_jax.search import index
 
 TEXTS = ["ulm on the danube", "bonn on the rhine", "essen", "essen", "the danube and the rhine"]
 PASSAGES = [Passage(f"p{row}", "", text) for row, text in enumerate(TEXTS)]

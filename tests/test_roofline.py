@@ -5,9 +5,9 @@ import os
 import jax
 import pytest
 
-from cosup_jax import roofline
-from cosup_jax.kernels import Collective, Kernel, Product, Program
-from cosup_jax.roofline import Chip
+from cosup_jax.costs import roofline
+from cosup_jax.costs.kernels import Collective, Kernel, Product, Program
+from cosup_jax.costs.roofline import Chip
 
 CHIP = Chip(
     name="toy",

@@ -11,7 +11,7 @@ from cosup_jax.data import prepared, tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.hf.weights import _Files
 from cosup_jax.main import main
-from cosup_jax.paths import inside
+from cosup_jax.runtime.paths import inside
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = sorted(

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cosup_jax import kernels, sharding
+from cosup_jax import sharding
 from cosup_jax.config import MeshConfig
+from cosup_jax.costs import kernels
 from cosup_jax.errors import UserError
 
 

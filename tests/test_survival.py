@@ -19,7 +19,7 @@ import pytest
 import towns
 
 from cosup_jax import main as main_lib
-from cosup_jax.workdir import Workdir
+from cosup_jax.runtime.workdir import Workdir
 
 ROOT = Path(__file__).parent.parent
 STEPS = 64

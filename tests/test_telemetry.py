@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
-from cosup_jax.telemetry import Progress, Recorder, Throughput
+from cosup_jax.runtime.telemetry import Progress, Recorder, Throughput
 
 
 def lines(tmp_path):

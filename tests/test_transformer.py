@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from batches import ARCH, VOCAB, assert_close
 
-from cosup_jax.transformer import Transformer, padded_vocab
+from cosup_jax.model.transformer import Transformer, padded_vocab
 
 MODEL = Transformer(ARCH, VOCAB)
 HIDDEN = jax.jit(MODEL.hidden)

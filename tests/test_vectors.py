@@ -14,16 +14,17 @@ import pytest
 from batches import config
 from files import full_disk
 
-from cosup_jax import assemble, contract, encode, index, sharding, vectors
+from cosup_jax import assemble, contract, encode, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import IndexConfig, MeshConfig
-from cosup_jax.corpus import Corpus, encode_to_disk
 from cosup_jax.data import tokenizer, tokens
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.schema import Dataset, Passage
-from cosup_jax.encoder import Encoder
 from cosup_jax.errors import UserError
-from cosup_jax.vectors import Layout, Vectors
+from cosup_jax.search import index, vectors
+from cosup_jax.search.corpus import Corpus, encode_to_disk
+from cosup_jax.search.encoder import Encoder
+from cosup_jax.search.vectors import Layout, Vectors
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"the river {name} is long" for name in ("Aare", "Elbe", "Inn", "Oder", "Rur", "Ruhr")]
@@ -119,7 +120,7 @@ import json, os, signal, sys
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from cosup_jax import vectors
+from cosup_jax.search import vectors
 
 filled = vectors.write_array
 def killed(path, values, dtype):

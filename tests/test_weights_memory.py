@@ -38,7 +38,7 @@ jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
 from cosup_jax import sharding
 from cosup_jax.config import ArchConfig, MeshConfig
 from cosup_jax.hf import weights
-from cosup_jax.transformer import Transformer
+from cosup_jax.model.transformer import Transformer
 
 def private():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

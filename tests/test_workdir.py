@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from cosup_jax.errors import UserError
-from cosup_jax.workdir import Workdir, write_atomic
+from cosup_jax.runtime.workdir import Workdir, write_atomic
 
 HOLD = """
 import sys, time
-from cosup_jax.workdir import Workdir
+from cosup_jax.runtime.workdir import Workdir
 Workdir(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)

@@ -14,7 +14,7 @@ from typing import Any
 
 from cosup_jax.data.storage import locked
 from cosup_jax.errors import UserError
-from cosup_jax.workdir import write_atomic, writing
+from cosup_jax.runtime.workdir import write_atomic, writing
 
 _SETTLED_S = 2  # a file changed since may change again without another time
 

@@ -27,7 +27,7 @@ from cosup_jax.data.digests import file_digest
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
 from cosup_jax.data.storage import IdIndex, hash_of, replacing
 from cosup_jax.errors import UserError
-from cosup_jax.paths import inside
+from cosup_jax.runtime.paths import inside
 
 FORMAT = 1  # raise it whenever the files change
 FILE_ROWS = 262_144  # rows of a file

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cosup_jax.errors import UserError
-from cosup_jax.workdir import writing
+from cosup_jax.runtime.workdir import writing
 
 # Some network file systems lock nothing; then two processes may build the same, and one wins.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}

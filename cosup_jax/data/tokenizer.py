@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
 from cosup_jax.hf.gguf_tokenizer import read_tokenizer
-from cosup_jax.workdir import writing
+from cosup_jax.runtime.workdir import writing
 
 RET, CS, CE, EMB, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"
 ADDED = (RET, CS, CE, EMB, PAD)  # to a tokenizer that has none of them

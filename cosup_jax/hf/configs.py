@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from cosup_jax.config import ArchConfig, RopeScaling
 from cosup_jax.errors import UserError
-from cosup_jax.families import FAMILIES
 from cosup_jax.hf.names import LAYOUTS
+from cosup_jax.model.families import FAMILIES
 
 
 def arch_fields(config: Mapping[str, Any], where: Any) -> dict[str, Any]:

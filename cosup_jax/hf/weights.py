@@ -25,7 +25,7 @@ from cosup_jax.hf import sentence
 from cosup_jax.hf.configs import arch_fields
 from cosup_jax.hf.gguf import GgufFile
 from cosup_jax.hf.names import HEAD, LAYOUTS, TABLE, Layout, Tensor, axes, layers_of, unfrozen
-from cosup_jax.paths import inside
+from cosup_jax.runtime.paths import inside
 
 CONNECT_S = 5  # seconds until the hub counts as out of reach
 NEW_ROW_NOISE = 0.02  # noise of a new vocabulary row, in standard deviations of the old ones

@@ -18,7 +18,7 @@ import tensorboardX
 import tqdm
 
 from cosup_jax.errors import UserError
-from cosup_jax.workdir import write_atomic
+from cosup_jax.runtime.workdir import write_atomic
 
 T = TypeVar("T")
 Record = dict[str, float | None]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cosup_jax.kernels import COLLECTIVES, Program
+from cosup_jax.costs.kernels import COLLECTIVES, Program
 
 GIB = 2**30
 

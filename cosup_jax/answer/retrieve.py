@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import index
+from cosup_jax.answer.decode import Found
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.schema import Example, Passage
-from cosup_jax.decode import Found
 from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.evaluation.text import answer_present
+from cosup_jax.search import index
 
 ALWAYS = 2**31 - 1  # a limit that no budget reaches
 

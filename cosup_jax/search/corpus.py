@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cosup_jax import processes, vectors
 from cosup_jax.config import IndexConfig
 from cosup_jax.contract import EmbeddingContract
 from cosup_jax.data.batch import BatchShape
@@ -18,9 +17,11 @@ from cosup_jax.data.pipeline import PackedPassages, pack_passages
 from cosup_jax.data.schema import Dataset, Passage
 from cosup_jax.data.storage import Chosen
 from cosup_jax.data.tokens import PassageStore
-from cosup_jax.encoder import Encoder
 from cosup_jax.errors import UserError
-from cosup_jax.vectors import Layout, Vectors
+from cosup_jax.runtime import processes
+from cosup_jax.search import vectors
+from cosup_jax.search.encoder import Encoder
+from cosup_jax.search.vectors import Layout, Vectors
 
 
 class Corpus(Iterable[PackedPassages]):

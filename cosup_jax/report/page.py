@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosup_jax import records, report_answers, tables
+from cosup_jax.answer import records
 from cosup_jax.config import ARMS
-from cosup_jax.report_plots import Curve, chart
-from cosup_jax.report_style import CSS, PAGE
-from cosup_jax.workdir import write_atomic
+from cosup_jax.report import answers, tables
+from cosup_jax.report.plots import Curve, chart
+from cosup_jax.report.style import CSS, PAGE
+from cosup_jax.runtime.workdir import write_atomic
 
 COLUMNS = {  # metric key -> heading, format
     "recall_at_1": ("recall@1", "{:.3f}"),
@@ -37,11 +38,11 @@ def write_report(path: str | Path, run: Mapping[str, Any]) -> None:
     """
     metrics, baselines, summary = run["metrics"], run["baselines"], run["summary"]
     rows = closing_rows(metrics, baselines)
-    shown = report_answers.examples(run["answers"], run["shown"])
+    shown = answers.examples(run["answers"], run["shown"])
     sections = {
         "Result": _table(rows) if rows else "",
         "Curves": _charts(metrics, baselines),
-        "Held-out answers": summary and report_answers.tables_and_plots(summary),
+        "Held-out answers": summary and answers.tables_and_plots(summary),
         "Examples": shown,
     }
     sections = {heading: content for heading, content in sections.items() if content}

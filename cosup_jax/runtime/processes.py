@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 
-from cosup_jax import liveness
 from cosup_jax.errors import LostProcess, UserError
-from cosup_jax.liveness import joined, milliseconds, names
+from cosup_jax.runtime import liveness
+from cosup_jax.runtime.liveness import joined, milliseconds, names
 
 AGREE_SECONDS = 60  # within which all must have come to a comparison
 BARRIER_SECONDS = 3600  # of honest work, as tokenising; whoever dies is noticed long before

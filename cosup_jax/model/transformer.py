@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cosup_jax import attention
 from cosup_jax.config import ArchConfig, LoraConfig
-from cosup_jax.families import FAMILIES
-from cosup_jax.rotary import rotate
+from cosup_jax.model import attention
+from cosup_jax.model.families import FAMILIES
+from cosup_jax.model.rotary import rotate
 from cosup_jax.sharding import constrain, gather
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to it, so that any tensor axis up to 128 splits it

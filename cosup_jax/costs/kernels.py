@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cosup_jax.hlo import Array, Instruction, Module
+from cosup_jax.costs.hlo import Array, Instruction, Module
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _FREE = {  # touches no data

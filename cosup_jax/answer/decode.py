@@ -14,15 +14,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import advance, sharding
-from cosup_jax.advance import Marks, Rows, Status, vacant
+from cosup_jax import sharding
+from cosup_jax.answer import advance
+from cosup_jax.answer.advance import Marks, Rows, Status, vacant
 from cosup_jax.config import Config
 from cosup_jax.data import markup
 from cosup_jax.data.schema import Passage
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
+from cosup_jax.model.transformer import padded_vocab
 from cosup_jax.towers import Towers
-from cosup_jax.transformer import padded_vocab
 
 TOGETHER = 4  # a quarter of the batch is served at once
 

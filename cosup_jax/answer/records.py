@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosup_jax.workdir import write_atomic, writing
+from cosup_jax.runtime.workdir import write_atomic, writing
 
 Record = dict[str, Any]
 

@@ -8,10 +8,10 @@ before its full stop, and a blank follows.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cosup_jax.answer.decode import Answer, Found
 from cosup_jax.data import markup
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.data.tokenizer import CE, CS, RET, Tokenizer
-from cosup_jax.decode import Answer, Found
 
 
 class Part(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 import tensorstore as ts
 
 from cosup_jax.errors import UserError
-from cosup_jax.paths import inside
+from cosup_jax.runtime.paths import inside
 
 SCHEMES = ("gs", "file")
 LEASE_S = 60.0  # a lease that was not renewed for so long is nobody's

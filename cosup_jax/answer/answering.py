@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import cited, index, retrieve
-from cosup_jax.asked import Arm
+from cosup_jax.answer import cited, retrieve
+from cosup_jax.answer.asked import Arm
+from cosup_jax.answer.decode import Decoder, Found, Retriever
 from cosup_jax.config import Config
 from cosup_jax.data import markup
 from cosup_jax.data.schema import Passage
 from cosup_jax.data.storage import Chosen
 from cosup_jax.data.tokenizer import Tokenizer
-from cosup_jax.decode import Decoder, Found, Retriever
 from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.held_out import HeldOut
+from cosup_jax.search import index
 from cosup_jax.towers import Towers
 
 RANKED = 10  # passages of each search that are kept for scores; what is shown may be fewer

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from cosup_jax import processes
-from cosup_jax.bucket import Bucket, Lease, is_url
 from cosup_jax.errors import UserError
+from cosup_jax.runtime import processes
+from cosup_jax.runtime.bucket import Bucket, Lease, is_url
 
 # What the place is at fault for, and not we.
 _REFUSED = {

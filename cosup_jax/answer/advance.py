@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cosup_jax import attention
 from cosup_jax.config import Config
 from cosup_jax.data.tokenizer import Tokenizer
+from cosup_jax.model import attention
+from cosup_jax.model.transformer import Transformer
 from cosup_jax.towers import similarity_space
-from cosup_jax.transformer import Transformer
 
 
 class Status(enum.IntEnum):

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax import asked
-from cosup_jax.answering import Answering, Record
-from cosup_jax.asked import Arm
+from cosup_jax.answer import asked
+from cosup_jax.answer.answering import Answering, Record
+from cosup_jax.answer.asked import Arm
 from cosup_jax.config import ARMS, Config
 from cosup_jax.data.tokenizer import Tokenizer
-from cosup_jax.encoder import Encoder
 from cosup_jax.evaluation import scoring
 from cosup_jax.evaluation.nli import judge_named
 from cosup_jax.held_out import HeldOut
+from cosup_jax.search.encoder import Encoder
 from cosup_jax.towers import Towers
 
 _LOGGED = ("correct", "f1", "retrieval_hit", "Rprec")

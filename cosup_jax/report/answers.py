@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cosup_jax import tables
-from cosup_jax.report_plots import Measured, Score, by_row, by_size
+from cosup_jax.report import tables
+from cosup_jax.report.plots import Measured, Score, by_row, by_size
 
 Record = Mapping[str, Any]
 

@@ -26,8 +26,8 @@ from cosup_jax.contract import EmbeddingContract, check_match
 from cosup_jax.data.digests import file_digest
 from cosup_jax.data.storage import ArrayWriter, build_once, map_array, replacing, span, write_array
 from cosup_jax.errors import UserError
-from cosup_jax.index import Stored
-from cosup_jax.workdir import write_atomic, writing
+from cosup_jax.runtime.workdir import write_atomic, writing
+from cosup_jax.search.index import Stored
 
 FORMAT = 1  # raise it whenever the files change
 DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(jnp.bfloat16), "int8": np.dtype("i1")}

@@ -9,11 +9,11 @@ import numpy as np
 
 from cosup_jax import encode
 from cosup_jax.assemble import Trained
-from cosup_jax.corpus import Corpus
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
-from cosup_jax.index import Stored
-from cosup_jax.vectors import Vectors
+from cosup_jax.search.corpus import Corpus
+from cosup_jax.search.index import Stored
+from cosup_jax.search.vectors import Vectors
 
 IN_MEMORY_BYTES = 2**31  # float32 vectors up to here are searched from memory, others from disk
 
