@@ -16,11 +16,13 @@ from files import full_disk
 
 from cosup_jax import assemble, contract, encode, sharding
 from cosup_jax import step as step_lib
+from cosup_jax.answer import retrieve
 from cosup_jax.config import IndexConfig, MeshConfig
-from cosup_jax.data import tokenizer, tokens
+from cosup_jax.data import ingest, prepared, tokenizer, tokens
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.schema import Dataset, Passage
 from cosup_jax.errors import UserError
+from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.search import index, vectors
 from cosup_jax.search.corpus import Corpus, encode_to_disk
 from cosup_jax.search.encoder import Encoder
@@ -77,6 +79,44 @@ def test_vectors_are_those_of_the_encoder(trained, tmp_path):
     assert found.contract == trained.contract
     again = encode.index(dataset(), trained._replace(params=None), tmp_path)[1]  # nothing to encode
     assert again.key == found.key
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "prepared"])
+def test_equal_scores_come_by_id(tmp_path, kind):
+    """Bugs: passages of equal score in the order of the source, or in that of the numbers in their
+    ids; a positive or a source's title looked up in another order than the vectors are in; of
+    copies another one kept when the source is shuffled."""
+    texts = {"b": "one", "é": "two", "10": "three", "9": "four", "a": "three", "\U0001f600": "five"}
+    passages = [Passage(id, "", text) for id, text in texts.items()]
+    found, c = Dataset.of("x", "1", [], passages), config(data__max_ctx_tokens=20)
+    bpe = tokenizer.train(list(texts.values()), 300)
+    if kind != "memory":
+        read = lambda problems: iter([("here", passage) for passage in passages])
+        found, _ = ingest.ingest("x", "1", read, tmp_path)
+    if kind == "prepared":
+        plain = tokens.tokenize_passages(found, bpe, c, tmp_path)
+        ctx = [(plain.ctx[row], 0) for row in range(6)]
+        about = {"x": prepared.write(tmp_path, found, ctx, {})}
+        manifest = {"format": prepared.FORMAT, "settings": {}, "sources": about}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        found = prepared.load(str(tmp_path), "x", tmp_path)
+    corpus = Corpus(found, tokens.tokenize_passages(found, bpe, c, tmp_path), batch_shape(c))
+    wanted = ["10", "9", "b", "é", "\U0001f600"]  # "a" has the tokens of "10"
+    assert [passage.id for passage in corpus.passages] == wanted
+    assert [wanted[row] for row in corpus.row_of] == ["b", "é", "10", "9", "10", "\U0001f600"]
+    same = Numbers()
+    same.corpus = lambda params, packed, count: np.ones((count, 3), np.float32)
+    made = encode_to_disk(tmp_path / "i", corpus, same, {}, CONTRACT, IndexConfig(shard_rows=2))
+    query_QxD, asked = np.ones((1, 3), np.float32), ([0], [0], 3)
+    for vectors_NxD in (made, made.take(range(5))):
+        for retriever in (
+            retrieve.Search(corpus.passages, vectors_NxD),
+            retrieve.Search(corpus.passages, vectors_NxD, sharding.make_mesh(MeshConfig(8, 1, 1))),
+            retrieve.Candidates(corpus.passages, vectors_NxD, [corpus.row_of[[0, 1, 2, 3]]]),
+            retrieve.Lexical(corpus.passages, BM25([p.text for p in corpus.passages]), ["x"]),
+        ):
+            (best,) = retriever(query_QxD, *asked)
+            assert [corpus.passages[one.row].id for one in best] == ["10", "9", "b"]
 
 
 class Numbers:

@@ -57,7 +57,7 @@ def subsets(held_out: HeldOut, sizes: Sequence[int], seed: int) -> list[np.ndarr
 def about(held_out: HeldOut, question: int) -> dict[str, Any]:
     """What a question's answers are scored by, as its records have it.
 
-    `evidence` are passages of the corpus: of several whose tokens are the same, the first.
+    `evidence` are passages of the corpus: of several whose tokens are the same, the lowest id.
     """
     example, passages = held_out.examples[question], held_out.corpus.passages
     return {

@@ -19,7 +19,10 @@ IN_MEMORY_BYTES = 2**31  # float32 vectors up to here are searched from memory, 
 
 
 class Library:
-    """Distinct passages by row, and their vectors, as WORKDIR/index has them."""
+    """Distinct passages by row, and their vectors, as WORKDIR/index has them.
+
+    Rows go by set, and by id within one; so do passages of equal score.
+    """
 
     def __init__(self, shelves: Sequence[tuple[Dataset, Corpus, Vectors]]):
         self._shelves = shelves

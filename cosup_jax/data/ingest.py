@@ -30,7 +30,7 @@ from cosup_jax.data.storage import (
     write_array,
 )
 
-VERSION = 4  # raise it whenever a format, a check or the files below change
+VERSION = 5  # raise it whenever a format, a check or the files below change
 Records = Iterator[tuple[str, Passage | Example]]  # each with its FILE:LINE
 
 _TABLES = {Passage: "passages", Example: "examples"}
@@ -86,7 +86,7 @@ def _build(directory: Path, name: str, read: Callable[[Problems], Records]) -> N
 
 
 def _note_copies(directory: Path, problems: Problems) -> None:
-    """Of rows with one id the first counts. Writes which rows count, and passages by hash."""
+    """Of rows with one id the first counts. Writes which rows count, and the passages' index."""
     for table in _TABLES.values():
         rows = _Table(directory, table)
         hashes = map_array(directory / f"{table}_hashes", "<u8")
@@ -105,7 +105,7 @@ def _note_copies(directory: Path, problems: Problems) -> None:
         kept = np.setdiff1d(np.arange(len(rows)), copies)
         write_array(directory / f"{table}_kept", kept, "<i8")
         if table == "passages":
-            IdIndex.write(directory, "corpus", hashes[kept])
+            IdIndex.write(directory, "corpus", (rows[row][1] for row in kept))
 
 
 def _check_examples(directory: Path, problems: Problems) -> list[str]:
@@ -179,6 +179,9 @@ class _Corpus(Passages):
     def where(self, row: int) -> str:
         """FILE:LINE."""
         return self._table[self._kept[row]][0]
+
+    def by_id(self) -> np.ndarray:
+        return self._index.order
 
     def __len__(self) -> int:
         return len(self._kept)

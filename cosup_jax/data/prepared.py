@@ -7,6 +7,7 @@
     DIR/NAME.passages-00000.array_record ...    msgpack: passage, tokens, cut
     DIR/NAME.examples-00000.array_record ...    msgpack: example, tokens, roles, rets; by split
     DIR/NAME_hashes, DIR/NAME_by_hash           passages by the hash of their id
+    DIR/NAME_by_id                              passages in the order of ids
 """
 
 import contextlib
@@ -25,11 +26,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from cosup_jax.data.digests import file_digest
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
-from cosup_jax.data.storage import IdIndex, hash_of, replacing
+from cosup_jax.data.storage import IdIndex, replacing
 from cosup_jax.errors import UserError
 from cosup_jax.runtime.paths import inside
 
-FORMAT = 1  # raise it whenever the files change
+FORMAT = 2  # raise it whenever the files change
 FILE_ROWS = 262_144  # rows of a file
 _MANIFEST = {  # as far as it is read; "" is any name
     "settings": {},
@@ -148,9 +149,7 @@ def write(
     count = sum(map(len, dataset.splits.values()))
     files = _write_records(directory, f"{name}.passages", passages, len(dataset.passages))
     files += _write_records(directory, f"{name}.examples", examples, count)
-    hashes = np.fromiter(map(hash_of, dataset.passages), np.uint64)
-    IdIndex.write(directory, name, hashes)
-    files += [f"{name}_hashes", f"{name}_by_hash"]
+    files += IdIndex.write(directory, name, dataset.passages)
     return {
         "version": dataset.version,
         "passages": len(dataset.passages),
@@ -281,6 +280,9 @@ class _Corpus(Passages):
 
     def at(self, row: int) -> Passage:
         return Passage(*self._records[int(row)]["passage"])
+
+    def by_id(self) -> np.ndarray:
+        return self._index.order
 
     def encoded(self, rows: Sequence[int]) -> list[tuple[np.ndarray, int]]:
         """Ctx's tokens of some passages, and how many were cut off."""

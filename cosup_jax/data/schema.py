@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from cosup_jax.data.storage import id_order
+
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
@@ -53,6 +55,10 @@ class Passages(Mapping[str, Passage]):
 
     def at(self, row: int) -> Passage:
         return self._passages[row]
+
+    def by_id(self) -> np.ndarray:
+        """int64 [N]: the rows in the order of ids, by code points."""
+        return id_order(self)
 
     def __getitem__(self, id: str) -> Passage:
         return self.at(self.row(id))

@@ -206,19 +206,25 @@ class Chosen(Sequence):
 
 
 class IdIndex:
-    """Rows by the hash of their id, two memory-mapped arrays: STEM_hashes and STEM_by_hash."""
+    """Rows by the hash of their id, and in the order of ids: memory-mapped arrays STEM_hashes,
+    STEM_by_hash and STEM_by_id."""
 
     def __init__(self, directory: Path, stem: str):
         self._hashes = map_array(directory / f"{stem}_hashes", "<u8")
         self._rows = map_array(directory / f"{stem}_by_hash", "<i8")
-        check_lengths(f"{stem}_hashes", len(self._hashes), self._rows)
+        self.order = map_array(directory / f"{stem}_by_id", "<i8")
+        check_lengths(f"{stem}_hashes", len(self._hashes), self._rows, self.order)
 
     @staticmethod
-    def write(directory: Path, stem: str, hashes: np.ndarray) -> None:
-        """`hashes` (uint64) of the ids, in the order of rows."""
-        order = np.argsort(hashes, kind="stable")
-        write_array(directory / f"{stem}_hashes", hashes[order], "<u8")
-        write_array(directory / f"{stem}_by_hash", order, "<i8")
+    def write(directory: Path, stem: str, ids: Iterable[str]) -> list[str]:
+        """Of ids in the order of rows; returns the names of the files."""
+        ids = np.fromiter(ids, np.dtypes.StringDType())
+        hashes = np.fromiter(map(hash_of, ids), np.uint64, len(ids))
+        by_hash = np.argsort(hashes, kind="stable")
+        write_array(directory / f"{stem}_hashes", hashes[by_hash], "<u8")
+        write_array(directory / f"{stem}_by_hash", by_hash, "<i8")
+        write_array(directory / f"{stem}_by_id", id_order(ids), "<i8")
+        return [f"{stem}_hashes", f"{stem}_by_hash", f"{stem}_by_id"]
 
     def find(self, id: str, id_at: Callable[[int], str]) -> int:
         """The row of an id; `id_at` reads a row's. Raises KeyError if no row has it."""
@@ -229,6 +235,11 @@ class IdIndex:
             if id_at(row) == id:
                 return row
         raise KeyError(id)
+
+
+def id_order(ids: Iterable[str]) -> np.ndarray:
+    """int64 [N]: the rows of ids in the order of their code points; of equal ones, of rows."""
+    return np.argsort(np.fromiter(ids, np.dtypes.StringDType()), kind="stable")
 
 
 def hash_of(id: str) -> int:

@@ -25,11 +25,19 @@ from cosup_jax.search.vectors import Layout, Vectors
 
 
 class Corpus(Iterable[PackedPassages]):
-    """Every distinct passage of a store once; iterated in Ctx rows, packed anew each time."""
+    """Every distinct passage of a store once; iterated in Ctx rows, packed anew each time.
+
+    Rows are in the order of ids, so that equal scores, which all searches break by row, come out
+    by id, whatever the order of the source. Of passages with the same tokens the lowest id counts.
+    """
 
     def __init__(self, dataset: Dataset, store: PassageStore, shape: BatchShape):
         self._dataset, self._store, self._shape = dataset, store, shape
-        self._rows, self.row_of = np.unique(canonical(store.identities), return_inverse=True)
+        order = dataset.passages.by_id()
+        first, row = np.unique(canonical(store.identities[order]), return_inverse=True)
+        self._rows = order[first]  # in the store
+        self.row_of = np.empty_like(row)  # of each passage of the store
+        self.row_of[order] = row
 
     def __len__(self) -> int:
         return len(self._rows)

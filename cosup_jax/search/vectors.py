@@ -5,8 +5,8 @@
     DIR/KEY-00000/scales        int8: [rows] float32; a vector is what is stored times its scale
     DIR/KEY-00000/ids, ids_offsets, about.json    passage ids, UTF-8; rows and SHA-256 of the shard
 
-KEY is of everything that the vectors depend on, so that shards of another model, corpus or dtype
-are never taken for these.
+Rows are in the order of passage ids. KEY is of everything that the vectors depend on, so that
+shards of another model, corpus or dtype are never taken for these.
 """
 
 import bisect
@@ -29,7 +29,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.runtime.workdir import write_atomic, writing
 from cosup_jax.search.index import Stored
 
-FORMAT = 1  # raise it whenever the files change
+FORMAT = 2  # raise it whenever the files change
 DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(jnp.bfloat16), "int8": np.dtype("i1")}
 _AGAIN = "run --mode=encode again"
 
