@@ -1,7 +1,8 @@
 """--mode=generate: cited answers to a file of questions, or at a prompt.
 
 A line of the questions' file is an object with `question`; `id`, `task`, `answers`, `evidence` and
-`candidates` are as in a data set, and may be left out.
+`candidates` are as in a data set, `max_tokens` and `max_retrievals` lower the config's; all of them
+may be left out.
 """
 
 import dataclasses
@@ -20,11 +21,11 @@ from tqdm import tqdm
 
 from cosup_jax import assemble
 from cosup_jax.answer import cited, records
-from cosup_jax.answer.decode import Decoder, Retriever
+from cosup_jax.answer.decode import Budget, Decoder, Retriever
 from cosup_jax.answer.library import Library
 from cosup_jax.answer.retrieve import Candidates, Gold, Lexical, Search, Wrong
 from cosup_jax.assemble import Trained
-from cosup_jax.config import Config
+from cosup_jax.config import Config, GenerateConfig
 from cosup_jax.data import markup
 from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.rows import Row, existing, read_lines
@@ -56,7 +57,7 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
         raise UserError(f"--output={output} means nothing at a prompt; give --questions=FILE too")
     if arm in BY_QUESTION and not questions:
         raise UserError(f"config.generate.retrieval={arm} needs --questions=FILE, which names them")
-    asked = read_questions(questions) if questions else []
+    asked = read_questions(questions, config.generate) if questions else []
     with Workdir(workdir) as directory:
         trained = assemble.trained(config, directory.path)
         library = None if arm == "none" else Library.of(trained, directory.path)
@@ -68,12 +69,19 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
         converse(writer)
 
 
-def read_questions(name: str) -> list[Example]:
+@dataclasses.dataclass(frozen=True)
+class Question(Example):
+    """With its budget."""
+
+    budget: Budget = dataclasses.field(kw_only=True)
+
+
+def read_questions(name: str, settings: GenerateConfig) -> list[Question]:
     """Of a file. Raises UserError for the first bad line, and for an id that is given twice."""
     problems, found = Problems(), {}
     for row in read_lines(existing(name, "check --questions"), problems):
         try:
-            example = _question(row)
+            example = _question(row, settings)
             if example.id in found:
                 raise BadRow("duplicate_id", f"an earlier line has the id {example.id!r}")
             found[example.id] = example
@@ -84,15 +92,27 @@ def read_questions(name: str) -> list[Example]:
     return list(found.values())
 
 
-def _question(row: Row) -> Example:
-    return Example(
+def _question(row: Row, settings: GenerateConfig) -> Question:
+    return Question(
         id=row.key("id", default=row.where.rpartition(":")[2]),
         task=row.text("task", default="open_qa"),
         question=row.text("question"),
         answers=row.texts("answers", default=()),
         evidence=row.texts("evidence", default=()),
         candidates=row.texts("candidates", default=()),
+        budget=Budget(
+            _limit(row, "max_tokens", 1, settings), _limit(row, "max_retrievals", 0, settings)
+        ),
     )
+
+
+def _limit(row: Row, name: str, least: int, settings: GenerateConfig) -> int:
+    most = getattr(settings, name)
+    found = row.whole(name, default=most)
+    if not least <= found <= most:
+        allowed = f"must be {least} to {most}, as config.generate.{name} allows"
+        raise BadRow("wrong_type", f"'{name}' {allowed}, not {found}")
+    return found
 
 
 class Writer:
@@ -106,11 +126,12 @@ class Writer:
         self.decoder = Decoder(*parts, most)
         self._bm25 = None
 
-    def answers(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+    def answers(self, examples: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """As files have them, in order. Raises UserError for a passage that is not there."""
         retriever = self._retriever(examples)  # before anything is compiled
         prompts = [markup.prompt(example, self._tokenizer) for example in examples]
-        found = self.decoder.answers(self.trained.params, prompts, retriever)
+        budgets = [example.budget for example in examples]
+        found = self.decoder.answers(self.trained.params, prompts, retriever, budgets)
         passages = retriever.passages if retriever else ()
         longest = self.trained.config.data.max_ctx_tokens
         for example, answer in zip(examples, found, strict=True):
@@ -133,7 +154,7 @@ class Writer:
         return Search(library.passages, library.vectors, self.trained.mesh)
 
 
-def _answer_file(path: Path, asked: Sequence[Example], writer: Writer) -> None:
+def _answer_file(path: Path, asked: Sequence[Question], writer: Writer) -> None:
     run = _run(asked, writer)
     _check_output(path, run)
     with records.Answers(path, run) as answers:
@@ -160,7 +181,7 @@ def _answer_file(path: Path, asked: Sequence[Example], writer: Writer) -> None:
     print(f"done: {path}", flush=True)
 
 
-def _run(asked: Sequence[Example], writer: Writer) -> str:
+def _run(asked: Sequence[Question], writer: Writer) -> str:
     """Digest of all that an answer depends on."""
     trained, library = writer.trained, writer.library
     settings = dataclasses.asdict(trained.config.generate)
@@ -189,7 +210,8 @@ def _check_output(path: Path, run: str) -> None:
 
 def converse(writer: Writer) -> None:
     """Reads questions line by line until there are no more, and prints each answer."""
-    shown = sys.stdout.isatty()
+    shown, settings = sys.stdout.isatty(), writer.trained.config.generate
+    budget = Budget(settings.max_tokens, settings.max_retrievals)
     while True:
         try:
             question = input("question> " if sys.stdin.isatty() else "").strip()
@@ -197,7 +219,8 @@ def converse(writer: Writer) -> None:
             print()
             return
         if question:
-            (record,) = writer.answers([Example("1", "open_qa", question, (), ())])
+            asked = Question("1", "open_qa", question, (), (), budget=budget)
+            (record,) = writer.answers([asked])
             print(told(record, UNDERLINED if shown else ("<<", ">>")), flush=True)
 
 

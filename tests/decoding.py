@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from cosup_jax.answer.decode import Budget
 from cosup_jax.data import markup
 from cosup_jax.towers import similarity_space
 
@@ -11,9 +12,10 @@ class ByHand:
     """Greedy; slow on purpose. `gaps` holds, of each question, how little the best token was ahead
     of the second best where that was least."""
 
-    def __init__(self, gen, params, config, tokenizer, search, most_retrievals=None):
+    def __init__(self, gen, params, config, tokenizer, search, budgets=None):
         self._config, self._tokenizer, self._search = config, tokenizer, search
-        self._limit = most_retrievals or (lambda question: 10**9)
+        own = Budget(config.generate.max_tokens, config.generate.max_retrievals)
+        self._budget = budgets.__getitem__ if budgets else lambda question: own
         self._slots, self.gaps = config.generate.context_tokens, {}
         positions = np.arange(self._slots)[None]
 
@@ -34,7 +36,7 @@ class ByHand:
         """(tokens behind the prompt, passages at each [Ret], tokens written, why it stopped)."""
         settings, t = self._config.generate, self._tokenizer
         self._gap = np.inf
-        budget = min(settings.max_retrievals, self._limit(question))
+        most, budget = self._budget(question)
         tokens, found, written, asked, cited = list(prompt), [], 0, 0, None
         if settings.retrieve_first and budget:
             tokens, asked = [*tokens, t.ret], 1
@@ -65,7 +67,7 @@ class ByHand:
                 cited = None
             if token == t.eos:
                 return done("eos")
-            if written == settings.max_tokens:
+            if written == most:
                 return done("tokens")
             if len(tokens) == self._slots:
                 return done("context")

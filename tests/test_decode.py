@@ -11,7 +11,7 @@ from decoding import ByHand
 
 from cosup_jax import assemble, sharding
 from cosup_jax.answer import advance
-from cosup_jax.answer.decode import Decoder, Found
+from cosup_jax.answer.decode import Budget, Decoder, Found
 from cosup_jax.answer.retrieve import Gold, Search
 from cosup_jax.config import MeshConfig
 from cosup_jax.data import tokenizer
@@ -80,13 +80,16 @@ LENGTHS = (3, 17, 40, 5, SLOTS, 9, SLOTS - 1, 30, 1, 12, 70)
 def test_together_is_one_by_one_without_cache(variant, bpe, corpus, mesh):
     """Bugs: a position off by one behind a passage or a rollback; a row that sees its neighbour's
     tokens, or what stood in its slots before; a passage in the wrong row; a budget that counts what
-    it should not, or one too many; a marker that may not stand there; the answers out of order."""
+    it should not, one too many, or is another question's; a program compiled for a budget; a marker
+    that may not stand there; the answers out of order."""
     c = settings(**VARIANTS[variant])
     towers, params = gen_of(bpe, c)
     prompts, search = prompts_of(bpe, LENGTHS), Search(PASSAGES, corpus)
     decoder = Decoder(mesh, towers, c, bpe)
-    found = list(decoder.answers(params, prompts, search))
-    by_hand = ByHand(towers.gen, params["gen"], c, bpe, search)
+    own = Budget(c.generate.max_tokens, c.generate.max_retrievals)
+    budgets = [own, Budget(1, 0), own, Budget(5, 1), own, *[Budget(13, 2), own] * 3]
+    found = list(decoder.answers(params, prompts, search, budgets))
+    by_hand = ByHand(towers.gen, params["gen"], c, bpe, search, budgets)
     stopped = set()
     for question, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
         tokens, passages, written, why = by_hand.answer(question, prompt)

@@ -1,27 +1,18 @@
 """--mode=generate: a file of questions, a prompt, and what a user can get wrong."""
 
 import io
-import json
-from pathlib import Path
 
-import jax
 import pytest
+from untrained import config_of, save_checkpoint, write_config, write_lines
 
-from cosup_jax import assemble, generate, main, optim
-from cosup_jax import step as step_lib
+from cosup_jax import generate, main
 from cosup_jax.answer.records import read
-from cosup_jax.checkpoint import Checkpointer
-from cosup_jax.config import to_dict
+from cosup_jax.config import GenerateConfig
 from cosup_jax.errors import UserError
-from cosup_jax.freeze import freeze
 
 TOWNS = [f"town{i}" for i in range(9)]
 QUESTIONS = [{"question": f"where lies {town}?", "answers": ["river"]} for town in TOWNS]
-
-
-def write_lines(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+QUESTIONS[4] |= {"max_tokens": 3, "max_retrievals": 0}
 
 
 @pytest.fixture(scope="module")
@@ -32,44 +23,19 @@ def home(tmp_path_factory):
     write_lines(home / "towns.passages.jsonl", passages)
     row = {"task": "open_qa", "answers": ["river"]}
     rows = [row | {"id": t, "question": f"where lies {t}?", "evidence": [t]} for t in TOWNS]
-    source = write_lines(home / "towns.jsonl", rows)
-    small = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp_width": 32}
-    keys = {
-        **{f"gen.arch.{name}": value for name, value in small.items()},
-        **{"num_steps": 1, "batch_size": 8, "data.train": str(source), "data.eval": str(source)},
-        **{"data.vocab_size": 300, "data.max_gen_tokens": 64, "data.ctx_rows": 8},
-        **{"data.max_ctx_tokens": 24, "data.ctx_row_tokens": 48, "generate.max_tokens": 9},
-        **{"generate.batch_size": 8, "generate.retrieve_first": True, "generate.max_retrievals": 2},
-    }
-    (home / "config.py").write_text(
-        "from cosup_jax.config import make\n"
-        f"def get_config(variant=''):\n    return make({keys!r}, {{}}, variant)\n"
-    )
-    config = config_of(home)
-    mesh, data = assemble.mesh_for(config), assemble.read_sources(config, home / "run/data")
-    config = assemble.resolve(config)
-    tokenizers = assemble.read_tokenizers(config, home / "run", data)
-    towers, tx = assemble.make_towers(config, tokenizers), optim.make(config, 1, 1)
-    abstract = assemble.abstract_state(config, towers, tx, mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    make = lambda: step_lib.init_params(jax.random.key(0), towers, config)
-    params = jax.jit(make, out_shardings=places)()
-    contract = assemble.embedding_contract(config, tokenizers, "0" * 64).to_dict()
-    checkpointer = Checkpointer(home / "run/checkpoints", keep=1)
-    checkpointer.save(1, {"params": params}, {"config": to_dict(config), "contract": contract})
-    checkpointer.close()
+    source = str(write_lines(home / "towns.jsonl", rows))
+    settings = {"max_tokens": 9, "batch_size": 8, "retrieve_first": True, "max_retrievals": 2}
+    settings = {f"generate__{name}": value for name, value in settings.items()}
+    write_config(home, data__train=source, data__eval=source, **settings)
+    save_checkpoint(home)
     write_lines(home / "asked.jsonl", QUESTIONS)
     return home
 
 
-def config_of(home, **flags):
-    keys = {f"--config.{name.replace('__', '.')}": str(value) for name, value in flags.items()}
-    return freeze(main.resolve_config({"--config": str(home / "config.py")} | keys))
-
-
 def test_a_file_of_questions(home, capsys, monkeypatch):
     """Bugs: a killed run starts over, answers twice, or leaves half a line; answers out of order or
-    to other questions; what was printed does not tell how it went."""
+    to other questions; a question's own budget forgotten, or taken by its neighbours; what was
+    printed does not tell how it went."""
     run = lambda: generate.generate(config_of(home), str(home / "run"), str(home / "asked.jsonl"))
     run()
     printed = capsys.readouterr().out
@@ -81,8 +47,11 @@ def test_a_file_of_questions(home, capsys, monkeypatch):
     rows = read(path)
     assert [row["question"] for row in rows] == [row["question"] for row in QUESTIONS]
     assert [row["id"] for row in rows] == [str(n) for n in range(1, 10)]
+    own = rows.pop(4)
+    assert (own["retrievals"], own["tokens"], own["stopped"]) == (0, 3, "tokens")
     assert all(row["retrievals"] >= 1 and row["retrieved"][0]["score"] for row in rows)
     assert all(0 < row["tokens"] <= 9 and row["raw"].startswith("[Ret]") for row in rows)
+    assert max(row["tokens"] for row in rows) > 3
     path.write_text(whole[: len(whole) * 2 // 3])  # in the middle of a line
     run()
     assert "answers are in" in capsys.readouterr().out and path.read_text() == whole
@@ -133,6 +102,12 @@ def test_spans_are_marked_in_their_sources():
         (["[]"], "asked.jsonl:1: the line is not a JSON object"),
         ([], "the file is empty"),
         (['{"question": "a", "evidence": "x"}'], "list of strings"),
+        (['{"question": "a", "max_tokens": "9"}'], "asked.jsonl:1: 'max_tokens' must be a whole"),
+        (['{"question": "a", "max_retrievals": true}'], "must be a whole number, not True"),
+        (['{"question": "a", "max_tokens": 0}'], "'max_tokens' must be 1 to 64, as config.gen"),
+        (['{"question": "a", "max_tokens": 65}'], "must be 1 to 64"),
+        (['{"question": "a", "max_retrievals": 5}'], "must be 0 to 4"),
+        (['{"question": "a", "max_retrievals": -1}'], "must be 0 to 4"),
     ],
 )
 def test_malformed_questions(tmp_path, lines, says):
@@ -140,7 +115,7 @@ def test_malformed_questions(tmp_path, lines, says):
     path = tmp_path / "asked.jsonl"
     path.write_text("".join(line + "\n" for line in lines))
     with pytest.raises(UserError, match=says.replace("[", r"\[")):
-        generate.read_questions(str(path))
+        generate.read_questions(str(path), GenerateConfig())
 
 
 def test_what_a_user_can_get_wrong(home, tmp_path, capsys, monkeypatch):

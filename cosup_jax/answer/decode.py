@@ -35,6 +35,13 @@ class Found(NamedTuple):
     score: float | None  # None where nothing is scored
 
 
+class Budget(NamedTuple):
+    """Of one question."""
+
+    tokens: int  # at least 1; as generate.max_tokens counts them
+    retrievals: int
+
+
 class Retriever(Protocol):
     """Where passages come from; retrieve.py has them all."""
 
@@ -110,7 +117,11 @@ class Decoder:
         self._fill = jax.jit(fill, static_argnums=0, donate_argnums=2, out_shardings=places)
 
     def answers(
-        self, params: dict, prompts: Sequence[Sequence[int]], retriever: Retriever | None = None
+        self,
+        params: dict,
+        prompts: Sequence[Sequence[int]],
+        retriever: Retriever | None = None,
+        budgets: Sequence[Budget] | None = None,
     ) -> Iterator[Answer]:
         """One Answer per prompt, in their order, each as soon as all before it are there.
 
@@ -118,11 +129,14 @@ class Decoder:
           params: of the train state.
           prompts: token ids up to and including `## Output:`.
           retriever: None: Gen has to do without [Ret].
+          budgets: of each prompt; None: the config's for all.
 
         Raises:
           UserError: a model whose vectors are no numbers.
         """
-        batch = _Batch(self.rows, self._width, self._config, self._tokenizer, retriever)
+        own = Budget(self._config.generate.max_tokens, self._config.generate.max_retrievals)
+        budgets = budgets or [own] * len(prompts)
+        batch = _Batch(self.rows, self._width, self._config, self._tokenizer, retriever, budgets)
         with jax.set_mesh(self._mesh):
             cache = self._empty()
         waiting, finished = enumerate(prompts), {}
@@ -183,9 +197,11 @@ class _Batch:
         config: Config,
         tokenizer: Tokenizer,
         retriever: Retriever | None,
+        budgets: Sequence[Budget],
     ):
         self.rows = vacant(rows, config.generate.context_tokens, width)
         self._config, self._tokenizer, self._retriever = config, tokenizer, retriever
+        self._budgets = budgets
         self._question, self._start = np.zeros(rows, int), np.zeros(rows, int)
         self._retrieved: list[list[list[Found]]] = [[] for _ in range(rows)]
 
@@ -195,7 +211,8 @@ class _Batch:
         for row in np.flatnonzero(rows.status_B == Status.VACANT):
             for question, prompt in waiting:
                 limit = self._retriever.limit(question) if self._retriever else 0
-                retrievals = min(settings.max_retrievals, limit)
+                budget = self._budgets[question]
+                retrievals = min(budget.retrievals, limit)
                 forced = settings.retrieve_first and retrievals > 0
                 text = [*prompt, *[self._tokenizer.ret] * forced]
                 if len(text) >= settings.context_tokens:
@@ -205,7 +222,7 @@ class _Batch:
                 rows.known_B[row], rows.cached_B[row] = len(text), 0
                 rows.status_B[row], rows.spanning_B[row] = Status.RUNNING, False
                 rows.ret_B[row] = len(prompt)
-                rows.tokens_left_B[row] = settings.max_tokens
+                rows.tokens_left_B[row] = budget.tokens
                 rows.retrievals_left_B[row] = retrievals - forced
                 rows.stream_B[row] = zlib.crc32(np.array(prompt, np.int32).tobytes())
                 rows.drawn_B[row] = 0
@@ -246,9 +263,10 @@ class _Batch:
         rows, found = self.rows, {}
         for row in np.flatnonzero(rows.status_B >= Status.EOS):
             tokens = rows.tokens_BxS[row, self._start[row] : rows.known_B[row]].tolist()
-            written = self._config.generate.max_tokens - int(rows.tokens_left_B[row])
+            question = int(self._question[row])
+            written = self._budgets[question].tokens - int(rows.tokens_left_B[row])
             stopped = Status(rows.status_B[row]).name.lower()
             answer = Answer(tokens, self._retrieved[row], written, stopped)
-            found[int(self._question[row])] = answer
+            found[question] = answer
             rows.status_B[row] = Status.VACANT
         return found

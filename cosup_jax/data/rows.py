@@ -63,6 +63,14 @@ class Row:
         value = self._value(name, default)
         return str(value) if type(value) is int else self.text(name, default)
 
+    def whole(self, name: str, default: int) -> int:
+        """A whole number."""
+        value = self._value(name, default)
+        if type(value) is not int:
+            found = reprlib.repr(value)
+            raise BadRow("wrong_type", f"'{name}' must be a whole number, not {found:.60}")
+        return value
+
     def rows(self, name: str) -> list["Row"]:
         """A list of objects, none of them left out; absent is refused."""
         values = self._value(name, None)
