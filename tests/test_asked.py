@@ -64,6 +64,18 @@ def test_what_is_known_of_a_question(towns):
     assert seen["test10"] is False and seen["test11"] is False  # one of two
     assert seen["test12"] is None and facts["test12"]["answer_groups"] == [["a", "b"]]
     assert {fact["set"] for fact in facts.values()} == {"towns.test"}
+    assert not any(fact["long"] or fact["long_answer"] for fact in facts.values())
+
+
+def test_an_output_without_a_short_answer_is_the_long_one(towns):
+    """Bugs: a set of outputs alone has nothing to be scored by; markers in the expected text."""
+    part = towns(questions=1)
+    output = "It lies [Ret:p1]by river 1[Ce]there. "
+    given = dataclasses.replace(part.examples[0], output=output, answers=("river 1",))
+    for answers, wanted in (((), "It lies by river 1 there."), (given.answers, "")):
+        example = dataclasses.replace(given, answers=answers)
+        fact = asked.about(part._replace(examples=[example]), 0)
+        assert fact["long"] and fact["long_answer"] == wanted
 
 
 def test_corpora_of_growing_size(towns):

@@ -19,6 +19,7 @@ def answer(**more):
         "task": "open_qa",
         "kind": "span",
         "answers": ["Paris", "City of Light"],
+        "long": False,
         "long_answer": "",
         "answer_groups": [],
         "evidence": ["p1"],
@@ -91,6 +92,25 @@ def test_what_a_question_has_no_ground_for_is_absent():
     assert long["rougel"] == pytest.approx(1) and long["em"] == 0 and long["rougeLsum"] < 0.6
 
 
+def test_a_long_answer_is_scored_whole():
+    """Bugs: only what follows the last span is scored, so that an answer in several parts is never
+    right; a label behind its explanation scored with it."""
+    said = "Paris is the capital. It lies on the Seine. Both are old"
+    record = answer(long=True, text=said, answer="Both are old", answers=[said], kind="text")
+    scores = scores_of(record)
+    assert scores["em"] == scores["f1"] == scores["KILT-f1"] == 1
+    assert scores["rougel"] == pytest.approx(1)
+    scores = scores_of(record | {"answers": [], "long_answer": said})
+    assert scores["rougel"] == pytest.approx(1) and scores["f1"] == 1
+    example = lambda **more: SimpleNamespace(
+        **{"long_answer": "", "output": "", "task": "open_qa", "kind": ""} | more
+    )
+    assert not scoring.is_long(example())
+    for more in ({"long_answer": "x"}, {"output": "x"}, {"task": "long_form", "kind": "text"}):
+        assert scoring.is_long(example(**more))
+        assert not scoring.is_long(example(**more | {"kind": "label"}))
+
+
 def test_empty_answer_counts_zero():
     """Bug: an answer without words left out of a mean, or scored right."""
     empty = answer(answer="", text="", output="", raw="", sources=[], ranking=[], answers=["The"])
@@ -104,6 +124,9 @@ def test_empty_answer_counts_zero():
         ([{"long_answer": "x"}, {"long_answer": "y"}, {}], "rougel"),
         ([{"task": "long_form", "kind": "text"}], "rougel"),
         ([{"long_answer": "x"}, {}, {}], "acc_substring"),
+        ([{"answers": [], "output": "x"}], "rougel"),
+        ([{"output": "x"}], "acc_substring"),
+        ([{"long_answer": "x", "kind": "label"}], "accuracy"),
         ([{"kind": "label"}, {"kind": "choice"}], "accuracy"),
         ([{"kind": "text"}], "f1"),
         ([{"kind": "span"}, {"kind": ""}], "acc_substring"),

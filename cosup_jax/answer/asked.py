@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosup_jax.config import ARMS, Config
+from cosup_jax.data import markup
+from cosup_jax.evaluation import scoring
 from cosup_jax.held_out import HeldOut
 
 
@@ -67,7 +69,8 @@ def about(held_out: HeldOut, question: int) -> dict[str, Any]:
         "kind": example.kind,
         "question": example.question,
         "answers": list(example.answers),
-        "long_answer": example.long_answer,
+        "long": scoring.is_long(example),
+        "long_answer": markup.long_answer(example, held_out.dataset.passages),
         "answer_groups": [list(group) for group in example.answer_groups],
         "evidence": [passages[row].id for row in held_out.evidence(question)],
         "seen": held_out.evidence_seen(question),

@@ -173,6 +173,14 @@ def pieces(
     return [Piece(PROMPT, prompt_text(example)), *body, Piece(TARGET, control="eos")]
 
 
+def long_answer(example: Example, passages: Mapping[str, Passage]) -> str:
+    """`long_answer`, or all that an output without short answers says; "" where neither is."""
+    if example.long_answer or example.answers:
+        return example.long_answer
+    said = _output_pieces(example, passages, with_evidence=False)
+    return "".join(piece.text for piece in said).strip()
+
+
 def _evidence_pieces(example: Example, passages: Mapping[str, Passage]) -> list[Piece]:
     evidence = [passages[id] for id in example.evidence]
     look = len(evidence) == 1 and example.kind != "label"

@@ -3,6 +3,9 @@
 All are in 0..1, where ALCE and the official code give percent. A score is absent where the question
 has no ground for it: no answer, no evidence, no groups of answers. Records are those of
 `answering.Answering` with what `asked.about` knows of the question.
+
+A long answer is scored whole, spans included and citations not, as ALCE and the official code score
+all answers; of a short one KILT's scores read `answer`, what stands behind the last span.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +22,25 @@ _EXACT = {"label", "choice"}  # kinds of answers that are right letter for lette
 _LEFT_OUT = ("entity", "answer_and_ent")  # of KILT's: our evidence has no titles to find
 
 
+def is_long(example: Any) -> bool:
+    """Whether the answer to such a question (data.schema.Example) is a text of several parts."""
+    text = example.long_answer or example.output or example.task == "long_form"
+    return bool(text) and example.kind not in _EXACT
+
+
 def judged_by(examples: Sequence[Any]) -> str:
     """The score that says whether an answer to such questions (data.schema.Example) is correct.
 
-    Groups of answers ask for str_em, long answers for rougel, labels and choices for accuracy, free
-    text for f1, a string of the evidence for acc_substring, and a mixture of kinds for em.
+    Groups of answers ask for str_em, long answers (not an output beside a short one) for rougel,
+    labels and choices for accuracy, free text for f1, a string of the evidence for acc_substring,
+    and a mixture of kinds for em.
     """
     most = lambda holds: sum(map(bool, map(holds, examples))) > len(examples) / 2
+    alone = lambda e: e.task == "long_form" or e.long_answer or not e.answers
     kinds = {example.kind for example in examples}
     if most(lambda example: example.answer_groups):
         return "str_em"
-    if most(lambda example: example.task == "long_form" or example.long_answer):
+    if most(lambda example: is_long(example) and alone(example)):
         return "rougel"
     if kinds <= _EXACT:
         return "accuracy"
@@ -39,15 +50,15 @@ def judged_by(examples: Sequence[Any]) -> str:
 
 
 def answer_scores(record: Record) -> Scores:
-    """Is it right? KILT's accuracy, em, f1 and rougel of the short answer, ALCE's str_em and
-    rougeLsum and the official acc_substring of the whole text."""
+    """Is it right? KILT's accuracy, em, f1 and rougel of the short answer or of all of a long one,
+    ALCE's str_em and rougeLsum and the official acc_substring of the whole text."""
     scores: Scores = {}
+    said = record["text"] if record["long"] else record["answer"]
     if answers := gold_answers(record):
-        short = record["answer"]
-        scores |= {name: score(short, answers) for name, score in kilt.DOWNSTREAM.items()}
+        scores |= {name: score(said, answers) for name, score in kilt.DOWNSTREAM.items()}
         scores["acc_substring"] = float(text.answer_present(record["text"], answers))
     if record["long_answer"]:
-        scores["rougel"] = text.rouge_l(record["answer"], [record["long_answer"]])
+        scores["rougel"] = text.rouge_l(said, [record["long_answer"]])
         item = {"output": record["output"], "answer": record["long_answer"]}
         scores["rougeLsum"] = alce.rouge_lsum_of(item)
     if record["answer_groups"]:
