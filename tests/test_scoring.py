@@ -26,7 +26,7 @@ def answer(**more):
         "answer": "Paris",
         "text": "Paris",
         "output": "Paris[1] ",
-        "raw": "[Ret]Paris :: Paris is the capital of France.[Cs]Paris[Ce]",
+        "spans": [{"text": "Paris", "passage": "p1", "number": 1}],
         "sources": [PARIS],
         "ranking": ["p1", "p2", "p3"],
     }
@@ -63,6 +63,21 @@ def test_found_late_and_cited_badly():
     assert scores_of(both)["retrieval_precision"] == 1
     half = scores_of(answer(evidence=["p1", "p3"]))
     assert half["Rprec"] == 0.5 and half["em"] == 1 and half["KILT-em"] == 0
+
+
+def test_a_span_is_judged_by_the_passage_that_it_cites():
+    """Bugs: of two passages at one [Ret] the other one grounds the span too; of spans that cite
+    different passages one is judged by another's."""
+    said = "Paris is the capital of France."
+    cites = lambda *numbers: answer(
+        sources=[PARIS, ROME],
+        spans=[{"text": said, "passage": "?", "number": number} for number in numbers],
+    )
+    for numbers, share in (((1,), 1), ((2,), 0), ((2, 1), 0.5), ((3,), 0)):
+        assert scores_of(cites(*numbers))["containment_grounding"] == share
+    other = cites(1)
+    other["spans"].append({"text": "Rome is old.", "passage": "p2", "number": 2})
+    assert scores_of(other)["containment_grounding"] == 1
 
 
 def test_short_answer_and_whole_text_are_told_apart():
@@ -102,6 +117,9 @@ def test_a_long_answer_is_scored_whole():
     assert scores["rougel"] == pytest.approx(1)
     scores = scores_of(record | {"answers": [], "long_answer": said})
     assert scores["rougel"] == pytest.approx(1) and scores["f1"] == 1
+    assert "retrieval_hit" not in scores_of(
+        record | {"answers": [], "long_answer": said, "evidence": []}
+    )
     example = lambda **more: SimpleNamespace(
         **{"long_answer": "", "output": "", "task": "open_qa", "kind": ""} | more
     )
@@ -113,7 +131,7 @@ def test_a_long_answer_is_scored_whole():
 
 def test_empty_answer_counts_zero():
     """Bug: an answer without words left out of a mean, or scored right."""
-    empty = answer(answer="", text="", output="", raw="", sources=[], ranking=[], answers=["The"])
+    empty = answer(answer="", text="", output="", spans=[], sources=[], ranking=[], answers=["The"])
     assert set(scores_of(empty).values()) == {0.0}
 
 

@@ -51,8 +51,10 @@ def groundings(
 ) -> list[float | None]:
     """Of each item the share of what its cited spans state that their passages entail, in 0..1.
 
-    Nothing but the cited spans of `raw_output` is read. Their sentences are grouped, each group
-    ending in a cited one; a group's share is that of its sentences, and the item's the mean over
+    Nothing but the cited spans is read: those of `raw_output`, or, where an item has `spans`
+    (`{"text", "number"}` each), those, whose number k is docs[k - 1]. Their sentences are grouped,
+    each group ending in a cited one, and judged against the passages that this one cites, joined
+    as ALCE joins them; a group's share is that of its sentences, and the item's the mean over
     groups. A group that cites a passage there is not has 0. None where there is no span.
 
     Args:
@@ -105,10 +107,12 @@ def _groups(
     if qampari:
         parts = alce.list_items(item["question"], item["output"])
     else:
-        spans = [span for _, span, _ in _spans(item["raw_output"])]
+        spans = item.get("spans")
+        if spans is None:
+            spans = [span for _, span, _ in _spans(item["raw_output"])]
+            if not peer_compat:
+                docs = _shown(dict.fromkeys(span["passage"] for span in spans), docs)
         parts = sentences("".join(map(_cited, spans)).replace("</s>", ""))
-        if not peer_compat:
-            docs = _shown(dict.fromkeys(span["passage"] for span in spans), docs)
     groups, claims = [], []
     for part in parts:
         claims.append(text.remove_citations(part).strip())

@@ -71,7 +71,7 @@ def retrieval_scores(record: Record) -> Scores:
     """Were the right passages found? KILT's Rprec, recall@k, ... of the ranking, and the official
     retrieval_hit and retrieval_precision of what was shown.
 
-    Where a question has no evidence, a shown passage is right if it holds an answer.
+    Where a question has no evidence, a shown passage is right if it holds a short answer.
     """
     shown = {"docs": record["sources"], "gold_docs": record["evidence"]}
     scores: Scores = {}
@@ -81,7 +81,7 @@ def retrieval_scores(record: Record) -> Scores:
         scores |= {name: v for name, v in found.items() if not name.startswith(_LEFT_OUT)}
         found = support.support_by_gold(shown)
     else:
-        found = support.support_by_answer(shown | {"answers": gold_answers(record)})
+        found = support.support_by_answer(shown | {"answers": short_answers(record)})
     if found.hit is not None:
         scores |= {"retrieval_hit": found.hit, "retrieval_precision": found.precision}
     return scores
@@ -98,12 +98,16 @@ def gated_scores(scores: Scores) -> Scores:
 
 def grounding_scores(records: Sequence[Record], judge: Judge) -> list[Scores]:
     """Is it supported by what it cites? ALCE's citation_rec and citation_prec, and the official
-    grounding, each with the judge's prefix; an answer without a statement or a span has 0."""
+    grounding, each with the judge's prefix; an answer without a statement or a span has 0.
+
+    The premise is what the sentence cites, several passages joined; of several that one [Ret]
+    brought, a span cites one, and is judged by that one alone.
+    """
     items = [
         {
             "question": record["question"],
             "output": record["output"],
-            "raw_output": record["raw"],
+            "spans": record["spans"],
             "docs": record["sources"],
         }
         for record in records
@@ -133,9 +137,14 @@ def scored(records: Sequence[Record], judge: Judge) -> list[Scores]:
 
 
 def gold_answers(record: Record) -> list[str]:
-    """Answers that are right; of a question with nothing but groups or a long answer, those."""
+    """Answers that are right; of a question with nothing but a long one, that."""
+    return short_answers(record) or [a for a in [record["long_answer"]] if a.strip()]
+
+
+def short_answers(record: Record) -> list[str]:
+    """Answers that are right; of a question with nothing but groups, those."""
     flat = [answer for group in record["answer_groups"] for answer in group]
-    return [a for a in record["answers"] or flat or [record["long_answer"]] if a.strip()]
+    return [answer for answer in record["answers"] or flat if answer.strip()]
 
 
 def _kilt_records(record: Record) -> tuple[Record, Record]:
