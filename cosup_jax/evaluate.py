@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cosup_jax import assemble, encode, held_out
 from cosup_jax.answer import asked
-from cosup_jax.answer.answering import Answering, bm25_rankings
+from cosup_jax.answer.answering import RECORD, Answering, bm25_rankings
 from cosup_jax.answer.asked import Arm
 from cosup_jax.answer.library import Library
 from cosup_jax.answer.records import Answers, Record
@@ -146,12 +146,14 @@ class _Evaluation:
         params, library, found = self._trained.params, self._library(part), {}
         for arm in asked.arms(part, self._trained.config):
             path = self._workdir / "evaluation" / part.name / f"{arm.name}.jsonl"
-            with Answers(path, self._run(part, arm)) as answers:
+            bm25 = library.bm25 if arm.name == "bm25" else None
+            with Answers(path, self._run(part, arm), like=RECORD | {"code": ""}) as answers:
                 todo = [i for i, fact in enumerate(facts) if fact["id"] not in answers.known]
                 shown = {"desc": f"{part.name} {arm.name}", "unit": " questions", "leave": False}
                 bar = tqdm(total=len(facts), initial=len(facts) - len(todo), disable=None, **shown)
                 with bar:
-                    for record in self._answering.answers(params, part, todo, arm, library.vectors):
+                    asks = (params, part, todo, arm, library.vectors, bm25)
+                    for record in self._answering.answers(*asks):
                         answers.add(record | {"code": self._code})
                         bar.update()
                 found[arm.name] = arm, self._scored(answers, facts, correct)
@@ -161,7 +163,8 @@ class _Evaluation:
         """The answers with what is asked of them and their scores, which are kept too."""
         by = [self._trained.config.eval.judge, self._code]
         records = [answers.known[fact["id"]] | fact for fact in facts]
-        new = [record for record in records if record.get("scored_by") != by]
+        done = lambda r: r.get("scored_by") == by and isinstance(r.get("scores"), dict)
+        new = [record for record in records if not done(record)]
         scores = dict(zip((r["id"] for r in new), scoring.scored(new, self._judge), strict=True))
         added = {}
         for record in records:
@@ -180,7 +183,8 @@ class _Evaluation:
             records = [{**fact, "scores": scoring.answer_scores(fact | said)} for fact in facts]
             found.append((f"{label!r}, {where}", None, records))
         if any(fact["evidence"] for fact in facts):
-            ranked = bm25_rankings(part, [fact for fact in facts if fact["evidence"]])
+            asked_for = [fact for fact in facts if fact["evidence"]]
+            ranked = bm25_rankings(part, asked_for, self._library(part).bm25)
             records = [{**r, "scores": scoring.retrieval_scores(r)} for r in ranked]
             found.append(("BM25 alone, the question", len(part.corpus), records))
         return [

@@ -31,7 +31,6 @@ from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.rows import Row, existing, read_lines
 from cosup_jax.data.schema import Example
 from cosup_jax.errors import UserError
-from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.runtime.workdir import Workdir, writing
 
 BY_QUESTION = ("candidates", "gold", "wrong")  # arms that need more of it than its words
@@ -124,7 +123,6 @@ class Writer:
         self._settings, self._tokenizer = trained.config.generate, trained.tokenizers.gen
         parts = (trained.mesh, trained.towers, trained.config, self._tokenizer)
         self.decoder = Decoder(*parts, most)
-        self._bm25 = None
 
     def answers(self, examples: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """As files have them, in order. Raises UserError for a passage that is not there."""
@@ -149,8 +147,8 @@ class Writer:
         if arm == "wrong":
             return Wrong(library.passages, examples, named("evidence"))
         if arm == "bm25":
-            self._bm25 = self._bm25 or BM25([markup.passage_text(p) for p in library.passages])
-            return Lexical(library.passages, self._bm25, [e.question for e in examples])
+            words, each = [e.question for e in examples], self._settings.passages
+            return Lexical(library.passages, library.bm25, words, each)
         return Search(library.passages, library.vectors, self.trained.mesh)
 
 

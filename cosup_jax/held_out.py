@@ -21,7 +21,7 @@ from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.storage import span
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.evaluation import retrieval
-from cosup_jax.evaluation.baselines import Bigram, bm25_ranks
+from cosup_jax.evaluation.baselines import BM25, Bigram, bm25_ranks
 from cosup_jax.search import index
 from cosup_jax.search.corpus import Corpus
 from cosup_jax.search.encoder import Encoder, to_mesh
@@ -149,6 +149,7 @@ def baselines(sets: Sequence[HeldOut], train: TokenStore, config: Config) -> dic
     vocab_size = 1 + max(int(store.gen_tokens.max()) for store in (train, *(s.store for s in sets)))
     bigram = Bigram(vocab_size)
     bigram.fit(*_supervised_pairs(train, config.loss.mask_evidence))
+    indexes: dict[str, BM25] = {}  # by source, whose sets share a corpus
     found = {"BM25": {}, "bigram": {}}
     for held_out in sets:
         previous, following = _supervised_pairs(held_out.store, config.loss.mask_evidence)
@@ -157,11 +158,11 @@ def baselines(sets: Sequence[HeldOut], train: TokenStore, config: Config) -> dic
         store, examples, corpus = held_out.store, held_out.examples, held_out.corpus
         asked = np.repeat(np.arange(len(examples)), np.diff(store.ret_offsets))
         if len(asked):
-            ranks = bm25_ranks(
-                [examples[i].question for i in asked],
-                [passage_text(passage) for passage in corpus.passages],
-                corpus.row_of[store.ret_passages],
-            )
+            source = held_out.dataset.version
+            if source not in indexes:
+                indexes[source] = BM25([passage_text(passage) for passage in corpus.passages])
+            questions = [examples[i].question for i in asked]
+            ranks = bm25_ranks(indexes[source], questions, corpus.row_of[store.ret_passages])
             found["BM25"][held_out.name] = retrieval.summary(ranks)
     return found
 

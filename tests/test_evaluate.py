@@ -8,11 +8,12 @@ import pytest
 from untrained import config_of, save_checkpoint, write_config, write_lines
 
 from cosup_jax import evaluate
-from cosup_jax.answer import answering, records
+from cosup_jax.answer import answering, library, records
 from cosup_jax.answer.cited import Part
 from cosup_jax.answer.decode import Found
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import metrics
+from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.report import page as report_page
 
 COUNT = 9
@@ -57,7 +58,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary(home):
-    evaluate.evaluate(config_of(home), str(home / "run"))
+    indexed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "BM25", lambda texts: indexed.append(texts) or BM25(texts))
+        evaluate.evaluate(config_of(home), str(home / "run"))
+    assert len(indexed) == 3  # a corpus of each source, for arm and reference
     page = (home / "run/report.html").read_text()
     assert all(text in page for text in ("claims.test", "Size of the corpus", "no retrieval"))
     return read_summary(home)
@@ -180,9 +185,9 @@ def test_goes_on_after_a_kill_and_starts_anew(home, summary, monkeypatch):
     asked = []
     true = answering.Answering.answers
 
-    def counted(self, params, part, questions, arm, vectors):
+    def counted(self, params, part, questions, arm, *corpus):
         asked.extend((part.name, arm.name, number) for number in questions)
-        return true(self, params, part, questions, arm, vectors)
+        return true(self, params, part, questions, arm, *corpus)
 
     monkeypatch.setattr(answering.Answering, "answers", counted)
     monkeypatch.setattr(report_page, "write_report", lambda path, run: None)  # plots take time
@@ -199,6 +204,12 @@ def test_goes_on_after_a_kill_and_starts_anew(home, summary, monkeypatch):
         assert arm_file(home, arm).read_bytes().splitlines(keepends=True) == lines[:8]
     before, after = (found["sets"][1]["arms"][-1] for found in (summary, read_summary(home)))
     assert after["arm"] == "none" and after["scores"] == before["scores"]
+    edited = json.loads(lines[0])
+    del edited["spans"]
+    arm_file(home, arm).write_text(json.dumps(edited) + "\n")
+    with pytest.raises(UserError, match=f"{arm}.jsonl: the answer to 'test.' is not as it was"):
+        run(eval__arms=arm, eval__questions=2)
+    arm_file(home, arm).unlink()
     asked.clear()
     run(generate__max_tokens=5, eval__arms="gold", eval__questions=2)
     assert len(asked) == 2 + 2

@@ -3,7 +3,10 @@
 import json
 import os
 
+import pytest
+
 from cosup_jax.answer import records
+from cosup_jax.errors import UserError
 
 
 def test_records_survive_a_kill(tmp_path):
@@ -31,6 +34,22 @@ def test_records_survive_a_kill(tmp_path):
     assert finished[0]["scores"] == {"em": 1.0} and "scores" not in finished[1]
     assert records.read(tmp_path / "none.jsonl") == []
     assert os.listdir(path.parent) == ["corpus.jsonl"]
+
+
+def test_a_record_that_somebody_edited(tmp_path):
+    """Bug: a KeyError, or a wrong score, from a record that lacks what it was written with."""
+    path, like = tmp_path / "corpus.jsonl", {"id": "", "spans": [{"text": "", "number": 0}]}
+    good = {"id": "a", "run": "r", "spans": [{"text": "x", "number": 1, "passage": "p"}]}
+    bad = [{"spans": None}, {"spans": [{"text": "x"}]}, {"spans": [{"text": 1, "number": 1}]}]
+    for change in bad:
+        edited = json.dumps(good) + "\n" + json.dumps(good | {"id": "b"} | change) + "\n"
+        path.write_text(edited)
+        with pytest.raises(UserError, match=r"corpus.jsonl: the answer to 'b' is not as it was"):
+            records.Answers(path, "r", like)
+        assert path.read_text() == edited
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"spans": [], "id": "c"}) + "\n")
+    with records.Answers(path, "r", like) as answers:
+        assert list(answers.known) == ["a", "c"]
 
 
 def test_lines_that_are_no_records(tmp_path):

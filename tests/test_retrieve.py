@@ -47,14 +47,16 @@ def test_gold_comes_in_the_order_needed():
 
 
 def test_bm25_goes_down_its_list():
-    """Bugs: another ranking than BM25's; a further [Ret] that gets the same passage; an index built
-    anew for every question; a question without a known word."""
+    """Bugs: another ranking than BM25's; a further [Ret] that gets the same passage, or, with two
+    passages each, more turns than there are passages; a question without a known word."""
     questions = ["where is bonn?", "essen", "xyzzy"]
     lexical = Lexical(PASSAGES, BM25(TEXTS), questions)
     assert rows(lexical(QUERY, [0, 1], [0, 0], 1)) == [[1], [2]]
-    assert rows(lexical(QUERY, [1, 1], [0, 1], 2)) == [[2, 3], [0, 1]]
-    assert rows(lexical(QUERY, [2, 2], [0, 9], 1)) == [[0], [4]]
+    assert rows(lexical(QUERY, [2, 2], [0, 4], 1)) == [[0], [4]]
     assert lexical.limit(0) == 5
+    pairs = Lexical(PASSAGES, BM25(TEXTS), questions, each=2)
+    assert rows(pairs(QUERY, [1, 1], [0, 1], 2)) == [[2, 3], [0, 1]]
+    assert pairs.limit(0) == 3 and rows(pairs(QUERY, [1], [2], 2)) == [[4]]
 
 
 def test_the_wrong_passage_is_wrong_and_stays():
@@ -99,7 +101,7 @@ def test_one_list_a_query(k):
     lists = [
         Search(PASSAGES, CORPUS),
         Candidates(PASSAGES, CORPUS, [[1, 2]] * 3),
-        Lexical(PASSAGES, BM25(TEXTS), ["ulm"] * 3),
+        Lexical(PASSAGES, BM25(TEXTS), ["ulm"] * 3, k),
     ]
     for retriever in lists:
         assert [len(found) for found in retriever(QUERY, [0, 2], [0, 0], k)] == [k, k]

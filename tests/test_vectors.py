@@ -190,7 +190,7 @@ def test_a_kill_costs_one_shard(tmp_path, corpus):
     found, encoded = write(tmp_path / "killed", corpus, "int8", first=6)
     assert encoded == [(6, 9), (9, 10)]
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob(".*.part")) and found.key == whole.key
+    assert not list((tmp_path / "killed").glob(".*")) and found.key == whole.key
 
 
 def test_a_full_disk_is_one_line(tmp_path, corpus):

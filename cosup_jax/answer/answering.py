@@ -13,7 +13,6 @@ from cosup_jax.answer.asked import Arm
 from cosup_jax.answer.decode import Decoder, Found, Retriever
 from cosup_jax.config import Config
 from cosup_jax.data import markup
-from cosup_jax.data.schema import Passage
 from cosup_jax.data.storage import Chosen
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.evaluation.baselines import BM25
@@ -23,6 +22,12 @@ from cosup_jax.towers import Towers
 
 RANKED = 10  # passages of each search that are kept for scores; what is shown may be fewer
 Record = dict[str, Any]
+RECORD = {  # how a record is built, as far as it is scored
+    **{"id": "", "output": "", "text": "", "raw": "", "answer": "", "ranking": [""]},
+    "spans": [{"text": "", "number": 0, "passage": ""}],
+    "sources": [{"number": 0, "id": "", "title": "", "text": ""}],
+    "retrieved": [{"number": 0, "id": ""}],
+}
 
 
 class Answering:
@@ -42,17 +47,19 @@ class Answering:
         questions: Sequence[int],
         arm: Arm,
         vectors: np.ndarray | index.Corpus,
+        bm25: BM25 | None = None,
     ) -> Iterator[Record]:
         """A record for each question, in their order, as soon as it is there.
 
-        `vectors` are those of the set's corpus, in memory or on disk.
+        `vectors` are those of the set's corpus, in memory or on disk; `bm25` has indexed it, for
+        the arm of that name.
 
         Beside the fields of `cited.record`: `answer`, the short one that KILT's scores compare,
         and `ranking`, ids of passages in the order in which they were found.
         """
         if not questions:
             return
-        ranked = self._retriever(held_out, questions, arm, vectors)
+        ranked = self._retriever(held_out, questions, arm, vectors, bm25)
         examples = [held_out.examples[question] for question in questions]
         prompts = [markup.prompt(example, self._tokenizer) for example in examples]
         passages = ranked.passages if ranked else held_out.corpus.passages
@@ -66,7 +73,7 @@ class Answering:
             }
 
     def _retriever(
-        self, held_out: HeldOut, questions: Sequence[int], arm: Arm, vectors: Any
+        self, held_out: HeldOut, questions: Sequence[int], arm: Arm, vectors: Any, bm25: BM25 | None
     ) -> "_Ranked | None":
         """Of an arm, for some questions, numbered as they stand here."""
         passages = held_out.corpus.passages
@@ -79,8 +86,8 @@ class Answering:
         if arm.name == "wrong":
             return _Ranked(retrieve.Wrong(passages, examples, evidence))
         if arm.name == "bm25":
-            bm25, words = _bm25(passages), [example.question for example in examples]
-            return _RankedByWords(retrieve.Lexical(passages, bm25, words), bm25, words)
+            words, each = [example.question for example in examples], self._config.generate.passages
+            return _RankedByWords(retrieve.Lexical(passages, bm25, words, each), bm25, words)
         if arm.name == "candidates":
             rows = [held_out.rows(example.candidates) for example in examples]
             return _Ranked(retrieve.Candidates(passages, vectors, rows), deeper=True)
@@ -101,10 +108,9 @@ def short_answer(parts: Sequence[cited.Part]) -> str:
     return said[-1].text.strip() if said else ""
 
 
-def bm25_rankings(held_out: HeldOut, facts: Sequence[Record]) -> list[Record]:
+def bm25_rankings(held_out: HeldOut, facts: Sequence[Record], bm25: BM25) -> list[Record]:
     """`facts` of all questions with what BM25 finds by each as it stands, the first as shown."""
-    passages = held_out.corpus.passages
-    bm25, found = _bm25(passages), []
+    passages, found = held_out.corpus.passages, []
     for fact in facts:
         ranked = [passages[row] for row in _best(bm25, fact["question"])]
         shown = [{"id": p.id, "title": p.title, "text": p.text} for p in ranked[:1]]
@@ -144,10 +150,6 @@ class _RankedByWords(_Ranked):
     def ranking(self, question: int) -> list[int]:
         """Rows, best first; none where nothing was sought."""
         return _best(self._bm25, self._questions[question]) if self._found[question] else []
-
-
-def _bm25(passages: Sequence[Passage]) -> BM25:
-    return BM25([markup.passage_text(passages[row]) for row in range(len(passages))])
 
 
 def _best(bm25: BM25, question: str) -> list[int]:

@@ -1,6 +1,7 @@
 """All passages that a trained run can retrieve: those of its data sets, set behind set."""
 
 import bisect
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 
 from cosup_jax import encode
 from cosup_jax.assemble import Trained
+from cosup_jax.data.markup import passage_text
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
+from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.search.corpus import Corpus
 from cosup_jax.search.index import Stored
 from cosup_jax.search.vectors import Vectors
@@ -38,6 +41,11 @@ class Library:
         """Of the config's data sets; encodes what WORKDIR/index lacks. Raises UserError."""
         found = encode.datasets(trained, workdir)
         return cls([(dataset, *encode.index(dataset, trained, workdir)) for dataset in found])
+
+    @functools.cached_property
+    def bm25(self) -> BM25:
+        """Of all passages, indexed when first asked for."""
+        return BM25([passage_text(passage) for passage in self.passages])
 
     def rows(self, example: Example, field: str) -> list[int]:
         """Of the passages that a field of a question names, each once: in the first set that has

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cosup_jax.data.rows import alike
+from cosup_jax.errors import UserError
 from cosup_jax.runtime.workdir import write_atomic, writing
 
 Record = dict[str, Any]
@@ -18,13 +20,25 @@ class Answers:
     answers of another model, config or data, are dropped when the file is opened.
     """
 
-    def __init__(self, path: Path, run: str):
-        """Args: of the file, which need not exist; what the answers depend on, as a digest."""
+    def __init__(self, path: Path, run: str, like: Mapping[str, Any] | None = None):
+        """Args:
+          path: of the file, which need not exist.
+          run: what the answers depend on, as a digest.
+          like: how a record is built, as `rows.alike` reads it.
+
+        Raises:
+          UserError: a record of this run that is built otherwise: somebody has edited it.
+        """
         self._path, self._run = path, run
         with writing(path):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             found = [(line, _parse(line)) for line in lines]
             kept = [(line, record) for line, record in found if record.get("run") == run]
+            for record in (record for _, record in kept if like and not alike(record, like)):
+                raise UserError(
+                    f"{path}: the answer to {record['id']!r:.60} is not as it was written; delete "
+                    "its line, and it is answered anew"
+                )
             if len(kept) < len(lines):
                 write_atomic(path, b"".join(line for line, _ in kept).decode())
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -96,20 +96,23 @@ class Lexical:
     Each further [Ret] of a question gets the passages after those that it has had.
     """
 
-    def __init__(self, passages: Sequence[Passage], bm25: BM25, questions: Sequence[str]):
-        """`bm25` has indexed these passages."""
+    def __init__(
+        self, passages: Sequence[Passage], bm25: BM25, questions: Sequence[str], each: int = 1
+    ):
+        """`bm25` has indexed these passages, of which a [Ret] gets `each`."""
         self.passages, self._bm25, self._questions = passages, bm25, questions
+        self._each = each
 
     def limit(self, question: int) -> int:
         """As often as there is another passage."""
-        return len(self.passages)
+        return -(-len(self.passages) // self._each)
 
     def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
         """Best first, equal scores by row."""
         found = []
         for question, turn in zip(questions, turns, strict=True):
             score_N = self._bm25.scores(self._questions[question])
-            first = min(turn * k, len(score_N) - 1)
+            first = turn * self._each
             best = np.argsort(-score_N, kind="stable")[first : first + k]
             found.append(_found(best, score_N[best]))
         return found

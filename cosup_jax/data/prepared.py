@@ -25,6 +25,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from cosup_jax.data.digests import file_digest
+from cosup_jax.data.rows import alike
 from cosup_jax.data.schema import Dataset, Example, Passage, Passages
 from cosup_jax.data.storage import IdIndex, replacing
 from cosup_jax.errors import UserError
@@ -88,19 +89,9 @@ def manifest(directory: str) -> dict[str, Any]:
         raise UserError(f"{path}: no prepared data here ({reason}); {hint}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path}: of another version of this program; run --mode=prepare again")
-    if not _alike(found, _MANIFEST):
+    if not alike(found, _MANIFEST):
         raise UserError(f"{path}: damaged; run --mode=prepare again")
     return found
-
-
-def _alike(found: Any, example: Any) -> bool:
-    """Whether a JSON value is built as `example` is, whose key "" stands for any other."""
-    if not isinstance(example, dict):
-        return type(found) is type(example)
-    if not isinstance(found, dict) or not (example.keys() - {""}) <= found.keys():
-        return False
-    known = [key for key in found if key in example or "" in example]
-    return all(_alike(found[key], example.get(key, example.get(""))) for key in known)
 
 
 def check_settings(directory: str, now: Mapping[str, Any]) -> None:

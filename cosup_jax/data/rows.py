@@ -109,6 +109,19 @@ def check_text(name: str, value: Any) -> None:
         raise BadRow("not_utf8", f"'{name}' holds half a surrogate pair")
 
 
+def alike(found: Any, example: Any) -> bool:
+    """Whether a JSON value is built as `example` is, whose key "" stands for any other, and whose
+    list for one of any length; more keys may be there."""
+    if isinstance(example, list) and isinstance(found, list):
+        return all(alike(value, example[0]) for value in found)
+    if not isinstance(example, dict):
+        return type(found) is type(example)
+    if not isinstance(found, dict) or not (example.keys() - {""}) <= found.keys():
+        return False
+    known = [key for key in found if key in example or "" in example]
+    return all(alike(found[key], example.get(key, example.get(""))) for key in known)
+
+
 def content_id(*texts: str) -> str:
     """An id for what has none: equal texts share it, in every source and run."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:20]

@@ -23,12 +23,12 @@ class BM25:
         return self._index.get_scores(words) if words else np.zeros(self._count, np.float32)
 
 
-def bm25_ranks(queries: Sequence[str], corpus: Sequence[str], gold: np.ndarray) -> np.ndarray:
+def bm25_ranks(bm25: BM25, queries: Sequence[str], gold: np.ndarray) -> np.ndarray:
     """Rank, from 1, of each query's gold passage under BM25.
 
     Passages of equal score are ordered by row, as in `index.search`.
     """
-    bm25, found = BM25(corpus), []
+    found = []
     for query, row in zip(queries, gold, strict=True):
         scores = bm25.scores(query)
         ahead = np.sum(scores > scores[row]) + np.sum(scores[:row] == scores[row])

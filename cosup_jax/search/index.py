@@ -273,16 +273,32 @@ def _scores(stored: Stored, query_QxD: jax.Array) -> jax.Array:
 
 @jax.jit
 def _ranks(query_QxD: jax.Array, corpus_NxD: jax.Array, gold_Q: jax.Array) -> jax.Array:
-    score_QxN = _dot("qd,nd->qn", query_QxD, corpus_NxD)
-    own_Qx1 = jnp.take_along_axis(score_QxN, gold_Q[:, None], axis=1)
-    earlier_QxN = jnp.arange(score_QxN.shape[1])[None] < gold_Q[:, None]
-    ahead_QxN = (score_QxN > own_Qx1) | ((score_QxN == own_Qx1) & earlier_QxN)
-    return 1 + jnp.sum(ahead_QxN, axis=1)
+    Q, N = len(query_QxD), len(corpus_NxD)
+    n = min(_stretch_rows(Q), -(-max(N, Q) // BLOCK) * BLOCK)
+    pad = lambda x_rxD: jnp.pad(x_rxD, ((0, max(n - len(x_rxD), 0)), (0, 0)))
+    corpus_NxD, score = pad(corpus_NxD), lambda x_nxD: _scores(Stored(x_nxD), query_QxD)
+    # A product of the same shape as the others, so that copies tie.
+    own_1xQ = jnp.diagonal(score(pad(corpus_NxD[gold_Q])))[None]
+
+    def stretch(number, ahead_Q):
+        first = number * n
+        at = jnp.minimum(first, len(corpus_NxD) - n)  # one shape: the last reaches back
+        row_nx1 = at + jnp.arange(n)[:, None]
+        score_nxQ = score(jax.lax.dynamic_slice_in_dim(corpus_NxD, at, n))
+        ahead_nxQ = (score_nxQ > own_1xQ) | ((score_nxQ == own_1xQ) & (row_nx1 < gold_Q[None]))
+        counts_nx1 = (row_nx1 >= first) & (row_nx1 < N)
+        return ahead_Q + jnp.sum((ahead_nxQ | jnp.isnan(own_1xQ)) & counts_nx1, axis=0)
+
+    return 1 + jax.lax.fori_loop(0, -(-N // n), stretch, jnp.zeros(Q, jnp.int32))
 
 
-def ranks(query_QxD, corpus_NxD, gold_Q: np.ndarray, block: int = 256) -> np.ndarray:
-    """Rank, from 1, of each query's gold row among all rows of the corpus; ties as in `search`."""
-    found = np.zeros(len(gold_Q), np.int64)
+def ranks(query_QxD, corpus_NxD, gold_Q: np.ndarray, block: int = QUERIES) -> np.ndarray:
+    """Rank, from 1, of each query's gold row among all N rows of the corpus; ties as in `search`,
+    and N + 1 where its score is no number.
+
+    `block` queries at a time, and stretch by stretch of the corpus.
+    """
+    found, corpus_NxD = np.zeros(len(gold_Q), np.int64), jax.device_put(corpus_NxD)
     for start in range(0, len(gold_Q), block):
         rows = np.arange(start, start + block) % len(gold_Q)  # one compiled shape
         part = _ranks(np.asarray(query_QxD)[rows], corpus_NxD, gold_Q[rows])

@@ -107,8 +107,8 @@ def quantized(vector_NxD: np.ndarray, dtype: str) -> Stored:
 
 
 def write_manifest(directory: Path, layout: Layout) -> None:
-    """Names all shards, which must be there; then removes those of older indexes, and index.faiss
-    if it was made of them.
+    """Names all shards, which must be there; then removes their locks, and of older indexes the
+    shards, what is remembered of them, and index.faiss.
 
     Raises UserError where the disk is full.
     """
@@ -122,9 +122,12 @@ def write_manifest(directory: Path, layout: Layout) -> None:
     with writing(path):
         manifest["sha256"] = _json_digest(manifest)
         write_atomic(path, json.dumps(manifest, indent=2) + "\n")
-        for old in filter(Path.is_dir, directory.glob("*-[0-9][0-9][0-9][0-9][0-9]*")):
-            if not old.name.lstrip(".").startswith(layout.key):
+        for old in directory.glob("*-[0-9][0-9][0-9][0-9][0-9]*"):
+            if old.suffix == ".lock":
+                old.unlink()
+            elif not old.name.lstrip(".").startswith(layout.key):
                 (directory / "index.faiss").unlink(missing_ok=True)
+                shutil.rmtree(directory / "digests", ignore_errors=True)
                 shutil.rmtree(old, ignore_errors=True)
 
 
