@@ -25,8 +25,10 @@ LOST_S = 5
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Six steps of a batch that divides over eight devices, saved after three."""
+    """Six steps of a batch that divides over eight devices, saved after three, when questions are
+    answered too."""
     every = {"checkpoint__every_steps": SAVED, "eval__every_steps": STEPS}
+    every |= {"eval__answers": 8, "eval__answers_every_steps": SAVED, "generate__max_tokens": 16}
     directory = tmp_path_factory.mktemp("pods")
     return towns.write_config(directory, num_steps=STEPS, mesh__fsdp=2, **every)
 
@@ -99,14 +101,23 @@ def _widest(found, wanted):
     return widest
 
 
+def _answers(workdir):
+    """What was written at the end, and of which passages."""
+    rows = map(json.loads, (workdir / "evaluation/answers.jsonl").read_text().splitlines())
+    return [(row["id"], row["raw"], [s["id"] for s in row["retrieved"]]) for row in rows]
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_losses_of_one_process(count, config, alone, start, together):
     """Bugs: a host that reads the other's rows or another order of them, a loss per host, a second
-    checkpoint, a metric line per process."""
+    checkpoint, a metric line per process; hosts that answer other questions than each other, or
+    wait at another [Ret], and hang."""
     workdir = _run_of(count, config, start, together)
     widest = _widest(towns.metrics(workdir), towns.metrics(alone))
     print(f"{count} processes x 2 devices: metrics within {widest:.1e} of one process x 2 devices")
     assert widest < 1e-4
+    scored = [row["step"] for row in towns.metrics(workdir) if "eval/towns.dev/answers_f1" in row]
+    assert scored == [SAVED, STEPS] and _answers(workdir) == _answers(alone)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "6"]
 
 

@@ -145,5 +145,10 @@ class TransformersNli:
         return [int(label) == self._label for label in logits.argmax(-1)]
 
     def _context(self) -> int:
+        """Tokens that the model has positions for: RoBERTa's begin behind its padding's."""
         limit = getattr(self._model.config, "max_position_embeddings", None)
+        embeddings = getattr(self._model.base_model, "embeddings", None)
+        table = getattr(embeddings, "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        limit = limit if padding is None or limit is None else limit - padding - 1
         return min(self._tokenizer.model_max_length, limit or self._tokenizer.model_max_length)
