@@ -16,6 +16,7 @@ from batches import assert_close
 from families import V
 
 from cosup_jax import ntp
+from cosup_jax.hf import saving
 from cosup_jax.model.transformer import Transformer
 
 pytestmark = pytest.mark.parity
@@ -97,6 +98,19 @@ def test_padded_rows(pair, side):
     output = theirs(pair, tokens, attention_mask=real.astype(int), position_ids=positions)
     found = ours(pair, tokens, real, positions)
     assert_close([part[real] for part in found], [part[real] for part in states_and_logits(output)])
+
+
+def test_hugging_face_reads_what_we_write(pair, tmp_path):
+    """Bug: an exported config.json that our reader alone understands: a name or a place of the
+    rotary settings, of the window or of an epsilon that Hugging Face does not look at."""
+    arch, has_head = pair.ours.arch, pair.ours.has_head
+    saving.save(tmp_path, pair.params, arch, V, has_head)
+    body = type(pair.theirs)
+    again = body.from_pretrained(tmp_path, attn_implementation="eager", dtype="float32").eval()
+    tokens = random_tokens(2, T)
+    found, expected = (theirs(pair._replace(theirs=m), tokens) for m in (again, pair.theirs))
+    for ours, wanted in zip(*map(states_and_logits, (found, expected)), strict=True):
+        assert_close(ours, wanted)
 
 
 def test_packed_rows(pair):
