@@ -113,7 +113,10 @@ def _with_reading(config: Config, shape_only: bool) -> Config:
             f"config.ctx.init={ctx.init} pools by {theirs.pooling!r}, which is not supported; set "
             "config.ctx.pooling"
         )
-    if jax.process_index() == 0 and theirs.pooling != (ctx.pooling or theirs.pooling):
-        print(f"note: {ctx.init} was trained with ctx.pooling={theirs.pooling}", flush=True)
+    notes = [f"its {kind} is left out" for kind in theirs.more]
+    if theirs.pooling != (ctx.pooling or theirs.pooling):
+        notes.append(f"it was trained with ctx.pooling={theirs.pooling}")
+    if jax.process_index() == 0 and notes:
+        print(f"note: {ctx.init}: {'; '.join(notes)}", flush=True)
     reading = {"pooling": ctx.pooling or theirs.pooling, "prompt": ctx.prompt or theirs.prompt}
     return dataclasses.replace(config, ctx=dataclasses.replace(ctx, **reading))

@@ -12,6 +12,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 
 DIRECTORY = "some/model"
+MORE = ((2, "Dense"), (3, "Normalize"))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,19 @@ def test_ctx_reads_as_its_sentence_transformers_files_say(tmp_path, capsys, pool
     asked = run(ctx__pooling="token", ctx__prompt="mine: ")
     assert (asked.pooling, asked.prompt) == ("token", "mine: ")
     assert f"was trained with ctx.pooling={found}" in capsys.readouterr().out
+
+
+def test_a_projection_that_is_not_read_is_told(tmp_path, capsys):
+    """Bug: a model whose vectors pass a Dense layer, as of our own export, starts without it, and
+    nothing says so."""
+    write_llama(tmp_path, 8)
+    sentences(tmp_path, {"pooling_mode": "mean"})
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules += [{"path": f"{i}_{kind}", "type": f"a.{kind}"} for i, kind in MORE]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    found = pretrained.resolve(config(ctx__init=str(tmp_path))).ctx
+    assert found.pooling == "mean"
+    assert capsys.readouterr().out == f"note: {tmp_path}: its Dense is left out\n"
 
 
 def test_a_pooling_that_we_lack_is_refused_unless_another_is_set(tmp_path):

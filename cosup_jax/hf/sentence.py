@@ -27,6 +27,7 @@ class Reading(NamedTuple):
 
     pooling: str  # as config.ctx.pooling, or by their name where it is none of ours
     prompt: str  # before every text that asks for no other
+    more: tuple[str, ...] = ()  # modules that change a vector in other ways than by its length
 
 
 def read_modules(directory: Path) -> Reading | None:
@@ -38,7 +39,8 @@ def read_modules(directory: Path) -> Reading | None:
         return None
     file = directory / "modules.json"
     try:
-        (path,) = (m["path"] for m in json.loads(file.read_text()) if m["type"].endswith("Pooling"))
+        kinds = {m["type"].split(".")[-1]: m["path"] for m in json.loads(file.read_text())}
+        path = kinds["Pooling"]
         file = directory / path / "config.json"
         found = json.loads(file.read_text())
         modes = found.get("pooling_mode") or [m for flag, m in _FLAGS.items() if found.get(flag)]
@@ -48,7 +50,8 @@ def read_modules(directory: Path) -> Reading | None:
         prompt = (about.get("prompts") or {}).get(about.get("default_prompt_name"), "")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}); get the model anew") from None
-    return Reading(_OURS.get(theirs, theirs), prompt)
+    more = tuple(kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize"))
+    return Reading(_OURS.get(theirs, theirs), prompt, more)
 
 
 def save_modules(
