@@ -37,18 +37,21 @@ SENTENCES = ("torch", "sentence_transformers")  # packages that read Ctx
 def export(config: Config, workdir: str) -> None:
     """Writes WORKDIR/export, or nothing if what was written does not compute what was trained.
 
-    Raises UserError without a checkpoint of this config, or without room on the disk.
+    Raises UserError without a checkpoint of this config, or without room on the disk or for the
+    directory.
     """
     if jax.process_count() > 1:
         raise UserError("--mode=export runs in one process; start it on one host")
     with Workdir(workdir) as directory:
+        target, new = directory.path / "export", directory.path / ".export.new"
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{target} is no directory; move it away")
         found = assemble.trained(config, directory.path)
         config, tokenizers = found.config, found.tokenizers
         print(f"step {found.step}: writing the towers", flush=True)
         trained = Ours(found.towers, found.params, found.mesh, config)
         plain = _without_adapters(found.towers)
         merged = Ours(plain, _merged(found.params, config), found.mesh, config)
-        target, new = directory.path / "export", directory.path / ".export.new"
         shutil.rmtree(new, ignore_errors=True)
         try:
             _write(new, merged, tokenizers, found.contract, config)

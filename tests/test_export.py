@@ -245,3 +245,13 @@ def test_a_bad_export_leaves_the_old_one(run, monkeypatch, fault):
     assert (home / "run/export/parity.json").read_text() == before
     assert (home / "run/export/mine").read_text() == "kept"
     assert not (home / "run/.export.new").exists()
+
+
+@pytest.mark.slow
+def test_a_file_in_the_way_is_one_line(run, tmp_path):
+    """Bug: a file named "export" is replaced in silence, and the next export is a traceback."""
+    config, _ = run
+    (tmp_path / "export").write_text("mine")
+    with pytest.raises(UserError, match=r"export is no directory; move it away"):
+        export.export(config, str(tmp_path))
+    assert (tmp_path / "export").read_text() == "mine"
