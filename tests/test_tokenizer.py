@@ -132,6 +132,28 @@ def test_the_papers_checkpoints_are_read_by_their_layout():
     assert tokenizer.Tokenizer(llama2(), weight_rows=32000).pretrained_size == 32000
 
 
+def test_ids_that_are_left_out_are_refused():
+    """Bug: [Cs] gets the id of an entry beyond a hole in the vocabulary: one row for both."""
+    words = {"<unk>": 0, "</s>": 1, "a": 2, "b": 4}
+    backend = Backend(models.WordLevel(words, "<unk>"))
+    with pytest.raises(UserError, match="has 4 entries, the last one 4"):
+        tokenizer.Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+
+
+def test_a_broken_tokenizer_is_one_line(trained, tmp_path):
+    """Bugs: a list for a config is a traceback; a message that ends in the middle."""
+    trained.save(tmp_path)
+    whole = "give a directory that holds a whole tokenizer.json$"
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match=f"cannot be loaded .*{whole}"):
+        tokenizer.load(tmp_path)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=whole) as caught:
+        tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value) and ":)" not in str(caught.value)
+
+
 def test_save_replaces_another_tokenizer(trained, tmp_path):
     """A workdir that kept an older tokenizer would decode with the wrong vocabulary."""
     tokenizer.train(TEXTS, 280).save(tmp_path / "t")

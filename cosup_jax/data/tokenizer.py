@@ -43,7 +43,7 @@ class Tokenizer:
         """Adds what `fast` lacks of `[Ret] [Cs] [Ce] [Emb]` and padding.
 
         All of them, whatever the config: settings that are compared share one vocabulary. Raises
-        UserError without eos; a BERT's is [SEP].
+        UserError without eos (a BERT's is [SEP]), or where ids are left out.
 
         Args:
           weight_rows: of the table of pretrained weights that go with it. Llama 2's tokenizer
@@ -58,6 +58,11 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer {fast.name_or_path!r} has no end-of-sequence token; set eos_token in "
                 "its tokenizer_config.json"
+            )
+        if (last := max(fast.get_vocab().values())) >= len(fast):
+            raise UserError(
+                f"tokenizer {fast.name_or_path!r} has {len(fast)} entries, the last one {last}: "
+                "added tokens would take ids that are in use; fill the ids that it leaves out"
             )
         self._backend = fast.backend_tokenizer
         self._backend.no_padding()  # MiniLM's file asks for padding to 128
@@ -219,9 +224,12 @@ def load(source: str | Path, weight_rows: int = 0) -> Tokenizer:
 def _pretrained(name: str, source: str, weight_rows: int) -> Tokenizer:
     try:
         fast = _from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer {source!r} cannot be loaded: {reason}") from error
+    except Exception as error:  # whatever transformers and tokenizers make of a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")
+        raise UserError(
+            f"tokenizer {source!r} cannot be loaded ({reason}); give a directory that holds a "
+            "whole tokenizer.json"
+        ) from error
     if not fast.is_fast:
         raise UserError(f"tokenizer {source!r} has no tokenizer.json; only fast ones are supported")
     return Tokenizer(fast, weight_rows)
