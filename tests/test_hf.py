@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
@@ -237,6 +238,32 @@ def test_what_does_not_fit_is_named(tmp_path, devices):
         hf.load_gen(tmp_path / "absent", abstract(devices))
 
 
+@pytest.mark.parametrize(
+    "found", [None, ["a"], dict.fromkeys(tensors(), 5)], ids=["null", "list", "numbers"]
+)
+def test_an_index_that_is_none_is_one_line(tmp_path, devices, found):
+    """Bug: an odd index of sharded weights is a traceback."""
+    directory = write(tmp_path, tensors())
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": found}))
+    with pytest.raises(UserError, match=r"index\.json: weight_map does not say"):
+        hf.load_gen(directory, abstract(devices))
+
+
+def test_quantised_weights_are_refused(tmp_path, devices):
+    """Bug: integers of a quantised model are taken for weights; 8-bit floats are a traceback; a
+    table without a row gives NaN."""
+    for kind, name in ((np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")):
+        found = {name: array.astype(kind) for name, array in tensors().items()}
+        with pytest.raises(UserError, match=f"has values of type {name}, not one of F64, F32"):
+            hf.load_gen(write(tmp_path, found), abstract(devices))
+    told = write(tmp_path, tensors(), quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UserError, match="quantised weights are not supported"):
+        hf.load_gen(told, abstract(devices))
+    empty = tensors() | {"model.embed_tokens.weight": np.zeros((0, D), np.float32)}
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is \[0, 8\]"):
+        hf.load_gen(write(tmp_path, empty), abstract(devices))
+
+
 def test_arch_of_old_and_new_config_files(tmp_path):
     """Bug: the rotary base of a transformers 5 file is not found and the default taken instead."""
     expected = {
@@ -350,6 +377,7 @@ def test_written_in_several_files_and_read_again(tmp_path, devices, monkeypatch)
         ("activation 'relu'", {"hidden_act": "relu"}),
         ("sliding_window .* in some layers only", {"model_type": "qwen2", **SOME_WINDOWS}),
         ("model_type 'gemma2'", {"model_type": "gemma2"}),
+        (r"model_type \['llama'\]", {"model_type": ["llama"]}),
         ("position_embedding_type 'relative_key'", RELATIVE),
     ],
 )
@@ -358,6 +386,23 @@ def test_unsupported_arch_is_named(tmp_path, key, change):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
     with pytest.raises(UserError, match=f"{key} is not supported"):
         hf.arch_from_hf(tmp_path)
+
+
+def test_the_same_weights_are_downloaded_once(tmp_path, monkeypatch):
+    """Bug: Mistral's consolidated.safetensors, 14 GB, comes too, and nothing reads it."""
+    there = ["config.json", "model-1-of-2.safetensors", "consolidated.safetensors", "README.md"]
+    there += ["model.safetensors.index.json", "1_Pooling/config.json", "pytorch_model.bin"]
+    wanted = []
+
+    def download(_, allow_patterns, ignore_patterns, **__):
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        wanted.extend(filter_repo_objects(there, **patterns))
+        return tmp_path
+
+    monkeypatch.setattr(hf, "snapshot_download", download)
+    monkeypatch.setattr(hf, "_offline", lambda: False)
+    assert hf.resolve("some/model") == tmp_path
+    assert wanted == [name for name in there if name.startswith(("config", "model", "1_"))]
 
 
 def test_missing_model_is_one_line(tmp_path, monkeypatch):

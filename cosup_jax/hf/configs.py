@@ -17,9 +17,13 @@ def arch_fields(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
     Raises UserError, naming the key, for what our transformer does not compute.
     """
     kind = config.get("model_type", "llama")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         known = ", ".join(_FAMILIES)
         raise UserError(f"{where}: model_type {kind!r} is not supported; these are: {known}")
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{where}: quantised weights are not supported; take the original or a GGUF"
+        )
     config = _DEFAULTS.get(kind, {}) | dict(config)
     try:
         fields = _FAMILIES[kind].read(config) | {"vocab_size": config["vocab_size"]}

@@ -29,6 +29,7 @@ from cosup_jax.runtime.paths import inside
 
 CONNECT_S = 5  # seconds until the hub counts as out of reach
 NEW_ROW_NOISE = 0.02  # noise of a new vocabulary row, in standard deviations of the old ones
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of safetensors that are weights as they stand
 AT_ONCE_BYTES = 2**26  # of a shard that is placed whole; of a larger one a layer at a time
 _CHUNK_ROWS = 8192  # rows of the embedding read at a time for its statistics
 
@@ -48,7 +49,12 @@ def resolve(source: str | Path, shape_only: bool = False) -> Path:
     if not shape_only:
         wanted += ["*.safetensors", "*.safetensors.index.json"]
     try:
-        found = snapshot_download(str(source), allow_patterns=wanted, local_files_only=offline)
+        found = snapshot_download(
+            str(source),
+            allow_patterns=wanted,
+            ignore_patterns="consolidated*",  # Mistral's own layout: the same weights once more
+            local_files_only=offline,
+        )
     except (OSError, ValueError) as error:
         where = f"{constants.ENDPOINT} is out of reach" if offline else _line(error)
         raise UserError(
@@ -136,7 +142,7 @@ class _Files:
         self._opened: dict[str, Any] = {}
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            stored = _read_json(index).get("weight_map", {})
+            stored = _weight_map(index)
         else:
             stored = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         self._where = {name.removeprefix(body): (name, file) for name, file in stored.items()}
@@ -150,7 +156,13 @@ class _Files:
             raise UserError(
                 f"{self.directory / file}: tensor {stored} is missing, the index has it"
             )
-        return opened.get_slice(stored)
+        found = opened.get_slice(stored)
+        if (kind := found.get_dtype()) not in FLOATS:
+            raise UserError(
+                f"{self.directory / file}: tensor {stored} has values of type {kind}, not one of "
+                f"{', '.join(FLOATS)}; take weights that are not quantised"
+            )
+        return found
 
     def _open(self, file: str) -> Any:
         if file not in self._opened:
@@ -163,6 +175,13 @@ class _Files:
                     "and whole ones"
                 ) from error
         return self._opened[file]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = _read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise UserError(f"{index}: weight_map does not say where tensors lie; get the file anew")
+    return found
 
 
 def _check_names(path: Path, names, table: Mapping[str, Tensor], leaves, layout: Layout) -> None:
@@ -297,8 +316,9 @@ def _grown_part(found, tensor: Tensor, sizes, where, grown: _NewRows) -> np.ndar
 
 def _check_shape(path: Path, name: str, tensor: Tensor, found, sizes, old_vocab) -> None:
     expected = [math.prod(sizes[letter] for letter in g) for g in tensor.theirs.split()]
-    rows_fit = "V" in sizes and _known_rows(found[0], old_vocab) <= expected[0]
-    if found != expected and not (rows_fit and found[1:] == expected[1:]):
+    rows_fit = found[1:] == expected[1:] and "V" in sizes
+    rows_fit = rows_fit and 0 < _known_rows(found[0], old_vocab) <= expected[0]
+    if found != expected and not rows_fit:
         raise UserError(
             f"weights in {path}: tensor {name} is {list(found)}, the model expects "
             f"{expected}; take config.*.arch and the vocabulary from these weights"
