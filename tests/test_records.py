@@ -11,11 +11,13 @@ from cosup_jax.errors import UserError
 
 def test_records_survive_a_kill(tmp_path):
     """Bugs: half a line read as an answer, or the next one written behind it; answers of another
-    model, config or data taken for this one's; a question answered twice."""
+    model, config or data taken for this one's; a question answered twice; answers kept back until
+    the end, which a kill loses."""
     path = tmp_path / "set" / "corpus.jsonl"
     with records.Answers(path, "run1") as answers:
         answers.add({"id": "a", "text": "é\u2028"})
         answers.add({"id": "b", "text": "2"})
+        assert [record["id"] for record in records.read(path)] == ["a", "b"]  # before it is closed
     whole = path.read_bytes()
     for cut in (len(whole) - 1, len(whole) - 9):
         path.write_bytes(whole[:cut])

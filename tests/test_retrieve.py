@@ -26,15 +26,17 @@ class OnDisk:
 
 
 def test_search_and_candidates():
-    """Bugs: the nearest of another question's candidates; ties against the order of rows; more
-    passages than there are; a score of another passage."""
+    """Bugs: the nearest of another question's candidates; ties against the order of rows; a
+    candidate that is named twice found twice; more passages than there are, or a search that waits
+    for one where there is none; a score of another passage."""
     search = Search(PASSAGES, CORPUS)
+    assert search.limit(0) > 1000 and Search([], CORPUS[:0]).limit(0) == 0
     assert rows(search(QUERY, [0, 1], [0, 0], 2)) == [[0, 2], [1, 4]]
     assert search(QUERY[1:], [1], [0], 9)[0][0] == Found(1, 1.0)
     assert len(search(QUERY[1:], [1], [0], 9)[0]) == len(PASSAGES)
     for corpus in (CORPUS, OnDisk()):
-        own = Candidates(PASSAGES, corpus, [[4, 3], [0, 2, 2], []])
-        assert rows(own(QUERY[[0, 0]], [1, 0], [0, 0], 2)) == [[0, 2], [4, 3]]
+        own = Candidates(PASSAGES, corpus, [[4, 3], [2, 0, 2], []])
+        assert rows(own(QUERY[[0, 0]], [1, 0], [0, 0], 3)) == [[0, 2], [4, 3]]
         assert own(QUERY, [0, 0], [0, 0], 1) == [[Found(4, 1.0)], [Found(4, 0.5)]]
         assert own.limit(1) > 1000 and own.limit(2) == 0
 
@@ -82,7 +84,7 @@ def test_what_a_wrong_passage_must_not_say():
         return set(Wrong(passages, [ask(n) for n in range(9)], [[]] * 9)._rows)
 
     assert rows("Ulm") == rows(answer_groups=(("x",), ("ulm",))) == {1}
-    assert rows("no") == {0} and rows("no", kind="label") == {0, 1}
+    assert rows("no") == {0} and rows("no", kind="label") == rows("c", kind="choice") == {0, 1}
 
 
 def test_a_corpus_in_memory_is_sent_once(monkeypatch):
