@@ -70,13 +70,15 @@ def mined(trained, tmp_path_factory):  # noqa: F811
     settings = dataclasses.replace(trained.config.index, mine_margin=0.0, mine_keep=2)
     own = trained._replace(config=dataclasses.replace(trained.config, index=settings))
     corpus, vectors = encode.index(rivers(), own, path)
-    found = mine.search(rivers(), corpus, vectors, own, path / "data")
+    data = dataclasses.replace(own.config.data, no_evidence_fraction=0.9, drop_without_ret=True)
+    asking = own._replace(config=dataclasses.replace(own.config, data=data))
+    found = mine.search(rivers(), corpus, vectors, asking, path / "data")
     return own, path, corpus, vectors, found
 
 
 def test_negatives_are_the_models_own(mined):
     """Bugs: queries of another [Ret], rows of another numbering, an example's negatives given to
-    its neighbour."""
+    its neighbour; none for the examples that a run trains without their evidence."""
     own, path, corpus, vectors, found = mined
     store = tokens.tokenize([(rivers(), 1.0)], *own.tokenizers, own.config, path / "data")
     evaluator = held_out.Evaluator(own.mesh, own.towers, own.config)
