@@ -8,6 +8,7 @@ Every piece is tokenised by itself, so that control tokens are ids and an insert
 same tokens in training and in generation.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -80,10 +81,15 @@ def insertion(
     passages: Sequence[Passage], tokenizer: Tokenizer, max_passage_tokens: int
 ) -> list[int]:
     """Ids that follow a generated [Ret]: the passages, each cut, a line break between, and [Cs]."""
-    texts = [tokenizer.encode(passage_text(one))[:max_passage_tokens] for one in passages]
-    between = tokenizer.encode("\n")
-    joined = texts[0] + [token for text in texts[1:] for token in (*between, *text)]
+    joined = list(_text_ids(passages[0], tokenizer, max_passage_tokens))
+    for passage in passages[1:]:
+        joined += [*tokenizer.encode("\n"), *_text_ids(passage, tokenizer, max_passage_tokens)]
     return [*joined, tokenizer.cs]
+
+
+@functools.lru_cache(maxsize=1024)  # a passage is read for many questions, and shown with each
+def _text_ids(passage: Passage, tokenizer: Tokenizer, most: int) -> list[int]:
+    return tokenizer.encode(passage_text(passage))[:most]
 
 
 def ctx_tokens(
