@@ -99,7 +99,8 @@ def test_together_is_one_by_one_without_cache(variant, bpe, corpus, mesh):
         stopped.add(why)
     assert min(by_hand.gaps.values()) > 1e-4 and stopped == {"eos", "tokens", "context", "prompt"}
     assert max(len(answer.retrieved) for answer in found) > 1
-    assert len(decoder.compiled) == len(set(decoder.compiled)) <= 6
+    # three to fill; rows only become fewer and slots only more, by at most two steps each
+    assert len(decoder.compiled) == len(set(decoder.compiled)) <= 3 + 1 + 2 + 2
 
 
 def test_what_is_drawn_depends_on_question_and_seed_alone(bpe, corpus, mesh):

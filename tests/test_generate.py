@@ -39,9 +39,7 @@ def test_a_file_of_questions(home, capsys, monkeypatch):
     run = lambda: generate.generate(config_of(home), str(home / "run"), str(home / "asked.jsonl"))
     run()
     printed = capsys.readouterr().out
-    assert (
-        "9 answers in" in printed and "compiled shapes: fill 2 x 32 of 64, write 8 x 1" in printed
-    )
+    assert "9 answers in" in printed and "shapes: fill 8 x 32 of 64, write 8 x 1 of 64" in printed
     path = home / "run/answers/asked.jsonl"
     whole = path.read_text()
     rows = read(path)

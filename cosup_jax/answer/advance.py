@@ -89,27 +89,26 @@ class Marks(NamedTuple):
 
 
 def write(
-    params: dict, cache: dict, rows: Rows, patience, gen: Transformer, marks: Marks, config: Config
+    params: dict,
+    cache: dict,
+    rows: Rows,
+    fewest,
+    patience,
+    gen: Transformer,
+    marks: Marks,
+    config: Config,
 ) -> tuple[dict, Rows]:
-    """Tokens for all running rows, until `patience` rows wait or have ended, or none runs."""
+    """Tokens for all running rows, until `fewest` run, `patience` wait or one has no slot left."""
 
     def goes_on(carry):
-        status_B = carry[1].status_B
-        still_B = (status_B == Status.RUNNING) | (status_B == Status.VACANT)
-        return jnp.any(status_B == Status.RUNNING) & (jnp.sum(~still_B) < patience)
+        cache, rows = carry
+        running_B, waiting_B = (rows.status_B == s for s in (Status.RUNNING, Status.WAITING))
+        fits = jnp.max(jnp.where(running_B, rows.cached_B, 0)) < attention.slots(cache)
+        return (jnp.sum(running_B) > fewest) & (jnp.sum(waiting_B) < patience) & fits
 
     params = gen.unstack(params)
     step = lambda carry: advance(params, *carry, gen, marks, config)
     return jax.lax.while_loop(goes_on, step, (cache, rows))
-
-
-def write_some(
-    params: dict, cache: dict, index_P, rows: Rows, patience, *parts
-) -> tuple[dict, Rows]:
-    """`write` for the few rows of the batch that index_P names; an index of B is nobody's."""
-    own = attention.cut(cache, index_P, attention.slots(cache))
-    own, rows = write(params, own, rows, patience, *parts)
-    return attention.paste(cache, own, index_P), rows
 
 
 def advance(
@@ -137,32 +136,18 @@ def advance(
 
 
 def fill(
-    params: dict,
-    cache: dict,
-    index_P,
-    tokens_PxS,
-    cached_P,
-    known_P,
-    reach: int,
-    gen: Transformer,
-    chunk: int,
+    params: dict, cache: dict, tokens_PxS, cached_P, known_P, gen: Transformer, chunk: int
 ) -> dict:
-    """The cache with all but the last of the given rows' tokens in it; an index of B is nobody's.
-
-    Only these rows are computed: a few that have much to read do not make all others pay for it.
-    None has more than `reach` tokens, and no slot behind is looked at.
-    """
+    """A cache of P rows with all but the last of their tokens in it; it has room for them."""
     params = gen.unstack(params)
-    own = attention.cut(cache, index_P, reach)
 
     def step(carry):
-        own, cached_P = carry
+        cache, cached_P = carry
         at_PxC = cached_P[:, None] + jnp.arange(chunk)[None]
-        _, own = gen.extend(params, own, _at(tokens_PxS, at_PxC), cached_P)
-        return own, jnp.minimum(cached_P + chunk, known_P - 1)
+        _, cache = gen.extend(params, cache, _at(tokens_PxS, at_PxC), cached_P)
+        return cache, jnp.minimum(cached_P + chunk, known_P - 1)
 
-    own, _ = jax.lax.while_loop(lambda c: jnp.any(c[1] < known_P - 1), step, (own, cached_P))
-    return attention.paste(cache, own, index_P)
+    return jax.lax.while_loop(lambda c: jnp.any(c[1] < known_P - 1), step, (cache, cached_P))[0]
 
 
 def _choose(logits_BxV, rows: Rows, marks: Marks, config: Config) -> jax.Array:

@@ -5,7 +5,6 @@ those that have ended and starts the next questions in them. It is asked once a 
 batch has need of it, never for a single token.
 """
 
-import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -22,6 +21,7 @@ from cosup_jax.data import markup
 from cosup_jax.data.schema import Passage
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
+from cosup_jax.model import attention
 from cosup_jax.model.transformer import padded_vocab
 from cosup_jax.towers import Towers
 
@@ -84,37 +84,30 @@ class Decoder:
         self.rows = -(-(most or config.generate.batch_size) // parts) * parts
         self.compiled: list[str] = []  # shapes, as they are traced
         self._mesh, self._config, self._tokenizer = mesh, config, tokenizer
-        self._served, self._width = max(1, self.rows // TOGETHER), towers.gen.width
+        self._width = towers.gen.width
         gen, settings = towers.gen, config.generate
         marks = Marks.of(tokenizer, padded_vocab(gen.vocab_size))
-        make = lambda: gen.cache(self.rows, settings.context_tokens)
-        with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(make)
-        place = lambda x: sharding.leaf_sharding(
-            mesh, x.shape, ("layers", "batch", "kv_heads", None, None)
-        )
-        places = jax.tree.map(place, shapes)
-        self._empty = jax.jit(make, out_shardings=places)
+        self._sizes = sorted({-(-self.rows // part // parts) * parts for part in (TOGETHER, 2, 1)})
+        self._slots = sorted({-(-settings.context_tokens // part) for part in (4, 2, 1)})
+        axes = ("layers", "batch", "kv_heads", None, None)
+        placed = lambda cache: jax.tree.map(lambda x: sharding.constrain(x, *axes), cache)
 
-        self._sizes = sorted({self._served, -(-self.rows // 2)} - {self.rows})
-        self._reaches = sorted({-(-settings.context_tokens // part) for part in (4, 2, 1)})
+        def write(params, cache, rows, *until):
+            self.compiled.append(f"write {len(rows.status_B)} x 1 of {attention.slots(cache)}")
+            cache, rows = advance.write(params, cache, rows, *until, gen, marks, config)
+            return placed(cache), rows
 
-        def write(params, cache, rows, patience):
-            self.compiled.append(f"write {self.rows} x 1")
-            return advance.write(params, cache, rows, patience, gen, marks, config)
+        def fill(params, cache, *rows):
+            slots = attention.slots(cache)
+            self.compiled.append(f"fill {len(rows[0])} x {settings.chunk_tokens} of {slots}")
+            return placed(advance.fill(params, cache, *rows, gen, settings.chunk_tokens))
 
-        def write_some(params, cache, index_P, *rows):
-            self.compiled.append(f"write {len(index_P)} x 1")
-            return advance.write_some(params, cache, index_P, *rows, gen, marks, config)
-
-        def fill(reach, params, cache, *rows):
-            self.compiled.append(f"fill {self._served} x {settings.chunk_tokens} of {reach}")
-            return advance.fill(params, cache, *rows, reach, gen, settings.chunk_tokens)
-
-        jit = functools.partial(jax.jit, out_shardings=(places, sharding.replicated(mesh)))
-        self._write = jit(write, donate_argnums=1)
-        self._write_some = jit(write_some, donate_argnums=1)
-        self._fill = jax.jit(fill, static_argnums=0, donate_argnums=2, out_shardings=places)
+        self._empty = jax.jit(lambda *shape: placed(gen.cache(*shape)), static_argnums=(0, 1))
+        self._cut = jax.jit(lambda *args: placed(attention.cut(*args)), static_argnums=2)
+        self._paste = jax.jit(lambda *args: placed(attention.paste(*args)), donate_argnums=0)
+        shardings = (None, sharding.replicated(mesh))
+        self._write = jax.jit(write, donate_argnums=1, out_shardings=shardings)
+        self._fill = jax.jit(fill, donate_argnums=1)
 
     def answers(
         self,
@@ -138,53 +131,66 @@ class Decoder:
         budgets = budgets or [own] * len(prompts)
         batch = _Batch(self.rows, self._width, self._config, self._tokenizer, retriever, budgets)
         with jax.set_mesh(self._mesh):
-            cache = self._empty()
+            cache = self._empty(self.rows, self._slots[0])
         waiting, finished = enumerate(prompts), {}
         for wanted in range(len(prompts)):
             while wanted not in finished:
                 batch.insert()
                 finished |= batch.collect()
                 finished |= batch.load(waiting)
-                cache = self._run(params["gen"], cache, batch)
+                with jax.set_mesh(self._mesh):
+                    cache = self._fit(cache, batch)
+                    cache = self._read(params["gen"], cache, batch.rows)
+                    cache = self._run(params["gen"], cache, batch)
             yield finished.pop(wanted)
 
-    def _run(self, gen_params: dict, cache: dict, batch: "_Batch") -> dict:
-        with jax.set_mesh(self._mesh):
-            cache = self._read(gen_params, cache, batch.rows)
-            running = np.flatnonzero(batch.rows.status_B == Status.RUNNING)
-            patience = np.int32(max(1, min(self._served, len(running) // TOGETHER)))
-            few = next((n for n in self._sizes if n >= len(running)), None)
-            if few is None:
-                cache, rows = self._write(gen_params, cache, batch.rows, patience)
-                batch.rows = jax.tree.map(np.array, jax.device_get(rows))  # copies: we write
-            elif len(running):
-                index_P, some = self._some(batch.rows, running, few)
-                cache, some = self._write_some(gen_params, cache, index_P, some, patience)
-                for held, new in zip(batch.rows, jax.device_get(some), strict=True):
-                    held[running] = new[: len(running)]
+    def _fit(self, cache: dict, batch: "_Batch") -> dict:
+        """The cache: fewer rows once no question is left for them, more slots for longer texts.
+
+        Each step reads all of it, so it is not larger than the batch has need of.
+        """
+        vacant_B = batch.rows.status_B == Status.VACANT
+        size = next(n for n in self._sizes if n >= np.count_nonzero(~vacant_B))
+        if size < len(vacant_B):
+            kept = np.argsort(vacant_B, kind="stable")[:size]
+            batch.keep(kept)
+            cache = self._cut(cache, kept, attention.slots(cache))
+        longest = np.max(batch.rows.known_B, where=batch.rows.status_B != Status.VACANT, initial=0)
+        slots = next(n for n in self._slots if n > longest)
+        if slots > attention.slots(cache):
+            cache = self._paste(self._empty(size, slots), cache, np.arange(size))
         return cache
 
     def _read(self, gen_params: dict, cache: dict, rows: Rows) -> dict:
-        """All that stands unread in running rows but for the last token; like with like."""
+        """All that stands unread in running rows but for the last token; like with like.
+
+        Only these rows are computed: a few with much to read do not make all others pay for it.
+        """
         unread_B = np.where(rows.status_B == Status.RUNNING, rows.known_B - 1 - rows.cached_B, 0)
         todo = np.argsort(-unread_B, kind="stable")[: np.count_nonzero(unread_B)]
-        for start in range(0, len(todo), self._served):
-            group = todo[start : start + self._served]
-            index_P, own = self._some(rows, group, self._served)
-            reach = next(n for n in self._reaches if n >= rows.known_B[group].max())
-            places = (index_P, own.tokens_BxS, own.cached_B, own.known_B)
-            cache = self._fill(reach, gen_params, cache, *places)
+        together = self._sizes[0]
+        for start in range(0, len(todo), together):
+            group = todo[start : start + together]
+            group_P = np.resize(group, together)  # of too few the first ones again
+            slots = next(n for n in self._slots if n >= rows.known_B[group].max())
+            own = self._cut(cache, group_P, slots)
+            texts = (rows.tokens_BxS[group_P], rows.cached_B[group_P], rows.known_B[group_P])
+            cache = self._paste(cache, self._fill(gen_params, own, *texts), group_P)
             rows.cached_B[group] = rows.known_B[group] - 1
         return cache
 
-    def _some(self, rows: Rows, group: np.ndarray, size: int) -> tuple[np.ndarray, Rows]:
-        """A few rows by themselves, and where they are; padded with vacant ones, which are B."""
-        index_P = np.full(size, self.rows, np.int32)
-        index_P[: len(group)] = group
-        some = vacant(size, rows.tokens_BxS.shape[1], self._width)
-        for held, new in zip(some, rows, strict=True):
-            held[: len(group)] = new[group]
-        return index_P, some
+    def _run(self, gen_params: dict, cache: dict, batch: "_Batch") -> dict:
+        """Until a good part of the rows has need of the host, or a smaller batch would do."""
+        rows, size = batch.rows, len(batch.rows.status_B)
+        running = np.count_nonzero(rows.status_B == Status.RUNNING)
+        if not running:
+            return cache
+        served = max(1, running // TOGETHER)
+        smaller = max((n for n in self._sizes if n < size), default=0)
+        fewest = size - served if running == self.rows else smaller
+        cache, rows = self._write(gen_params, cache, rows, np.int32(fewest), np.int32(served))
+        batch.rows = jax.tree.map(np.array, jax.device_get(rows))  # copies: we write
+        return cache
 
 
 class _Batch:
@@ -204,6 +210,12 @@ class _Batch:
         self._budgets = budgets
         self._question, self._start = np.zeros(rows, int), np.zeros(rows, int)
         self._retrieved: list[list[list[Found]]] = [[] for _ in range(rows)]
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Forgets all rows but these."""
+        self.rows = jax.tree.map(lambda x: x[kept], self.rows)
+        self._question, self._start = self._question[kept], self._start[kept]
+        self._retrieved = [self._retrieved[row] for row in kept]
 
     def load(self, waiting: Iterator[tuple[int, Sequence[int]]]) -> dict[int, Answer]:
         """Starts questions in all vacant rows; those whose prompt is too long have their answer."""

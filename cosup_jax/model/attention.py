@@ -61,10 +61,10 @@ def cut(cache: dict, rows, reach: int) -> dict:
 
 
 def paste(cache: dict, own: dict, rows) -> dict:
-    """What `cut` gave, back in its place; a row of B is nobody's."""
+    """What `cut` gave, back in its place."""
     reach = slots(own)
     at = {"k": lambda x: x.at[:, rows, :, :, :reach], "v": lambda x: x.at[:, rows, :, :reach]}
-    put = lambda name, k, x: at[k](x).set(own[name][k], mode="drop")
+    put = lambda name, k, x: at[k](x).set(own[name][k])
     return {name: {k: put(name, k, x) for k, x in part.items()} for name, part in cache.items()}
 
 
