@@ -157,7 +157,7 @@ class _Job:
             "chip": chip and dataclasses.asdict(chip),
         }
         if chip is not None:
-            estimate = roofline.estimate(program, chip)
+            estimate = roofline.estimate(program, chip, memory["temporaries"])
             peak = roofline.published(chip.name) or chip
             rate = peak.bf16_flops if self.config.gen.arch.dtype == "bfloat16" else peak.f32_flops
             used = by_formula / (estimate.step_s * self.mesh.size * rate)
@@ -346,6 +346,7 @@ def _print(found: dict[str, Any]) -> None:
             f"products {e['products_s']:.3g}, memory {e['memory_s']:.3g}, launches "
             f"{e['launch_s']:.3g}, network {e['exposed_network_s']:.3g} exposed and "
             f"{e['hidden_network_s']:.3g} beside"
+            + (f", fresh memory {e['fresh_s']:.3g}" if found["chip"]["fresh"] else "")
         )
         print(f"predicted step on {name}: {e['step_s']:.4g} s ({parts}); MFU {found['mfu']:.1%}")
     if "measured" in found:

@@ -260,12 +260,90 @@ ENTRY %main (a: f32[64,32]) -> f32[64,32] {
     assert [kernel.bytes for kernel in kernels.read(text).kernels] == [8192, 8192]
 
 
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", 2),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4),
+        ("replica_groups=mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)) {'x','y'}", 2),
+        ("replica_groups={}", 8),
+    ],
+)
+def test_devices_of_a_group(groups, devices):
+    """Bug: a form of writing groups that is not known taken for all devices."""
+    assert collective(groups).devices == devices
+
+
+def test_groups_that_cannot_be_read_are_told():
+    """Bug: the next form that XLA comes up with taken for all devices, and nothing said."""
+    with pytest.raises(ValueError, match="unknown form"):
+        collective("replica_groups=new(0,1)")
+
+
+def collective(groups):
+    text = COLLECTIVES.replace("replica_groups=mesh['a'=4,'b'=2] {'a'}", groups)
+    (found,) = [k for k in kernels.read(text).kernels if k.name == "all"][0].collectives
+    return found
+
+
 @pytest.mark.parametrize(("turn", "expected"), [(True, True), (False, False)])
 def test_what_parts_neighbours(turn, expected):
     """Bug: transposes, a tenth as fast on a CPU, priced as copies; or every copy as a transpose."""
     function = (lambda x: x.T + 1) if turn else (lambda x: x.reshape(6, 2, 8) + 1)
     program = kernels.read(compiled(functools.partial(function), (12, 8)))
     assert any(kernel.transposes for kernel in program.kernels) is expected
+
+
+FUSED = """\
+HloModule toy
+
+%fused (x: f32[6,4]) -> f32[1] {
+  %x = f32[6,4]{1,0} parameter(0)
+  LINES
+}
+
+ENTRY %main (p: f32[6,4]) -> f32[1] {
+  %p = f32[6,4]{1,0} parameter(0)
+  ROOT %kernel = f32[1]{0} fusion(%p), kind=kLoop, calls=%fused
+}
+"""
+TURNED = "%t = f32[4,6]{1,0} transpose(%x), dimensions={1,0}\n  "
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (TURNED + "ROOT %r = f32[4,6]{1,0} negate(%t)", True),
+        (TURNED + "ROOT %r = f32[4,6]{0,1} copy(%t)", False),  # as it lay
+        (TURNED + "%b = f32[24]{0} bitcast(%t)\n  ROOT %r = f32[24]{0} negate(%b)", True),
+        (TURNED + "ROOT %r = f32[4,6]{1,0} add(%t, %t)", True),
+        (TURNED + "ROOT %r = (f32[4,6]{1,0}) tuple(%t)", True),
+        (TURNED + "ROOT %r = f32[4]{0} reduce(%t, %t), dimensions={1}", True),
+        ("ROOT %r = f32[6,4]{0,1} copy(%x)", True),
+        ("ROOT %r = f32[6,4]{1,0} copy(%x)", False),
+        ("ROOT %r = f32[6,4,1]{2,1,0} transpose(%x), dimensions={0,1}", False),
+        ("ROOT %r = f32[3,6,4]{2,1,0} broadcast(%x), dimensions={1,2}", False),
+        ("ROOT %r = f32[6,4,3]{2,1,0} broadcast(%x), dimensions={0,1}", False),  # one element
+        ("ROOT %r = f32[4,6]{1,0} broadcast(%x), dimensions={1,0}", True),
+        (
+            "%b = f32[2,3,4]{2,1,0} bitcast(%x)\n  "
+            "ROOT %r = f32[3,2,4]{2,1,0} transpose(%b), dimensions={1,0,2}",
+            False,  # whole rows change places
+        ),
+        (
+            "%b = f32[6,2,2]{2,1,0} bitcast(%x)\n  "
+            "%c = f32[6,2,2]{1,2,0} copy(%b)\n  %d = f32[6,4]{1,0} bitcast(%c)\n  "
+            "ROOT %r = f32[4,6]{1,0} transpose(%d), dimensions={1,0}",
+            True,
+        ),
+    ],
+)
+def test_neighbours_are_followed_through_a_fusion(lines, expected):
+    """Bug: two transposes that undo each other priced as one; or a bitcast, an operand of several
+    or a tuple that hides one; or rows that move as a whole taken for it."""
+    (kernel,) = kernels.read(FUSED.replace("LINES", lines)).kernels
+    assert kernel.transposes is expected
 
 
 def test_text_without_a_program_is_refused():

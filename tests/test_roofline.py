@@ -1,5 +1,6 @@
 """Seconds from work and peaks, against sums by hand; the peaks of this machine."""
 
+import dataclasses
 import os
 
 import jax
@@ -18,6 +19,7 @@ CHIP = Chip(
     network_bytes=50.0,
     transposed=((1.0, 5.0),),
     launch_s=0.25,
+    fresh=((10.0, 100.0), (1000.0, 10.0)),
 )
 
 
@@ -69,6 +71,16 @@ def test_what_is_sent_beside_other_work_is_not_added():
     assert found.step_s == pytest.approx(600.0)
 
 
+def test_temporaries_that_the_system_gives_anew_are_paid_for():
+    """Bug: a third of a small step on a CPU, in which it touches new pages, forgotten; or added
+    where memory is kept from step to step."""
+    program = Program([kernel(moved=10.0)], [])
+    found = roofline.estimate(program, CHIP, 10000.0)
+    assert found.fresh_s == pytest.approx(1000.0)
+    assert found.step_s == pytest.approx(0.1 + 0.25 + 1000.0)
+    assert roofline.estimate(program, dataclasses.replace(CHIP, fresh=()), 10000.0).fresh_s == 0
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -92,5 +104,5 @@ def test_measured_peaks_are_possible():
     chip = roofline.measured(jax.devices()[0])
     cores_a_device = len(os.sched_getaffinity(0)) / jax.local_device_count()
     assert 1e8 < chip.f32_flops < 3e11 * cores_a_device
-    rates = [rate for points in (chip.memory, chip.transposed) for _, rate in points]
+    rates = [rate for points in (chip.memory, chip.transposed, chip.fresh) for _, rate in points]
     assert all(1e7 < rate < 1e12 for rate in rates)

@@ -19,6 +19,8 @@ _FREE = {  # touches no data
     *("all-gather-done", "all-reduce-done", "collective-permute-done", "send-done", "recv-done"),
     *("copy-done", "slice-done"),
 }
+_GROUPS_BY_MESH = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}"
+_MOVES = ("transpose", "copy", "broadcast")  # elements change their places
 
 
 class Product(NamedTuple):
@@ -126,7 +128,7 @@ def _kernel(module: Module, instruction: Instruction, times: int, channels: set[
         products=tuple(filter(None, (_product(module, one) for one in inside))),
         bytes=_traffic(module, instruction),
         result_bytes=instruction.bytes,
-        transposes=any(_transposes(module, one) for one in inside),
+        transposes=_transposes(module, instruction),
         collectives=tuple(_collectives(module, instruction, inside, channels)),
     )
 
@@ -176,14 +178,51 @@ def _meetings(outs: int, taps: int, ins: int, low: int, stride: int, dilated: in
     return sum(place % dilated == 0 and 0 <= place < ins * dilated for place in at)
 
 
-def _transposes(module: Module, one: Instruction) -> bool:
-    if one.opcode not in ("transpose", "copy"):
-        return False
-    before, after = module.operands(one)[0].arrays[0], one.arrays[0]
-    order = one.numbers(r"dimensions=\{([\d,]*)\}") or range(len(before.sizes))
-    fastest = lambda array: next((d for d in array.layout if array.sizes[d] > 1), None)
-    moved = fastest(after)
-    return moved is not None and order[moved] != fastest(before)
+def _transposes(module: Module, kernel: Instruction) -> bool:
+    if kernel.opcode == "fusion":
+        return _apart(module, module.root(kernel.called[0]), 1, {}) > 1
+    return kernel.opcode in _MOVES and kernel.arrays[0].count > 1 and _before(module, kernel, 1) > 1
+
+
+def _apart(module: Module, one: Instruction, steps: int, seen: dict) -> int:
+    """How far apart the elements lie in a fusion's arguments that are `steps` apart in `one`.
+
+    The farthest, in elements: two transposes in a row may cancel.
+    """
+    if one.opcode == "parameter":
+        return steps
+    if (one.name, steps) not in seen:
+        before = _before(module, one, steps)
+        operands = [o for o in module.operands(one) if o.arrays[0].count > 1] if before else ()
+        found = max((_apart(module, o, before, seen) for o in operands), default=0)
+        seen[one.name, steps] = found
+    return seen[one.name, steps]
+
+
+def _before(module: Module, one: Instruction, steps: int) -> int:
+    """How far apart in its operand elements lie that are `steps` apart in the result of `one`."""
+    if one.opcode in ("tuple", "dot", "convolution", "reduce"):
+        return 1  # a loop of its own over each operand
+    if one.opcode not in _MOVES:
+        return steps
+    after, before = one.arrays[0], module.operands(one)[0].arrays[0]
+    stride, dimension = max((s, d) for d, s in _strides(after).items() if s <= steps)
+    order = one.numbers(r"dimensions=\{([\d,]*)\}")
+    if one.opcode == "broadcast":  # names the result's dimensions that its operand has
+        dimension = order.index(dimension) if dimension in order else None
+    elif order:
+        dimension = order[dimension]
+    return steps // stride * _strides(before).get(dimension, 0)
+
+
+def _strides(array: Array) -> dict[int, int]:
+    """Elements from one to the next along each dimension that has a next."""
+    found, stride = {}, 1
+    for dimension in array.layout:
+        if array.sizes[dimension] > 1:
+            found[dimension] = stride
+        stride *= array.sizes[dimension]
+    return found
 
 
 def _traffic(module: Module, one: Instruction) -> float:
@@ -284,7 +323,9 @@ def _devices(one: Instruction, all_devices: int) -> int:
         return found[0]
     if found := one.numbers(r"replica_groups=\{\{([\d,]*)\}"):
         return len(found)
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", one.attributes):
+    if found := re.search(_GROUPS_BY_MESH, one.attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
+    if re.search(r"replica_groups=(?!\{\})", one.attributes):
+        raise ValueError(f"{one.name}: replica_groups of an unknown form: {one.attributes[:200]}")
     return all_devices

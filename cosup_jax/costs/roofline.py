@@ -29,19 +29,29 @@ class Chip:
     network_bytes: float  # sent to other chips, one direction, all links together
     transposed: tuple[tuple[float, float], ...] = ()  # as `memory`, where neighbours are parted
     launch_s: float = 0.0  # that every kernel takes beside its work
+    # As `memory`, for what a program first asks the system for; () where none is given back.
+    fresh: tuple[tuple[float, float], ...] = ()
     measured: bool = False
 
     def traffic_s(self, size: float, transposes: bool = False) -> float:
-        """Seconds to read and write `size` bytes; between the points by the logarithm of both."""
-        points = (self.transposed if transposes else ()) or self.memory
-        if not size:
-            return 0.0
-        sizes, rates = (np.log([point[i] for point in points]) for i in (0, 1))
-        return size / math.exp(np.interp(math.log(size), sizes, rates))
+        """Seconds to read and write `size` bytes."""
+        return _interpolated((self.transposed if transposes else ()) or self.memory, size)
+
+    def fresh_s(self, size: float) -> float:
+        """Seconds until the system has given `size` bytes."""
+        return _interpolated(self.fresh, size)
 
     def sent_s(self, size: float) -> float:
         """Seconds to send `size` bytes; devices without links share their memory."""
         return size / self.network_bytes if self.network_bytes else self.traffic_s(size)
+
+
+def _interpolated(points: tuple[tuple[float, float], ...], size: float) -> float:
+    """Seconds for `size` bytes; between the points by the logarithm of both."""
+    if not size or not points:
+        return 0.0
+    sizes, rates = (np.log([point[i] for point in points]) for i in (0, 1))
+    return size / math.exp(np.interp(math.log(size), sizes, rates))
 
 
 def _published(name, tflops, gb_per_s, gib, network_gb_per_s, f32_share):
@@ -78,13 +88,15 @@ class Estimate:
     launch_s: float
     hidden_network_s: float  # sent beside other work
     exposed_network_s: float  # sent while nothing else runs
+    fresh_s: float  # until the system has given the memory of the temporaries
     step_s: float
 
 
-def estimate(program: Program, chip: Chip) -> Estimate:
+def estimate(program: Program, chip: Chip, temporaries: float = 0.0) -> Estimate:
     """Every kernel takes as long as the slower of its matrix products and its memory traffic.
 
     Copies and collectives that the schedule starts and collects later run beside all of that.
+    `temporaries`: bytes; a CPU gets them from the system, page by page, in each step.
     """
     products = memory = launch = hidden = exposed = beside = 0.0
     for kernel in program.kernels:
@@ -107,8 +119,9 @@ def estimate(program: Program, chip: Chip) -> Estimate:
             products += flops
         else:
             memory += traffic
-    step = max(products + memory + launch, beside + memory, hidden) + exposed
-    return Estimate(products, memory, launch, hidden, exposed, step)
+    fresh = chip.fresh_s(temporaries)
+    step = max(products + memory + launch, beside + memory, hidden) + exposed + fresh
+    return Estimate(products, memory, launch, hidden, exposed, fresh, step)
 
 
 def measured(device: jax.Device) -> Chip:
@@ -119,22 +132,27 @@ def measured(device: jax.Device) -> Chip:
     """
     on_cpu = device.platform == "cpu"
     share = 1 / jax.local_device_count() if on_cpu else 1.0
-    widths = (512, 1448, 4096) if on_cpu else (1448, 4096, 11585)  # 2, 16, 128 MiB; 16, 128, 1024
-    random = lambda n, dtype="float32": jax.random.normal(jax.random.key(0), (n, n), dtype)
-    flops, memory, transposed = {}, [], []
+    # What is moved: 2, 16, 128 MiB; 16, 128, 1024.
+    rows = (2**10, 2**13, 2**16) if on_cpu else (2**13, 2**16, 2**19)
+    random = lambda *shape, dtype="float32": jax.random.normal(jax.random.key(0), shape, dtype)
+    flops, memory, transposed, fresh = {}, [], [], []
     with jax.default_device(device):
         for dtype in ("bfloat16", "float32"):
             n = 1024 if on_cpu else 8192
-            taken = seconds(lambda x: x @ x * x.shape[0] ** -0.5, random(n, dtype))
+            taken = seconds(lambda x: x @ x * x.shape[0] ** -0.5, random(n, n, dtype=dtype))
             flops[dtype] = share * 2 * n**3 / taken
-        for n in widths:
-            repeats = (widths[-1] // n) ** 2
-            for points, function in ((memory, jax.nn.silu), (transposed, lambda x: x.T + 1)):
-                # No power of two: its columns would all fall on the same lines of a cache.
-                x = random(n - 24)
-                moved = 8 * x.size
-                points.append((moved, share * moved / seconds(function, x, repeats)))
-        launch = seconds(lambda x: jnp.sort(x) + 1, random(16), repeats=100) / 2
+        for n in rows:
+            # 1 KiB wide, between the 64 of a head and the 4,096 of features.
+            x, repeats = random(n, 256), 8 * rows[-1] // n
+            turn = lambda x: (x.T + 1).reshape(x.shape)  # and back, in a stream ten times as fast
+            for points, function in ((memory, jax.nn.silu), (transposed, turn)):
+                taken = seconds(function, x, repeats)
+                points.append((2 * x.nbytes, share * 2 * x.nbytes / taken))
+            if on_cpu:
+                double = lambda x: 2 * x
+                extra = max(_once_s(double, x) - seconds(double, x, repeats), 1e-9)
+                fresh.append((x.nbytes, share * x.nbytes / extra))
+        launch = seconds(lambda x: jnp.sort(x) + 1, random(16, 16), repeats=1000) / 2
     known = published(device.device_kind)
     return Chip(
         name=device.device_kind,
@@ -145,21 +163,36 @@ def measured(device: jax.Device) -> Chip:
         network_bytes=known.network_bytes if known else 0.0,
         transposed=tuple(transposed),
         launch_s=launch,
+        fresh=tuple(fresh),
         measured=True,
     )
 
 
-def seconds(function: Callable, x: jax.Array, repeats: int = 1) -> float:
-    """Least seconds of `x = function(x)`, run `repeats` times on the device in a row, of three."""
+def seconds(function: Callable, x: jax.Array, repeats: int = 4) -> float:
+    """Seconds of `x = function(x)` on the device, as the last `repeats` of `repeats` + 1 in a row.
+
+    What comes once, the call and its memory, is not in it. The least of three.
+    """
+    run = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: function(x), x))
+    once, all_ = (_least_s(lambda n=n: run(x, n), x) for n in (1, 1 + repeats))
+    return (all_ - once) / repeats
+
+
+def _once_s(function: Callable, x: jax.Array) -> float:
+    """Seconds of one call, with the memory of its result. The least of three."""
+    run = jax.jit(function)
+    return _least_s(lambda: run(x), x)
+
+
+def _least_s(run: Callable, x: jax.Array) -> float:
     device = next(iter(x.devices()))
-    run = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda i, x: function(x), x))
-    jax.block_until_ready(run(x))
+    jax.block_until_ready(run())
     taken = []
     for _ in range(3):
         watch = Watch(device)
-        jax.block_until_ready(run(x))
+        jax.block_until_ready(run())
         taken.append(watch.seconds())
-    return min(taken) / repeats
+    return min(taken)
 
 
 class Watch:
