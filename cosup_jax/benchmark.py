@@ -17,6 +17,7 @@ from cosup_jax.answer.decode import Decoder
 from cosup_jax.answer.retrieve import Search
 from cosup_jax.assemble import Tokenizers
 from cosup_jax.config import Config
+from cosup_jax.costs import roofline
 from cosup_jax.data import markup, pipeline, tokens
 from cosup_jax.data.batch import Batch
 from cosup_jax.data.plan import Plan
@@ -39,7 +40,8 @@ def benchmark(
     width: int = 0,
     answers: int = 128,
 ) -> None:
-    """Prints tokens per second, by the clock and for each second of one core; how long search
+    """Prints what the machine reaches, kept in WORKDIR/benchmark.json, as preflight counts with;
+    tokens per second, by the clock and for each second of one core; how long search
     takes beside what memory or arithmetic alone would; and how many questions are answered.
 
     Args:
@@ -58,6 +60,9 @@ def benchmark(
         data = assemble.read_sources(config, directory.path / "data")
         for line in assemble.refuse_bad_rows(data, config):
             print(line)
+        chip = roofline.measured(mesh.devices.flat[0])
+        print(f"machine: {roofline.ceilings(chip)}", flush=True)
+        directory.write_json("benchmark.json", {"chip": dataclasses.asdict(chip)})
         config = assemble.resolve(config)
         tokenizers = assemble.read_tokenizers(config, directory.path, data)
         with tempfile.TemporaryDirectory(dir=directory.path) as fresh:

@@ -70,7 +70,9 @@ def preflight(config: Config, workdir: str, topology: str = "host", steps: int =
         else:
             found |= job.account(compiled, _chip(devices[0], topology))
             if steps:
-                found["measured"] = job.run(compiled, steps)
+                ran = job.run(compiled, steps)
+                ran["mfu"] = found["mfu"] * found["estimate"]["step_s"] / ran["step_s"]
+                found["measured"] = ran
         directory.write_json("preflight.json", found)
         _print(found)
     if not found["fits"]:
@@ -341,6 +343,8 @@ def _print(found: dict[str, Any]) -> None:
         if found["loops_counted_at_most"]:
             print("NTP counted with every token supervised")
     if "estimate" in found:
+        if found["chip"]["measured"]:
+            print(f"measured: {roofline.ceilings(Chip(**found['chip']))}")
         e, name = found["estimate"], found["chip"]["name"]
         parts = (
             f"products {e['products_s']:.3g}, memory {e['memory_s']:.3g}, launches "
@@ -352,8 +356,8 @@ def _print(found: dict[str, Any]) -> None:
     if "measured" in found:
         m, predicted = found["measured"], found["estimate"]["step_s"]
         print(
-            f"measured step: {m['step_s']:.4g} s ({m['clock_s']:.4g} s by the clock); predicted "
-            f"{predicted / m['step_s'] - 1:+.0%}"
+            f"measured step: {m['step_s']:.4g} s ({m['clock_s']:.4g} s by the clock); MFU "
+            f"{m['mfu']:.1%}; predicted {predicted / m['step_s'] - 1:+.0%}"
         )
     whole = sorted(found["replicated"], key=lambda leaf: -leaf["bytes"])
     size = sum(leaf["bytes"] for leaf in whole)

@@ -1,5 +1,6 @@
 """What --mode=benchmark measures."""
 
+import json
 import re
 import time
 
@@ -7,11 +8,12 @@ from test_validate import rows, write
 
 from cosup_jax import benchmark
 from cosup_jax.config import replace_dotted
+from cosup_jax.costs.roofline import Chip
 
 
 def test_the_clock_starts_after_the_first_batch(tmp_path, monkeypatch, capsys):
     """Bug: the seconds that workers take to start counted as reading, so that fewer batches give
-    a lower rate."""
+    a lower rate; or nothing to compare the rates with."""
     batches, clock, late_s = benchmark.pipeline.batches, time.perf_counter, []
 
     def slow_start(*args):
@@ -25,8 +27,14 @@ def test_the_clock_starts_after_the_first_batch(tmp_path, monkeypatch, capsys):
     small |= {"generate.batch_size": 2, "generate.context_tokens": 256, "generate.max_tokens": 3}
     for key, value in small.items():
         config = replace_dotted(config, key, value)
+    chip = Chip("toy", 2e12, 1e12, 1e9, ((2.0**20, 1e10), (2.0**24, 5e9)), 0.0)
+    monkeypatch.setattr(benchmark.roofline, "measured", lambda device: chip)
     benchmark.benchmark(config, str(tmp_path / "work"), steps=3, vectors=0, answers=3)
     out = capsys.readouterr().out
+    reached = "machine: one toy does 2,000 GFLOP/s in bfloat16 and 1,000 in float32; reads and "
+    assert reached + "writes, in GB/s: 1 MiB 10.0 16 MiB 5.0\n" in out
+    kept = json.loads((tmp_path / "work/benchmark.json").read_text())
+    assert kept["chip"]["f32_flops"] == 1e12
     tokens, seconds = re.search(r"reading 3 batches: ([\d,]+) tokens in ([\d.]+) s", out).groups()
     assert float(seconds) < 500 and int(tokens.replace(",", "")) > 0
     assert "answering 3 questions, 8 at once in 256 tokens of context, 1.0 passages and 3" in out

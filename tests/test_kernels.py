@@ -43,20 +43,36 @@ def test_products_of_batches_and_of_long_and_short_sides():
     assert product.flops == 2 * 3 * 40 * 56 * 24
 
 
-def test_a_loop_that_ends_where_data_says_is_counted_at_most():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_loop_that_ends_where_data_says_is_counted_at_most(axis):
     """Bug: a loop over supervised tiles counted once, which forgets most of the vocabulary."""
 
     def walk(x, n):
         def body(i, carry):
-            tile = jax.lax.dynamic_slice_in_dim(x, i * 8, 8)
-            return carry + jnp.sum(tile @ x.T)
+            tile = jax.lax.dynamic_slice_in_dim(x, i * 8, 8, axis)
+            return carry + jnp.sum(tile @ x.T if axis == 0 else tile.T @ x)
 
         return jax.lax.fori_loop(0, n, body, 0.0)
 
-    like = jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    shape = (64, 32) if axis == 0 else (32, 64)
+    like = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     program = kernels.read(jax.jit(walk).lower(*like).compile().as_text())
     assert len(program.bounded) == 1
     assert program.flops == 8 * 2 * 8 * 32 * 64
+
+
+def test_tiles_that_such_a_loop_writes_bound_it_too():
+    """Bug: a loop that fills an array by tiles counted once."""
+
+    def fill(x, w, n):
+        tile = lambda x: x[:8] @ w
+        write = lambda i, x: jax.lax.dynamic_update_slice_in_dim(x, tile(x), i * 8, 0)
+        return jax.lax.fori_loop(0, n, write, x)
+
+    like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 32), (32, 32))]
+    like.append(jax.ShapeDtypeStruct((), jnp.int32))
+    program = kernels.read(jax.jit(fill).lower(*like).compile().as_text())
+    assert program.flops == 8 * 2 * 8 * 32 * 32
 
 
 LOOP = """\
@@ -95,6 +111,8 @@ ENTRY %main (p: f32[4,4]) -> f32[4,4] {
         ("%j, %end", "LT", 1, 14),
         ("%j, %end", "LE", 1, 15),
         ("%end, %j", "GT", 1, 14),
+        ("%end, %j", "GE", 1, 15),
+        ("%j, %end", "NE", 1, 14),
         ("%j, %end", "LT", 4, 4),
     ],
 )
@@ -106,6 +124,16 @@ def test_trip_counts_that_the_compiler_did_not_note(compared, direction, step, t
     (loop,) = [one for one in module.computations["main"] if one.opcode == "while"]
     assert module.trips(loop) == (trips, True)
     assert kernels.read(text.replace("STEP", str(step))).flops == trips * 2 * 4**3
+
+
+def test_counters_that_are_copied_on_their_way():
+    """Bug: a start of 3 taken for 0, or a step of 4 for 1, behind a copy."""
+    text = LOOP.replace("COMPARED", "%j, %end").replace("DIRECTION", "LT").replace("STEP", "4")
+    text = text.replace("tuple(%start, %p)", "tuple(%began, %p)")
+    text = text.replace("  %first =", "  %began = s32[] copy(%start)\n  %first =")
+    text = text.replace("tuple(%next, %y)", "tuple(%after, %y)")
+    text = text.replace("  %x =", "  %after = s32[] copy(%next)\n  %x =")
+    assert kernels.read(text).flops == 4 * 2 * 4**3
 
 
 COLLECTIVES = """\
@@ -283,7 +311,7 @@ def test_groups_that_cannot_be_read_are_told():
 
 def collective(groups):
     text = COLLECTIVES.replace("replica_groups=mesh['a'=4,'b'=2] {'a'}", groups)
-    (found,) = [k for k in kernels.read(text).kernels if k.name == "all"][0].collectives
+    (found,) = next(k for k in kernels.read(text).kernels if k.name == "all").collectives
     return found
 
 

@@ -92,6 +92,8 @@ def test_predicted_and_measured_are_told(found):
     assert found["mfu"] == pytest.approx(
         found["flops_by_formula"] / (8 * 1e12 * found["estimate"]["step_s"])
     )
+    reached = found["flops_by_formula"] / (8 * 1e12 * found["measured"]["step_s"])
+    assert found["measured"]["mfu"] == pytest.approx(reached)
     assert found["collective_bytes"]["all-gather"] > 0
     assert found["largest_buffers"][0]["bytes"] >= found["largest_buffers"][-1]["bytes"]
     assert found["fits"] and found["config"]["batch_size"] == 16
