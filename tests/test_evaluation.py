@@ -1,6 +1,7 @@
 """The numbers of an evaluation, each against one worked out by hand."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,29 @@ def test_bm25_ranks():
     corpus = ["ulm lies on the danube", "bonn lies on the rhine", "essen", "essen"]
     ranks = bm25_ranks(BM25(corpus), ["where is bonn", "essen", "essen"], np.array([1, 2, 3]))
     np.testing.assert_array_equal(ranks, [1, 1, 2])
+
+
+def test_sources_are_indexed_once_and_told_apart(monkeypatch):
+    """Bugs: a BM25 index for each set of a source, or one source's for another's questions."""
+    indexed = []
+    monkeypatch.setattr(held_out_lib, "BM25", lambda texts: indexed.append(texts) or BM25(texts))
+    pairs = np.arange(3)
+    store = SimpleNamespace(gen_tokens=pairs, gen_roles=pairs.astype(np.uint8), ret_passages=pairs)
+    store.gen_offsets, store.ret_offsets = np.array([0, 3]), np.arange(4)
+
+    def part(name, version, *texts):
+        passages = [Passage(text, "", text) for text in texts]
+        examples = [Example(f"{i}", "open_qa", t, (), ()) for i, t in enumerate(("ulm", "bonn"))]
+        examples.append(Example("2", "open_qa", "essen", (), ()))
+        corpus = SimpleNamespace(passages=passages, row_of=pairs)
+        data = Dataset.of(name, version, examples, passages)
+        return held_out_lib.HeldOut(name, data, examples, store, (), corpus, pairs > 5)
+
+    towns = ("ulm", "bonn", "essen")
+    sets = [part("a", "1", *towns), part("b", "1", *towns), part("c", "2", *towns[::-1])]
+    found = held_out_lib.baselines(sets, store, config())["BM25"]
+    assert [found[name]["recall_at_1"] for name in "abc"] == [1, 1, pytest.approx(1 / 3)]
+    assert indexed == [list(towns), list(towns[::-1])]
 
 
 def test_bigram_by_hand():
