@@ -41,7 +41,7 @@ LLAMA3 = {  # of 4 frequencies 1 is high, 1 in the middle, 2 are low
 }
 YARN = {  # of 8 frequencies 2 are high, 2 in the middle, 4 are low; no bound is a whole number
     **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "beta_fast": 3.0},
-    **{"beta_slow": 0.75, "original_max_position_embeddings": 64},
+    **{"beta_slow": 0.75, "original_max_position_embeddings": 64, "attention_factor": 1.3},
 }
 CASES = {
     "llama_mha": {**LLAMA, "num_key_value_heads": 4},
