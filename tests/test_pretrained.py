@@ -10,6 +10,7 @@ from cosup_jax import pretrained
 from cosup_jax.config import make
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
+from cosup_jax.hf import sentence
 
 DIRECTORY = "some/model"
 MORE = ((2, "Dense"), (3, "Normalize"))
@@ -73,6 +74,24 @@ def test_ctx_reads_as_its_sentence_transformers_files_say(tmp_path, capsys, pool
     asked = run(ctx__pooling="token", ctx__prompt="mine: ")
     assert (asked.pooling, asked.prompt) == ("token", "mine: ")
     assert f"was trained with ctx.pooling={found}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last", "eos", "token", "pad"])
+def test_a_reading_that_is_written_is_read_again(tmp_path, pooling, normalize):
+    """Bugs: an export that others pool elsewhere, whose raw dot products they norm or compare by
+    cosine, or whose prompt they leave out of the mean."""
+    prompt = "p: " * normalize
+    sentence.save_modules(tmp_path, pooling, prompt, 9, normalize, (8, 8))
+    theirs = "last" if pooling in ("eos", "token", "pad") else pooling  # their tokenizer appends
+    assert sentence.read_modules(tmp_path) == sentence.Reading(theirs, prompt)
+    read = lambda name: json.loads((tmp_path / name).read_text())
+    kinds = [module["type"].split(".")[-1] for module in read("modules.json")]
+    assert kinds == ["Transformer", "Pooling"] + ["Normalize"] * normalize
+    about = read("config_sentence_transformers.json")
+    assert about["similarity_fn_name"] == ("cosine" if normalize else "dot")
+    assert about["default_prompt_name"] == ("passage" if prompt else None)
+    assert read("1_Pooling/config.json")["include_prompt"]
 
 
 def test_a_projection_that_is_not_read_is_told(tmp_path, capsys):
