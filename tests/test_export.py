@@ -42,7 +42,7 @@ def pretrained(directory, arch: ArchConfig, seed: int):
         names["pad_token"] = "[PAD]"
     else:
         names = {"unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}
-        names["chat_template"] = "{{ messages }}"
+        names |= {"chat_template": "{{ messages }}", "padding_side": "left"}
         frame = [("<s>", 2)]
         backend.post_processor = processors.TemplateProcessing("<s> $A", None, frame)
     directory.mkdir()
@@ -69,7 +69,7 @@ def data(directory) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained workdir: an adapted Llama, and a BERT of another width and vocabulary."""
+    """A trained workdir: an adapted Llama, and an adapted BERT of another width and vocabulary."""
     home = tmp_path_factory.mktemp("export")
     source = data(home)
     keys = {
@@ -78,6 +78,7 @@ def run(tmp_path_factory):
         "gen.init": str(pretrained(home / "llama", LLAMA, 0)),
         "ctx.init": str(pretrained(home / "bert", BERT, 1)),
         "gen.arch.lora.rank": 2,
+        "ctx.arch.lora.rank": 3,
         "ctx.arch.frozen_layers": 1,
         "ctx.pooling": "mean",
         "ctx.prompt": "town :: ",
@@ -135,8 +136,8 @@ def test_those_who_serve_it_agree(run):
 
 @pytest.mark.slow
 def test_gen_is_a_causal_lm_of_the_tokenizers_size(run):
-    """Bugs: the padded vocabulary is exported; token ids, frozen layers, the chat template or the
-    length are lost; eos stands behind a prompt."""
+    """Bugs: the padded vocabulary is exported; token ids, frozen layers, the chat template, the
+    length or the side of padding are lost; eos stands behind a prompt."""
     _, home = run
     gen = home / "run/export/gen"
     config = json.loads((gen / "config.json").read_text())
@@ -148,6 +149,7 @@ def test_gen_is_a_causal_lm_of_the_tokenizers_size(run):
     assert json.loads((gen / "generation_config.json").read_text()) == ids
     assert (ids | {"bos_token_id": 2}).items() <= config.items()
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, pad)
+    assert tokenizer.padding_side == "left"  # where a batch of prompts is answered
     assert tokenizer.model_max_length == 128 and tokenizer.chat_template == "{{ messages }}"
     named = json.loads((gen / "tokenizer_config.json").read_text())["tokenizer_class"]
     assert named == "PreTrainedTokenizerFast"  # what transformers 5 writes, 4 does not know
@@ -195,15 +197,18 @@ def test_ctx_reads_texts_as_in_training(run):
         "similarity_fn_name": "cosine",
     }
     assert read("contract.json")["pooling"] == "mean"
+    assert not [name for name in load_file(ctx / "model.safetensors") if "lora" in name]
 
 
 @pytest.mark.slow
 def test_params_are_an_orbax_checkpoint(run):
-    """Bug: export/params is half-written, or is another step's."""
+    """Bugs: export/params is half-written, or is another step's; its adapters are merged."""
     _, home = run
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shape = jax.ShapeDtypeStruct((24, 16), np.float32, sharding=place)
-    found = restore_params(home / "run/export/params", {"ctx": {"projection": shape}})
+    low = jax.ShapeDtypeStruct((2, 16, 2), np.float32, sharding=place)
+    wanted = {"gen": {"blocks": {"mlp": {"up_lora_a": low}}}, "ctx": {"projection": shape}}
+    found = restore_params(home / "run/export/params", wanted)
     assert found.step == 2 and found.meta["contract"]["pooling"] == "mean"
     assert np.abs(flatten_dict(found.state)["ctx", "projection"]).max() > 0
 

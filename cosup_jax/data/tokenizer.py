@@ -171,6 +171,7 @@ class Tokenizer:
             **{f"{name}_token": token for name, token in special.items()},
             chat_template=self._fast.chat_template,
             model_max_length=max_tokens,
+            padding_side=self._fast.padding_side,
             model_input_names=["input_ids", "attention_mask"],
             split_special_tokens=text_only,
         ).save_pretrained(directory)
