@@ -17,6 +17,7 @@ from cosup_jax.config import ArchConfig
 from cosup_jax.errors import UserError
 from cosup_jax.hf import saving
 from cosup_jax.hf import weights as hf
+from cosup_jax.hf.configs import arch_fields, config_json
 
 N, D, H, G, E, F, V = 2, 8, 4, 2, 6, 12, 10
 CONFIG = {
@@ -328,7 +329,7 @@ def test_what_a_file_leaves_out_is_as_in_transformers(tmp_path):
 
 
 def test_qwens_windows_begin_above_a_layer(tmp_path):
-    """Bug: the default of max_window_layers, 28, is overlooked."""
+    """Bugs: the default of max_window_layers, 28, is overlooked; a window is written unused."""
     told = CONFIG | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
     for layers, full, window in ((28, None, 0), (40, None, None), (2, 0, 9), (2, 2, 0)):
         config = told | {"num_hidden_layers": layers}
@@ -338,7 +339,10 @@ def test_qwens_windows_begin_above_a_layer(tmp_path):
             with pytest.raises(UserError, match="in some layers only"):
                 hf.arch_from_hf(tmp_path)
         else:
-            assert hf.arch_from_hf(tmp_path)["window"] == window
+            fields = hf.arch_from_hf(tmp_path)
+            assert fields["window"] == window
+            arch = ArchConfig(**{name: x for name, x in fields.items() if name != "vocab_size"})
+            assert arch_fields(config_json(arch, V, True), tmp_path) == fields
 
 
 def test_written_in_several_files_and_read_again(tmp_path, devices, monkeypatch):
