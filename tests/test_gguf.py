@@ -582,6 +582,9 @@ def test_wordpiece(cased, tmp_path):
     assert fast.encode("Hello, reading ing") == [2, 4, 7, 5, 6, 1, 3]
     assert fast.encode("café") == ([2, 1, 3] if cased else [2, 8, 9, 3])
     assert (fast.cls_token, fast.sep_token) == ("[CLS]", "[SEP]")
+    told = wordpiece(cased) | {"normalizer.lowercase": cased}  # whatever its entries look like
+    told = read_tokenizer(tokenizer_file(tmp_path / "told.gguf", told))
+    assert told.encode("READ") == ([2, 5, 3] if cased else [2, 1, 3])
     assert fast.backend_tokenizer.encode("reading", "ing").type_ids == [0, 0, 0, 0, 1, 1]
 
 

@@ -32,6 +32,7 @@ CONFIG = {
     "rope_theta": 500.0,
     "vocab_size": V,
 }
+GPT2 = {"model_type": "gpt2", "n_embd": D, "n_layer": N, "n_head": H, "n_positions": 64}
 SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
 RELATIVE = {"model_type": "bert", "position_embedding_type": "relative_key"}
 SPLIT = {  # every axis that the mesh splits in training, and the layers
@@ -317,6 +318,8 @@ def test_what_a_file_leaves_out_is_as_in_transformers(tmp_path):
     assert (heads("mistral", 32)["kv_heads"], heads("mistral", 32)["head_dim"]) == (8, 2)
     assert (heads("qwen2", 64)["kv_heads"], heads("qwen3", 64)["head_dim"]) == (32, 128)
     assert heads("llama", 32)["kv_heads"] == 32
+    assert heads("mistral", 32)["window"] == 4096
+    assert read("mistral", sliding_window=None)["window"] == 0
     yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": 64}
     assert read("llama", **yarn)["rope_scaling"].original == 64
     told = read("llama", **yarn, original_max_position_embeddings=32)
@@ -326,6 +329,14 @@ def test_what_a_file_leaves_out_is_as_in_transformers(tmp_path):
         assert read("gpt_neox", **share)["rope_fraction"] == 0.5
     whole = {"rope_parameters": {"partial_rotary_factor": 1.0}}
     assert read("gpt_neox", **whole)["rope_fraction"] == 1.0
+
+
+def test_a_gpt2_of_another_mlp_is_written_as_such():
+    """Bug: its width or its activation is taken for GPT-2's own."""
+    fields = arch_fields(GPT2 | {"vocab_size": V, "n_inner": 20, "activation_function": "gelu"}, "")
+    assert (fields["mlp_width"], fields["activation"]) == (20, "gelu")
+    arch = ArchConfig(**{name: x for name, x in fields.items() if name != "vocab_size"})
+    assert arch_fields(config_json(arch, V, True), "") == fields
 
 
 def test_qwens_windows_begin_above_a_layer(tmp_path):
@@ -383,6 +394,10 @@ def test_written_in_several_files_and_read_again(tmp_path, devices, monkeypatch)
         ("model_type 'gemma2'", {"model_type": "gemma2"}),
         (r"model_type \['llama'\]", {"model_type": ["llama"]}),
         ("position_embedding_type 'relative_key'", RELATIVE),
+        ("type_vocab_size 1", {"model_type": "bert", "type_vocab_size": 1}),
+        ("mlp_bias True", {"mlp_bias": True}),
+        ("scale_attn_by_inverse_layer_idx True", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
+        ("scale_attn_weights False", {**GPT2, "scale_attn_weights": False}),
     ],
 )
 def test_unsupported_arch_is_named(tmp_path, key, change):

@@ -69,7 +69,7 @@ def test_ctx_reads_as_its_sentence_transformers_files_say(tmp_path, capsys, pool
     assert (run().pooling, run().prompt) == ("eos", "")
     sentences(tmp_path, pooling, {"passage": "p: ", "query": "q: "}, "passage")
     assert (run().pooling, run().prompt) == (found, "p: ")
-    sentences(tmp_path, pooling, {"query": "q: "})
+    sentences(tmp_path, pooling, {"passage": "p: "})
     assert run().prompt == "" and capsys.readouterr().out == ""
     asked = run(ctx__pooling="token", ctx__prompt="mine: ")
     assert (asked.pooling, asked.prompt) == ("token", "mine: ")
