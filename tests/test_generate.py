@@ -74,12 +74,14 @@ def test_at_a_prompt(home, capsys, monkeypatch):
 
 
 def test_spans_are_marked_in_their_sources():
-    """Bugs: a span marked in another passage, or where it does not stand; a missing score."""
+    """Bugs: a span marked in another passage, or where it does not stand; a missing score, or that
+    of a later search that found the passage again."""
     source = {"number": 1, "id": "p", "title": "", "text": "Ulm lies on the Danube."}
     other = source | {"number": 2, "title": "Bonn"}
     spans = [{"text": "the Danube", "number": 1}, {"text": "", "number": 2}]
     record = {"output": "the Danube[1]", "spans": spans, "stopped": "tokens"}
     retrieved = [{"number": 1, "score": 0.5}, {"number": 2, "score": None}]
+    retrieved.append({"number": 1, "score": 0.25})
     lines = generate.told(record | {"sources": [source, other], "retrieved": retrieved}, ("<", ">"))
     assert lines.splitlines() == [
         "the Danube[1] (cut off: config.generate.max_tokens)",
@@ -143,6 +145,9 @@ def test_what_a_user_can_get_wrong(home, tmp_path, capsys, monkeypatch):
     mine.write_text('{"id": "x", "text": "important"}\nnotes\n')
     assert "something else than answers" in refused(f"--output={mine}")
     assert mine.read_text().endswith("notes\n")
+    mine.write_text("notes\n")
+    assert "something else than answers" in refused(f"--output={mine}")
+    assert mine.read_text() == "notes\n"
     assert "Is a directory" in refused(f"--output={tmp_path}")
     assert f"cannot write {mine / 'x'}" in refused(f"--output={mine / 'x'}")
     answers = write_lines(tmp_path / "old.jsonl", [{"id": "1", "run": "another"}])
