@@ -1,11 +1,14 @@
 """--mode=generate: a file of questions, a prompt, and what a user can get wrong."""
 
+import dataclasses
 import io
+from types import SimpleNamespace
 
 import pytest
 from untrained import config_of, save_checkpoint, write_config, write_lines
 
 from cosup_jax import generate, main
+from cosup_jax.answer.decode import Budget
 from cosup_jax.answer.records import read
 from cosup_jax.config import GenerateConfig
 from cosup_jax.errors import UserError
@@ -62,6 +65,25 @@ def test_a_file_of_questions(home, capsys, monkeypatch):
 def _without_decoder(self, trained, library, most):
     self.trained, self.library, self.decoder = trained, library, None
     self.answers = lambda examples: iter(())
+
+
+def test_what_an_answer_depends_on():
+    """Bugs: answers over other passages, by another model, or of other questions or budgets left in
+    a file as if they were these; a file that must be answered anew for another batch size."""
+    asked = generate.Question("1", "open_qa", "Where?", (), (), budget=Budget(9, 2))
+
+    def run(asked=asked, version="v", contract="c", **changed):
+        settings = dataclasses.replace(GenerateConfig(), **changed)
+        told = SimpleNamespace(to_dict=lambda: {"weights": contract})
+        trained = SimpleNamespace(config=SimpleNamespace(generate=settings), contract=told)
+        writer = SimpleNamespace(trained=trained, library=SimpleNamespace(version=version))
+        return generate._run([asked], writer)
+
+    assert run() == run(batch_size=3, chunk_tokens=5, examples=0)
+    others = [run(version="w"), run(contract="d"), run(seed=7), run(retrieval="gold")]
+    others += [run(dataclasses.replace(asked, question="Who?"))]
+    others += [run(dataclasses.replace(asked, budget=Budget(9, 1)))]
+    assert len({run(), *others}) == 7
 
 
 def test_at_a_prompt(home, capsys, monkeypatch):
