@@ -2,18 +2,24 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from batches import config
+from test_scoring import answer
 from untrained import config_of, save_checkpoint, write_config, write_lines
 
 from cosup_jax import evaluate
-from cosup_jax.answer import answering, library, records
+from cosup_jax.answer import answering, library, records, retrieve
+from cosup_jax.answer.asked import Arm
 from cosup_jax.answer.cited import Part
 from cosup_jax.answer.decode import Found
+from cosup_jax.data.schema import Passage
 from cosup_jax.errors import UserError
-from cosup_jax.evaluation import metrics
+from cosup_jax.evaluation import metrics, scoring
 from cosup_jax.evaluation.baselines import BM25
+from cosup_jax.evaluation.nli import Containment
 from cosup_jax.report import page as report_page
 
 COUNT = 9
@@ -217,6 +223,72 @@ def test_goes_on_after_a_kill_and_starts_anew(home, summary, monkeypatch):
     save_checkpoint(home, seed=1, step=2)
     run(eval__arms="none", eval__questions=2)
     assert len(asked) == 2 + 2 + 1 and read_summary(home)["step"] == 2
+
+
+def test_what_an_answer_depends_on():
+    """Bugs: answers over another part of the corpus, or by another model, taken for these; all
+    answered anew for another batch size or number of questions."""
+
+    def run(version="v", weights="w", name="a.test", data="1", arm="corpus", rows=None, **keys):
+        told = SimpleNamespace(to_dict=lambda: {"weights": weights})
+        given = SimpleNamespace(
+            _trained=SimpleNamespace(config=config(**keys), contract=told),
+            _library=lambda part: SimpleNamespace(version=version),
+        )
+        part = SimpleNamespace(name=name, dataset=SimpleNamespace(version=data))
+        return evaluate._Evaluation._run(given, part, Arm(arm, "", 9, rows))
+
+    same = {"generate__batch_size": 3, "generate__chunk_tokens": 5, "generate__examples": 1}
+    assert run() == run(**same, eval__questions=3)
+    others = [run(version="x"), run(weights="x"), run(name="x"), run(data="x"), run(arm="gold")]
+    others += [run(rows=np.arange(2)), run(rows=np.arange(1, 3))]
+    others += [run(seed=1), run(generate__max_tokens=5)]
+    assert len({run(), *others}) == 10
+
+
+def test_answers_are_scored_once(tmp_path, monkeypatch):
+    """Bugs: an answer judged correct by another score than its set's; an NLI model asked again for
+    what is scored; scores of another judge kept, or ones that somebody has deleted."""
+    said = {"answer": "It is Paris", "text": "It is Paris"}
+    fields = ("question", "task", "kind", "answers", "long", "long_answer", "answer_groups")
+    facts = [
+        {"id": id, "seen": None, "evidence": ["p1"]} | {name: answer()[name] for name in fields}
+        for id in ("a", "b")
+    ]
+    asked, true = [], scoring.scored
+    scored = lambda new, judge: asked.append([r["id"] for r in new]) or true(new, judge)
+    monkeypatch.setattr(scoring, "scored", scored)
+
+    def score(judge="containment"):
+        given = SimpleNamespace(_code="c", _judge=Containment())
+        given._trained = SimpleNamespace(config=SimpleNamespace(eval=SimpleNamespace(judge=judge)))
+        with records.Answers(tmp_path / "x.jsonl", "r") as answers:
+            for id in {"a", "b"} - set(answers.known):
+                answers.add(answer(id=id, **said))
+            return evaluate._Evaluation._scored(given, answers, facts, "acc_substring")
+
+    first = score()
+    assert [record["id"] for record in first] == ["a", "b"]
+    assert first[0]["scores"]["em"] == 0 and first[0]["correct"] == 1
+    assert score() == first and asked == [["a", "b"], []]
+    assert score("another")[1]["scored_by"] == ["another", "c"] and asked[2] == ["a", "b"]
+    lost = [first[0] | {"scores": None}, first[1]]
+    (tmp_path / "x.jsonl").write_text(records.lines(lost))
+    assert score() == first and asked[3] == ["a"]
+
+
+def test_bm25_by_the_bare_question():
+    """Bugs: the worst first; more shown than one; a ranking where an answer sought nothing."""
+    passages = [Passage(f"p{i}", "", text) for i, text in enumerate(("ulm", "bonn", "bonn bonn"))]
+    part = SimpleNamespace(corpus=SimpleNamespace(passages=passages))
+    bm25 = BM25([passage.text for passage in passages])
+    (found,) = answering.bm25_rankings(part, [{"question": "ulm?"}], bm25)
+    assert found["ranking"] == ["p0", "p1", "p2"] and found["answer"] == ""
+    assert [source["id"] for source in found["sources"]] == ["p0"]
+    lexical = retrieve.Lexical(passages, bm25, ["ulm?", "bonn?"])
+    ranked = answering._RankedByWords(lexical, bm25, ["ulm?", "bonn?"])
+    ranked(None, [0], [0], 1)
+    assert ranked.ranking(0) == [0, 1, 2] and ranked.ranking(1) == []
 
 
 def test_short_answer():
