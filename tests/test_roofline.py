@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from cosup_jax.costs import roofline
@@ -79,6 +81,49 @@ def test_temporaries_that_the_system_gives_anew_are_paid_for():
     assert found.fresh_s == pytest.approx(1000.0)
     assert found.step_s == pytest.approx(0.1 + 0.25 + 1000.0)
     assert roofline.estimate(program, dataclasses.replace(CHIP, fresh=()), 10000.0).fresh_s == 0
+
+
+def test_devices_without_links_share_their_memory():
+    """Bug: collectives among CPU devices for nothing."""
+    assert CHIP.sent_s(100.0) == pytest.approx(2.0)
+    unlinked = dataclasses.replace(CHIP, network_bytes=0.0)
+    assert unlinked.sent_s(10.0) == pytest.approx(0.1)
+
+
+def test_what_comes_once_is_not_in_the_seconds_of_a_function(monkeypatch):
+    """Bug: a call and new memory counted as work, which makes main memory a third as fast."""
+    took = iter([1.0, 9.0])
+    monkeypatch.setattr(roofline, "_least_s", lambda run, x: next(took))
+    assert roofline.seconds(lambda x: x, None, repeats=4) == 2.0
+
+
+def test_a_cpu_is_timed_by_what_its_cores_worked(monkeypatch):
+    """Bug: seconds of one core for those of all; or time in which others ran."""
+    worked = iter([(1.0, 2.0), (5.0, 6.0)])
+    used = lambda who: types.SimpleNamespace(
+        **dict(zip(("ru_utime", "ru_stime"), next(worked), strict=False))
+    )
+    monkeypatch.setattr(roofline.resource, "getrusage", used)
+    monkeypatch.setattr(roofline.os, "sched_getaffinity", lambda pid: range(4))
+    assert roofline.Watch(jax.devices("cpu")[0]).seconds() == 2.0
+
+
+def test_devices_of_one_cpu_share_what_it_reaches(monkeypatch):
+    """Bug: eight devices of two cores, each predicted as fast as both cores."""
+    monkeypatch.setattr(roofline, "seconds", lambda function, x, repeats=4: 1.0)
+    monkeypatch.setattr(roofline, "_once_s", lambda function, x: 3.0)
+    monkeypatch.setattr(roofline.jax.random, "normal", lambda key, shape, dtype: jnp.zeros(shape))
+    found = []
+    for count in (1, 8):
+        monkeypatch.setattr(roofline.jax, "local_device_count", lambda count=count: count)
+        found.append(roofline.measured(jax.devices("cpu")[0]))
+    one, eight = found
+    assert one.f32_flops == 8 * eight.f32_flops == 2 * 1024**3
+    assert one.capacity == 8 * eight.capacity
+    for name in ("memory", "transposed", "fresh"):
+        for whole, part in zip(getattr(one, name), getattr(eight, name), strict=True):
+            assert whole == (part[0], 8 * part[1])
+    assert one.memory[-1] == (2**27, 2.0**27) and one.fresh[-1] == (2**26, 2.0**25)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def measured(device: jax.Device) -> Chip:
             flops[dtype] = share * 2 * n**3 / taken
         for n in rows:
             # 1 KiB wide, between the 64 of a head and the 4,096 of features.
-            x, repeats = random(n, 256), 8 * rows[-1] // n
+            x, repeats = random(n, 256), 4 * rows[-1] // n
             turn = lambda x: (x.T + 1).reshape(x.shape)  # and back, in a stream ten times as fast
             for points, function in ((memory, jax.nn.silu), (transposed, turn)):
                 taken = seconds(function, x, repeats)
