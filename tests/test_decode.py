@@ -26,7 +26,7 @@ VARIANTS = {
     "kept": {"max_tokens": 24},
     "dropped": {
         **{"keep_passages": False, "retrieve_first": True, "max_tokens": 14, "max_retrievals": 3},
-        **{"passages": 2, "chunk_tokens": 16, "ret_threshold": 0.02},
+        **{"passages": 2, "chunk_tokens": 16, "ret_threshold": 0.02, "batch_size": 8},
     },
 }
 
@@ -149,19 +149,22 @@ def test_top_p_keeps_the_likeliest():
 
 def test_without_a_retriever_there_is_no_ret(bpe, mesh):
     """Bugs: Gen waits for ever where nothing is retrieved; a budget of 0 or a limit that is not
-    kept; a forced [Ret] all the same."""
-    c = settings(max_tokens=12, retrieve_first=True)
+    kept; a forced [Ret] all the same; a token for which the cache has no slot yet."""
+    c = settings(max_tokens=36, retrieve_first=True)
     towers, params = gen_of(bpe, c)
     prompts = prompts_of(bpe, (3, 17, 9))
     decoder = Decoder(mesh, towers, c, bpe)
-    for answer in decoder.answers(params, prompts):
+    never = [Budget(c.generate.max_tokens, 0)] * len(prompts)
+    by_hand = ByHand(towers.gen, params["gen"], c, bpe, None, never)
+    for question, answer in enumerate(decoder.answers(params, prompts)):
+        assert answer.tokens == by_hand.answer(question, prompts[question])[0]
         assert not {bpe.ret, bpe.cs, bpe.ce} & set(answer.tokens) and answer.retrieved == []
         assert answer.written == len(answer.tokens) or answer.stopped == "eos"
     gold = Gold(PASSAGES, [[2], [], [1, 4]])
     found = [a.retrieved for a in decoder.answers(params, prompts, gold)]
     assert found[0] == [[Found(2, None)]] and found[1] == []
     assert found[2] in ([[Found(1, None)]], [[Found(1, None)], [Found(4, None)]])
-    assert len(decoder.compiled) == len(set(decoder.compiled)) <= 4  # of all three
+    assert len(decoder.compiled) == len(set(decoder.compiled)) <= 5  # of all three
 
 
 def test_a_model_that_has_diverged(bpe, corpus, mesh):

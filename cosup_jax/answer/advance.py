@@ -106,7 +106,6 @@ def write(
         fits = jnp.max(jnp.where(running_B, rows.cached_B, 0)) < attention.slots(cache)
         return (jnp.sum(running_B) > fewest) & (jnp.sum(waiting_B) < patience) & fits
 
-    params = gen.unstack(params)
     step = lambda carry: advance(params, *carry, gen, marks, config)
     return jax.lax.while_loop(goes_on, step, (cache, rows))
 
@@ -139,7 +138,6 @@ def fill(
     params: dict, cache: dict, tokens_PxS, cached_P, known_P, gen: Transformer, chunk: int
 ) -> dict:
     """A cache of P rows with all but the last of their tokens in it; it has room for them."""
-    params = gen.unstack(params)
 
     def step(carry):
         cache, cached_P = carry

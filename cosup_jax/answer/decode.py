@@ -102,6 +102,7 @@ class Decoder:
             self.compiled.append(f"fill {len(rows[0])} x {settings.chunk_tokens} of {slots}")
             return placed(advance.fill(params, cache, *rows, gen, settings.chunk_tokens))
 
+        self._unstack = jax.jit(gen.unstack)  # once, not in every call of the others
         self._empty = jax.jit(lambda *shape: placed(gen.cache(*shape)), static_argnums=(0, 1))
         self._cut = jax.jit(lambda *args: placed(attention.cut(*args)), static_argnums=2)
         self._paste = jax.jit(lambda *args: placed(attention.paste(*args)), donate_argnums=0)
@@ -131,18 +132,21 @@ class Decoder:
         budgets = budgets or [own] * len(prompts)
         batch = _Batch(self.rows, self._width, self._config, self._tokenizer, retriever, budgets)
         with jax.set_mesh(self._mesh):
+            gen_params = self._unstack(params["gen"])
             cache = self._empty(self.rows, self._slots[0])
-        waiting, finished = enumerate(prompts), {}
-        for wanted in range(len(prompts)):
-            while wanted not in finished:
-                batch.insert()
-                finished |= batch.collect()
-                finished |= batch.load(waiting)
-                with jax.set_mesh(self._mesh):
-                    cache = self._fit(cache, batch)
-                    cache = self._read(params["gen"], cache, batch.rows)
-                    cache = self._run(params["gen"], cache, batch)
-            yield finished.pop(wanted)
+        waiting, finished, wanted = enumerate(prompts), {}, 0
+        while wanted < len(prompts):
+            batch.insert()
+            finished |= batch.collect()
+            finished |= batch.load(waiting)
+            with jax.set_mesh(self._mesh):
+                cache = self._fit(cache, batch)
+                cache = self._read(gen_params, cache, batch.rows)
+                cache, rows = self._run(gen_params, cache, batch.rows)
+            while wanted in finished:  # the device goes on meanwhile
+                yield finished.pop(wanted)
+                wanted += 1
+            batch.rows = jax.tree.map(np.array, jax.device_get(rows))  # copies: we write
 
     def _fit(self, cache: dict, batch: "_Batch") -> dict:
         """The cache: fewer rows once no question is left for them, more slots for longer texts.
@@ -156,7 +160,7 @@ class Decoder:
             batch.keep(kept)
             cache = self._cut(cache, kept, attention.slots(cache))
         longest = np.max(batch.rows.known_B, where=batch.rows.status_B != Status.VACANT, initial=0)
-        slots = next(n for n in self._slots if n > longest)
+        slots = next(n for n in self._slots if n >= longest)
         if slots > attention.slots(cache):
             cache = self._paste(self._empty(size, slots), cache, np.arange(size))
         return cache
@@ -179,18 +183,15 @@ class Decoder:
             rows.cached_B[group] = rows.known_B[group] - 1
         return cache
 
-    def _run(self, gen_params: dict, cache: dict, batch: "_Batch") -> dict:
+    def _run(self, gen_params: dict, cache: dict, rows: Rows) -> tuple[dict, Rows]:
         """Until a good part of the rows has need of the host, or a smaller batch would do."""
-        rows, size = batch.rows, len(batch.rows.status_B)
-        running = np.count_nonzero(rows.status_B == Status.RUNNING)
+        size, running = len(rows.status_B), np.count_nonzero(rows.status_B == Status.RUNNING)
         if not running:
-            return cache
+            return cache, rows
         served = max(1, running // TOGETHER)
         smaller = max((n for n in self._sizes if n < size), default=0)
         fewest = size - served if running == self.rows else smaller
-        cache, rows = self._write(gen_params, cache, rows, np.int32(fewest), np.int32(served))
-        batch.rows = jax.tree.map(np.array, jax.device_get(rows))  # copies: we write
-        return cache
+        return self._write(gen_params, cache, rows, np.int32(fewest), np.int32(served))
 
 
 class _Batch:
