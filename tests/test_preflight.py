@@ -1,5 +1,6 @@
 """--mode=preflight: what it finds out about a step, on this machine and for slices elsewhere."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -68,12 +69,39 @@ def test_flops_agree_with_the_formula(found):
     assert found["loops_counted_at_most"]
 
 
-def preflight_formula():
+def test_a_frozen_tower_costs_its_forward_pass_alone():
+    """Bug: MFU of a run with a frozen Ctx counted with gradients that nobody computes."""
+    job = job_of(**{"ctx.freeze": True})
+    found = preflight.model_flops(job.config, job.towers, job.state)
+    assert found == preflight_formula(ctx_factor=2)
+
+
+def test_the_memory_of_a_chip_decides_whether_it_fits():
+    """Bug: everything fits."""
+    job, compiled = job_of(), jax.jit(lambda x: x + 1).lower(1.0).compile()
+    for capacity, fits in ((1.0, False), (1e9, True)):
+        chip = dataclasses.replace(CHIP, capacity=capacity)
+        assert job.account(compiled, chip)["fits"] is fits
+
+
+def test_micro_batches_that_are_advised_divide_the_rows():
+    """Bug: advice that the config's check then refuses."""
+    job = job_of(**{"batch_size": 24, "data.ctx_rows": 24, "mesh.fsdp": 8, "mesh.tensor": 1})
+    advice = preflight._advice({"problem": "too much"}, job.config, job.mesh)
+    assert "micro_batches=3 or more, 3 at most" in advice
+
+
+def job_of(**keys):
+    config = preflight.assemble.resolve(tiny(**keys), shape_only=True)
+    return preflight._Job(config, preflight.assemble.mesh_for(config))
+
+
+def preflight_formula(ctx_factor=6):
     shape = batch_shape(tiny())
     kernels = 4 * 32 * 32 + 3 * 32 * 64
     total = 0
-    for rows, length in ((shape.B, shape.T), (shape.U, shape.L)):
-        total += 6 * rows * length * (kernels + 2 * 32 * length)
+    for rows, length, factor in ((shape.B, shape.T, 6), (shape.U, shape.L, ctx_factor)):
+        total += factor * rows * length * (kernels + 2 * 32 * length)
     total += 6 * shape.B * shape.T * 32 * 256
     return total + 6 * shape.B * shape.R * shape.U * shape.P * 32
 

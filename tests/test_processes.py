@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cosup_jax.runtime import processes
+
 ROOT = Path(__file__).parent.parent
 LOST_S = 2
 WORKER = """
@@ -31,6 +33,17 @@ def work():
 main.parse_flags = lambda argv: work() or {{"--help": ""}}
 main._run_and_exit()
 """
+
+
+def test_the_code_compared_is_the_whole_package(tmp_path, monkeypatch):
+    """Bug: processes of different code that agree, as only the files beside this one count."""
+    (tmp_path / "runtime").mkdir()
+    monkeypatch.setattr(processes, "__file__", str(tmp_path / "runtime/processes.py"))
+    found = set()
+    for text in ("one", "another"):
+        (tmp_path / "step.py").write_text(text)
+        found.add(processes.code_digest())
+    assert len(found) == 2
 
 
 @pytest.fixture

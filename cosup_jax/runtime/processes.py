@@ -111,7 +111,7 @@ def facts(mode: str, workdir: str, config: Mapping[str, Any]) -> dict[str, str]:
 
 def code_digest() -> str:
     """Of every source file of this package."""
-    digest, root = hashlib.sha256(), Path(__file__).parent
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
