@@ -104,3 +104,21 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
         with Workdir(tmp_path) as second:
             second.write_json("config.json", {"seed": 2})
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
+
+
+def test_what_killed_runs_left_half_written_is_cleared_everywhere(tmp_path):
+    """Bug: half-written answers or vectors that pile up, or are read one day."""
+    left = [tmp_path / p for p in (".a.1.part", "evaluation/x/.b.2.part", "index/3/.c.4.part")]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with Workdir(tmp_path):
+        assert not [path for path in left if path.exists()]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"state": "running"}'])
+def test_a_status_of_another_kind_is_told(tmp_path, text):
+    """Bug: a KeyError of ours where somebody's file has the name of our status."""
+    (tmp_path / "status.json").write_text(text)
+    with Workdir(tmp_path) as workdir, pytest.raises(UserError, match="no state and step"):
+        workdir.read_status()
