@@ -216,6 +216,9 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"config.gen.{name} means nothing: Gen reads no passages; set it for ctx"
             )
+    for tower in ("gen", "ctx"):
+        if not getattr(config, tower).init:
+            raise UserError(f"config.{tower}.init is empty; give weights, or scratch")
     if config.gen.init == "gen":
         raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")
     if config.loss.remote_negatives == "detached" and config.compat != "official":

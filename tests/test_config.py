@@ -76,6 +76,7 @@ def test_unknown_key_is_refused():
         ("micro_batches", 5, "multiple"),
         ("gen.arch.head_dim", 47, "even"),
         ("gen.init", "gen", "circular"),
+        ("ctx.init", "", "scratch"),
         ("gen.pooling", "last", "Gen reads no passages"),
         ("gen.prompt", "passage: ", "Gen reads no passages"),
         ("gen.arch.rope_fraction", 1.5, "is a share"),
