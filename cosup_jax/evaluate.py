@@ -156,16 +156,19 @@ class _Evaluation:
                     for record in self._answering.answers(*asks):
                         answers.add(record | {"code": self._code})
                         bar.update()
-                found[arm.name] = arm, self._scored(answers, facts, correct)
+                found[arm.name] = arm, self._scored(part, answers, facts, correct)
         return found
 
-    def _scored(self, answers: Answers, facts: Sequence[Record], correct: str) -> list[Record]:
+    def _scored(
+        self, part: HeldOut, answers: Answers, facts: Sequence[Record], correct: str
+    ) -> list[Record]:
         """The answers with what is asked of them and their scores, which are kept too."""
         by = [self._trained.config.eval.judge, self._code]
         records = [answers.known[fact["id"]] | fact for fact in facts]
         done = lambda r: r.get("scored_by") == by and isinstance(r.get("scores"), dict)
         new = [record for record in records if not done(record)]
-        scores = dict(zip((r["id"] for r in new), scoring.scored(new, self._judge), strict=True))
+        found = scoring.scored(new, self._judge, part.dataset.passages)
+        scores = dict(zip((r["id"] for r in new), found, strict=True))
         added = {}
         for record in records:
             found = scores.get(record["id"]) or record["scores"]
@@ -185,7 +188,8 @@ class _Evaluation:
         if any(fact["evidence"] for fact in facts):
             asked_for = [fact for fact in facts if fact["evidence"]]
             ranked = bm25_rankings(part, asked_for, self._library(part).bm25)
-            records = [{**r, "scores": scoring.retrieval_scores(r)} for r in ranked]
+            scores = lambda record: scoring.retrieval_scores(record, part.dataset.passages)
+            records = [{**record, "scores": scores(record)} for record in ranked]
             found.append(("BM25 alone, the question", len(part.corpus), records))
         return [
             {"label": label, "passages": passages, "scores": summary.means(records, seed)}

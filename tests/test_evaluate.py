@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from batches import config
-from test_scoring import answer
+from test_scoring import PASSAGES, answer
 from untrained import config_of, save_checkpoint, write_config, write_lines
 
 from cosup_jax import evaluate
@@ -257,8 +257,9 @@ def test_answers_are_scored_once(tmp_path, monkeypatch):
         for id in ("a", "b")
     ]
     asked, true = [], scoring.scored
-    scored = lambda new, judge: asked.append([r["id"] for r in new]) or true(new, judge)
+    scored = lambda new, *rest: asked.append([r["id"] for r in new]) or true(new, *rest)
     monkeypatch.setattr(scoring, "scored", scored)
+    part = SimpleNamespace(dataset=SimpleNamespace(passages=PASSAGES))
 
     def score(judge="containment"):
         given = SimpleNamespace(_code="c", _judge=Containment())
@@ -266,7 +267,7 @@ def test_answers_are_scored_once(tmp_path, monkeypatch):
         with records.Answers(tmp_path / "x.jsonl", "r") as answers:
             for id in {"a", "b"} - set(answers.known):
                 answers.add(answer(id=id, **said))
-            return evaluate._Evaluation._scored(given, answers, facts, "acc_substring")
+            return evaluate._Evaluation._scored(given, part, answers, facts, "acc_substring")
 
     first = score()
     assert [record["id"] for record in first] == ["a", "b"]

@@ -4,11 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from cosup_jax.data.schema import Passage
 from cosup_jax.evaluation import scoring
 from cosup_jax.evaluation.nli import Containment
 
 PARIS = {"number": 1, "id": "p1", "title": "Paris", "text": "Paris is the capital of France."}
 ROME = {"number": 2, "id": "p2", "title": "", "text": "Rome is old."}
+PASSAGES = {
+    id: Passage(id, "", text)
+    for id, text in (("p1", PARIS["text"]), ("p2", ROME["text"]), ("p3", "Bonn is small."))
+}
 
 
 def answer(**more):
@@ -34,7 +39,7 @@ def answer(**more):
 
 
 def scores_of(record):
-    (scores,) = scoring.scored([record], Containment())
+    (scores,) = scoring.scored([record], Containment(), PASSAGES)
     return scores
 
 
@@ -53,12 +58,13 @@ def test_right_cited_and_found():
 def test_found_late_and_cited_badly():
     """Bugs: a gate that opens for evidence at rank 2, or for half of it; citations
     judged against another source than the one they number; the rank confused with what was
-    shown."""
+    shown; an answer sought in the shown passages alone, where all found ones count."""
     late = answer(ranking=["p2", "p1"], sources=[ROME | {"number": 1}], output="Paris[1] ")
     scores = scores_of(late)
     assert scores["Rprec"] == 0 and scores["recall@5"] == 1 and scores["retrieval_hit"] == 0
     assert scores["em"] == 1 and scores["KILT-em"] == 0
     assert scores["containment_citation_rec"] == 0
+    assert scores["answer_in_context@1"] == 0 and scores["answer_in_context@5"] == 1
     both = answer(sources=[PARIS, ROME], output="Paris[2] Paris[1] ", evidence=["p1", "p2"])
     assert scores_of(both)["retrieval_precision"] == 1
     half = scores_of(answer(evidence=["p1", "p3"]))

@@ -73,7 +73,7 @@ class Sample:
         written = self._answering.answers(params, part, questions, arm, vector_NxD)
         records = [record | fact for record, fact in zip(written, facts, strict=True)]
         correct = scoring.judged_by(part.split_sample())
-        scores = scoring.scored(records, self._judge)
+        scores = scoring.scored(records, self._judge, part.dataset.passages)
         return [
             record | {"scores": found, "correct": found.get(correct)}
             for record, found in zip(records, scores, strict=True)

@@ -16,6 +16,7 @@ from cosup_jax.evaluation.cited import groundings
 from cosup_jax.evaluation.nli import Judge
 
 Record = Mapping[str, Any]
+Passages = Mapping[str, Any]  # data.schema.Passage by id
 Scores = dict[str, float]
 KS = (1, 5, 10)
 _EXACT = {"label", "choice"}  # kinds of answers that are right letter for letter, or not
@@ -67,16 +68,17 @@ def answer_scores(record: Record) -> Scores:
     return scores
 
 
-def retrieval_scores(record: Record) -> Scores:
+def retrieval_scores(record: Record, passages: Passages) -> Scores:
     """Were the right passages found? KILT's Rprec, recall@k, ... of the ranking, and the official
     retrieval_hit and retrieval_precision of what was shown.
 
     Where a question has no evidence, a shown passage is right if it holds a short answer.
+    `passages` has those of the ranking by id, few of which were shown.
     """
     shown = {"docs": record["sources"], "gold_docs": record["evidence"]}
     scores: Scores = {}
     if record["evidence"]:
-        gold, guess = _kilt_records(record)
+        gold, guess = _kilt_records(record, passages)
         found = kilt.retrieval_scores(guess, gold, KS)
         scores |= {name: v for name, v in found.items() if not name.startswith(_LEFT_OUT)}
         found = support.support_by_gold(shown)
@@ -126,12 +128,12 @@ def grounding_scores(records: Sequence[Record], judge: Judge) -> list[Scores]:
     ]
 
 
-def scored(records: Sequence[Record], judge: Judge) -> list[Scores]:
-    """All scores of each answer."""
+def scored(records: Sequence[Record], judge: Judge, passages: Passages) -> list[Scores]:
+    """All scores of each answer; `passages` as in `retrieval_scores`."""
     grounded = grounding_scores(records, judge)
     found = []
     for record, grounding in zip(records, grounded, strict=True):
-        scores = answer_scores(record) | retrieval_scores(record)
+        scores = answer_scores(record) | retrieval_scores(record, passages)
         found.append(scores | gated_scores(scores) | grounding)
     return found
 
@@ -147,15 +149,11 @@ def short_answers(record: Record) -> list[str]:
     return [answer for answer in record["answers"] or flat if answer.strip()]
 
 
-def _kilt_records(record: Record) -> tuple[Record, Record]:
+def _kilt_records(record: Record, passages: Passages) -> tuple[Record, Record]:
     """Gold and guess as KILT has them; a passage is a page."""
     pages = [{"wikipedia_id": id} for id in record["evidence"]]
     answers = gold_answers(record) or [""]
     gold = [{"answer": answer, "provenance": pages} for answer in answers]
-    texts = {source["id"]: source["text"] for source in record["sources"]}
-    ranked = [
-        {"wikipedia_id": id} | ({"text": texts[id]} if id in texts else {})
-        for id in record["ranking"]
-    ]
+    ranked = [{"wikipedia_id": id, "text": passages[id].text} for id in record["ranking"]]
     guess = {"answer": record["answer"], "provenance": ranked}
     return {"id": record["id"], "output": gold}, {"id": record["id"], "output": [guess]}
