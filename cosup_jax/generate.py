@@ -31,6 +31,7 @@ from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.rows import Row, existing, read_lines
 from cosup_jax.data.schema import Example
 from cosup_jax.errors import UserError
+from cosup_jax.report.answers import stretches
 from cosup_jax.runtime.workdir import Workdir, writing
 
 BY_QUESTION = ("candidates", "gold", "wrong")  # arms that need more of it than its words
@@ -232,9 +233,10 @@ def told(record: Mapping[str, Any], marks: tuple[str, str]) -> str:
     lines = [" ".join(filter(None, (record["output"], reasons.get(record["stopped"]))))]
     scores = {found["number"]: found["score"] for found in reversed(record["retrieved"])}
     for source in record["sources"]:
-        text, number = source["text"], source["number"]
-        for span in dict.fromkeys(s["text"] for s in record["spans"] if s["number"] == number):
-            text = text.replace(span, f"{marks[0]}{span}{marks[1]}", 1) if span else text
+        number = source["number"]
+        spans = [span["text"] for span in record["spans"] if span["number"] == number]
+        pieces, _ = stretches(source["text"], spans)
+        text = "".join(piece.join(marks) if grounded else piece for piece, grounded in pieces)
         score = "" if scores[number] is None else f"  ({scores[number]:.3f})"
         lines.append(f"  [{number}] {source['title'] or source['id']}{score}")
         lines += textwrap.wrap(text, 96, initial_indent="      ", subsequent_indent="      ")

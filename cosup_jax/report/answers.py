@@ -1,6 +1,8 @@
 """What report.html shows of held-out answers: tables, plots, and examples a person can read."""
 
 import html
+import itertools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +53,19 @@ def examples(records: Mapping[str, Mapping[str, Sequence[Record]]], shown: int) 
             heading = f'{html.escape(name)} <span class="unit">{html.escape(label)}</span>'
             parts.append(f"<h3>{heading}</h3>{''.join(cards)}")
     return "".join(parts)
+
+
+def stretches(text: str, spans: Sequence[str]) -> tuple[list[tuple[str, bool]], list[str]]:
+    """A passage as (stretch, whether a span stands there), and the spans that are not in it."""
+    grounded, missing = [False] * len(text), []
+    for span in filter(None, (span.strip() for span in spans)):
+        found = re.search(re.escape(span), text) or re.search(re.escape(span), text, re.IGNORECASE)
+        if found:
+            grounded[slice(*found.span())] = [True] * len(found[0])
+        else:
+            missing.append(span)
+    runs = itertools.groupby(zip(text, grounded, strict=True), key=operator.itemgetter(1))
+    return [("".join(letter for letter, _ in run), here) for here, run in runs], missing
 
 
 def _domain(name: str, part: Mapping[str, Any]) -> str:
@@ -210,7 +225,11 @@ def _source(record: Record, source: Mapping[str, Any]) -> str:
     scores = [score for score in scores if score is not None]
     spans = [span["text"] for span in record["spans"] if span["number"] == source["number"]]
     gold = ' <span class="badge gold">gold</span>' if source["id"] in record["evidence"] else ""
-    shown, missing = _highlighted(source["text"], spans)
+    pieces, missing = stretches(source["text"], spans)
+    shown = "".join(
+        f"<mark>{html.escape(piece)}</mark>" if grounded else html.escape(piece)
+        for piece, grounded in pieces
+    )
     apart = "".join(
         f'<p class="gold"><span>written, but not in this passage</span> {html.escape(text)}</p>'
         for text in missing
@@ -221,21 +240,3 @@ def _source(record: Record, source: Mapping[str, Any]) -> str:
         f'<b>{html.escape(source["title"])}</b>{gold} <span class="score">{about}</span></p>'
         f"<p>{shown}</p>{apart}</li>"
     )
-
-
-def _highlighted(text: str, spans: Sequence[str]) -> tuple[str, list[str]]:
-    """The text with its grounded stretches marked, and the spans that are not in it."""
-    marked, missing = [False] * len(text), []
-    for span in filter(None, (span.strip() for span in spans)):
-        found = re.search(re.escape(span), text) or re.search(re.escape(span), text, re.IGNORECASE)
-        if found:
-            marked[slice(*found.span())] = [True] * len(found[0])
-        else:
-            missing.append(span)
-    pieces, begin = [], 0
-    for end in range(1, len(text) + 1):
-        if end == len(text) or marked[end] != marked[begin]:
-            piece = html.escape(text[begin:end])
-            pieces.append(f"<mark>{piece}</mark>" if marked[begin] else piece)
-            begin = end
-    return "".join(pieces), missing
