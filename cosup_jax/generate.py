@@ -186,6 +186,7 @@ def _run(asked: Sequence[Question], writer: Writer) -> str:
     settings = dataclasses.asdict(trained.config.generate)
     decides = {
         "contract": trained.contract.to_dict(),
+        "gen": dataclasses.asdict(trained.config.gen),
         "settings": {k: v for k, v in settings.items() if k not in NO_DIFFERENCE},
         "passages": library.version if library else "",
         "questions": [dataclasses.asdict(example) for example in asked],

@@ -10,7 +10,7 @@ from untrained import config_of, save_checkpoint, write_config, write_lines
 from cosup_jax import generate, main
 from cosup_jax.answer.decode import Budget
 from cosup_jax.answer.records import read
-from cosup_jax.config import GenerateConfig
+from cosup_jax.config import ArchConfig, Config, GenerateConfig, TowerConfig
 from cosup_jax.errors import UserError
 
 TOWNS = [f"town{i}" for i in range(9)]
@@ -68,22 +68,25 @@ def _without_decoder(self, trained, library, most):
 
 
 def test_what_an_answer_depends_on():
-    """Bugs: answers over other passages, by another model, or of other questions or budgets left in
-    a file as if they were these; a file that must be answered anew for another batch size."""
+    """Bugs: answers over other passages, by another model, in another precision, or of other
+    questions or budgets left in a file as if they were these; a file that must be answered anew for
+    another batch size."""
     asked = generate.Question("1", "open_qa", "Where?", (), (), budget=Budget(9, 2))
 
-    def run(asked=asked, version="v", contract="c", **changed):
+    def run(asked=asked, version="v", contract="c", dtype="float32", **changed):
         settings = dataclasses.replace(GenerateConfig(), **changed)
         told = SimpleNamespace(to_dict=lambda: {"weights": contract})
-        trained = SimpleNamespace(config=SimpleNamespace(generate=settings), contract=told)
+        gen = TowerConfig(arch=ArchConfig(dtype=dtype))
+        trained = SimpleNamespace(config=Config(generate=settings, gen=gen), contract=told)
         writer = SimpleNamespace(trained=trained, library=SimpleNamespace(version=version))
         return generate._run([asked], writer)
 
     assert run() == run(batch_size=3, chunk_tokens=5, examples=0)
     others = [run(version="w"), run(contract="d"), run(seed=7), run(retrieval="gold")]
+    others += [run(dtype="bfloat16")]
     others += [run(dataclasses.replace(asked, question="Who?"))]
     others += [run(dataclasses.replace(asked, budget=Budget(9, 1)))]
-    assert len({run(), *others}) == 7
+    assert len({run(), *others}) == 8
 
 
 def test_at_a_prompt(home, capsys, monkeypatch):
