@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import time
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
+from cosup_jax.errors import UserError
 from cosup_jax.runtime.telemetry import Progress, Recorder, Throughput
 
 
@@ -78,6 +80,22 @@ def _events(data: bytes):
         length = int.from_bytes(data[:8], "little")
         yield event_pb2.Event.FromString(data[12 : 12 + length])
         data = data[16 + length :]
+
+
+def test_a_full_disk_ends_in_a_line(tmp_path):
+    """Bugs: a thread of TensorBoard's that dies of a full disk, after which the run waits for it
+    for ever; its traceback."""
+    room, everything = resource.getrlimit(resource.RLIMIT_FSIZE)[0], {"a": 1.0, "b": 2.0}
+    recorder = Recorder(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl or tensorboard/"):
+            for step in range(1_000):
+                recorder.record(step, everything)
+                recorder.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    assert [line["step"] for line in lines(tmp_path)][:2] == [0, 1]
 
 
 def test_other_processes_stay_silent(tmp_path, monkeypatch):

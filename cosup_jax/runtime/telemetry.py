@@ -3,6 +3,7 @@
 Metrics stay on the device until the next record, so that the host never waits for a running step.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -14,8 +15,11 @@ from typing import Any, TextIO, TypeVar
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import scalar
 
 from cosup_jax.errors import UserError
 from cosup_jax.runtime.workdir import write_atomic
@@ -44,20 +48,21 @@ class Recorder:
         self.busy_s = 0.0  # `perf/busy_s` of the last line that is kept
         if jax.process_index() != 0:
             return
-        path = Path(directory) / "metrics.jsonl"
+        self._path = path = Path(directory) / "metrics.jsonl"
         start_step = -1 if start_step is None else start_step
-        try:
+        with self._writing():
             if path.exists():
                 kept = _lines_up_to(path, start_step)
                 write_atomic(path, "".join(kept))
                 busy_s = [json.loads(line).get("perf/busy_s") or 0.0 for line in kept]
                 self.busy_s = max(busy_s, default=0.0)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
-            self._board = tensorboardX.SummaryWriter(
-                str(Path(directory) / "tensorboard"), purge_step=start_step + 1
-            )
-        except OSError as error:
-            raise _unwritable(path, error) from error
+            board = Path(directory) / "tensorboard"
+            board.mkdir(exist_ok=True)
+            # Not tensorboardX's SummaryWriter: its thread dies where the disk is full, and the
+            # next value waits for it for ever.
+            self._board = EventsWriter(str(board / "events"))
+            self._draw(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def record(self, step: int, metrics: Mapping[str, jax.Array | float]) -> Record | None:
         """Takes the metrics of a step; writes and returns the step before it, if that was pending.
@@ -81,8 +86,9 @@ class Recorder:
         if self._file is None:
             return None
         written = self._write_pending()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        with self._writing():
+            os.fsync(self._file.fileno())
+            self._board.flush()
         return written
 
     def close(self) -> Record | None:
@@ -90,8 +96,9 @@ class Recorder:
         if self._file is None:
             return None
         written = self.flush()
-        self._file.close()
-        self._board.close()
+        with self._writing():
+            self._file.close()
+            self._board.close()
         self._file = None
         return written
 
@@ -101,15 +108,26 @@ class Recorder:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        try:
+        with self._writing():
+            scalars = [scalar(name, value).value[0] for name, value in values.items()]
+            self._draw(step, summary=Summary(value=scalars))
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise _unwritable(Path(self._file.name), error) from error
         return {"step": step, **finite}
+
+    def _draw(self, step: int, **what: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **what))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path} or tensorboard/ beside it: {error.strerror}; check "
+                "their permissions and the free space"
+            ) from error
 
 
 class Progress:
@@ -211,9 +229,3 @@ def _lines_up_to(path: Path, last_step: int) -> list[str]:
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by a crash
     return kept
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {path}: {error.strerror}; check its permissions and the free space"
-    )
