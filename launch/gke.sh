@@ -29,7 +29,7 @@ while [[ ${1:-} == --* ]]; do
   esac
   shift
 done
-[[ $# -ge 3 && $slices =~ ^[1-9][0-9]*$ ]] || usage
+[[ $# -ge 3 && $slices =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ ]] || usage
 action=$1 name=$2 cluster=$3
 shift 3
 read -ra more <<<"${XPK:-}"

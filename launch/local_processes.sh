@@ -4,7 +4,7 @@
 #   launch/local_processes.sh [--dry-run] N [DEVICES_PER_PROCESS] -- --config=... --workdir=... [...]
 #
 # Each line of output carries its process' number. When a process fails, the others get GRACE seconds
-# (10) to say why and end, and its exit code is returned. SIGTERM and SIGINT are passed on. PYTHON
+# (10) to say why and end, and its exit code is returned. SIGTERM and Ctrl-C stop them all. PYTHON
 # names the interpreter; --dry-run prints the commands and runs none.
 set -uo pipefail
 # shellcheck source=launch/common.sh
@@ -39,16 +39,21 @@ if [[ $dry_run ]]; then
   exit
 fi
 
+# Ctrl-C reaches all of this terminal's programs: not those which print how the run ends.
+prefixed() {
+  trap '' INT
+  exec sed -u "s/^/[$1] /"
+}
+
 pids=()
 for ((i = 0; i < processes; i++)); do
   # Process substitution, not a pipe: $! is then Python itself, which must get the signals.
-  JAX_PROCESS_ID=$i "$python" -m cosup_jax.main "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+  JAX_PROCESS_ID=$i "$python" -m cosup_jax.main "$@" > >(prefixed "$i") 2> >(prefixed "$i" >&2) &
   pids+=($!)
 done
 
 forward() { ((${#pids[@]} == 0)) || kill -s "$1" "${pids[@]}" 2>/dev/null; }
-trap 'forward TERM' TERM
-trap 'forward INT' INT
+trap 'forward TERM' TERM INT # what bash starts in the background ignores SIGINT
 trap 'forward KILL' EXIT
 
 exec 2>/dev/null # bash would announce each process that is killed here

@@ -30,7 +30,7 @@ while [[ ${1:-} == --* ]]; do
   esac
   shift
 done
-[[ $# -ge 2 && $nodes$gpus =~ ^[1-9][0-9]*$ ]] || usage
+[[ $# -ge 2 && $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ ]] || usage
 action=$1 name=$2
 shift 2
 log=slurm-$name.log

@@ -40,7 +40,8 @@ supervise() {
   echo $! >"$here/program"
   local code=0
   wait $! || code=$?
-  echo "$code" >"$here/code"
+  echo "$code" >"$here/code.part"
+  mv "$here/code.part" "$here/code" # `state` sees none of it or all
 }
 
 case $action in

@@ -34,7 +34,7 @@ def local(tmp_path):
     """Starts local_processes.sh around a stand-in whose body is given."""
     started = []
 
-    def start(body, *argv):
+    def start(body, *argv, **how):
         port = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0))"
         trainer = TRAINER.format(python=sys.executable, body=body)
         # The script asks its interpreter for a free port first.
@@ -51,6 +51,7 @@ def local(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            **how,
         )
         started.append(process)
         return process
@@ -117,6 +118,23 @@ def test_local_forwards_sigterm(local, tmp_path):
     assert process.returncode == 0
     assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
     assert not alive(tmp_path)
+
+
+def test_local_ctrl_c_stops_all_and_loses_no_line(local, tmp_path):
+    """Bugs: Ctrl-C that the processes never see, as bash has its background ignore it, or that ends
+    those which print what they say, so that a run which saves dies of a broken pipe."""
+    body = (
+        "def stop(*_):\n    time.sleep(0.5)\n    print('saved', flush=True)\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\n" + NOTE_PID + "time.sleep(10)"
+    )
+    process = local(body, "2", "--", "--workdir=x", start_new_session=True)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
 
 
 @pytest.mark.parametrize("argv", [(), ("two", "--", "x"), ("2", "x"), ("0", "--", "x")])
@@ -213,6 +231,10 @@ def test_dry_run_only_prints(tools, script, argv):
         ("gke.sh", ("run", "n", "c", "--", "--config=c", "--workdir=gs://w")),
         ("gke.sh", ("run", "n", "c", "v5e-16", "--", "--config=c", "--workdir=/gone/with/it")),
         ("slurm.sh", ("--nodes=0", "run", "n", *RUN)),
+        ("slurm.sh", ("--gpus=0", "run", "n", *RUN)),
+        ("slurm.sh", ("--gpus=", "run", "n", *RUN)),
+        ("slurm.sh", ("--restarts=many", "run", "n", *RUN)),
+        ("tpu_pod.sh", ("--restarts=", "create", "n", "z", "v5e-16")),
         ("slurm.sh", ("run", "n", "--config=c", "--workdir=w")),
         ("worker.sh", ()),
         ("worker.sh", ("begin",)),
