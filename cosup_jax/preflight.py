@@ -69,7 +69,7 @@ def preflight(config: Config, workdir: str, topology: str = "host", steps: int =
             found |= {"fits": False, "problem": problem}
         else:
             found |= job.account(compiled, _chip(devices[0], topology))
-            if steps:
+            if steps and found["fits"]:
                 ran = job.run(compiled, steps)
                 ran["mfu"] = found["mfu"] * found["estimate"]["step_s"] / ran["step_s"]
                 found["measured"] = ran

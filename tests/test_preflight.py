@@ -84,6 +84,16 @@ def test_the_memory_of_a_chip_decides_whether_it_fits():
         assert job.account(compiled, chip)["fits"] is fits
 
 
+def test_a_step_that_does_not_fit_is_not_run(tmp_path, monkeypatch):
+    """Bug: --steps=1 runs out of the memory that it was to ask about, with a traceback."""
+    compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    monkeypatch.setattr(preflight._Job, "compile", lambda self: (compiled, ""))
+    monkeypatch.setattr(preflight._Job, "run", lambda *_: pytest.fail("was run"))
+    monkeypatch.setattr(roofline, "measured", lambda _: dataclasses.replace(CHIP, capacity=1.0))
+    with pytest.raises(UserError, match=r"does not fit host: 0\.0 GiB; change gen\."):
+        preflight.preflight(tiny(), str(tmp_path), steps=1)
+
+
 def test_micro_batches_that_are_advised_divide_the_rows():
     """Bug: advice that the config's check then refuses."""
     job = job_of(**{"batch_size": 24, "data.ctx_rows": 24, "mesh.fsdp": 8, "mesh.tensor": 1})
