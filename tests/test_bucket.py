@@ -103,6 +103,18 @@ def test_a_dead_run_frees_its_lease_and_notices(url, capsys):
     assert bucket.read(Lease.NAME) is None
 
 
+def test_a_bucket_that_does_not_answer_is_a_lost_lease(url):
+    """Bug: while a renewal hangs another takes the lease, and both runs write."""
+    bucket, answers = Bucket(url), threading.Event()
+    lease, replace = Lease(bucket, print, 0.2), bucket.replace
+    bucket.replace = lambda *change: answers.wait(10) and replace(*change)
+    time.sleep(0.5)
+    assert lease.lost
+    answers.set()
+    lease.close()
+    assert bucket.read(Lease.NAME) is None
+
+
 def test_of_two_takers_one_wins(url):
     """Bug: both find the lease free, and both take it."""
     bucket, taken, refused = Bucket(url), [], []
@@ -128,7 +140,7 @@ def test_of_two_takers_one_wins(url):
 def test_a_lost_lease_stops_the_run(url):
     """Bug: the loser goes on training, and its uploads destroy the winner's."""
     workdir = Workdir(url)
-    workdir._lease.lost = True
+    workdir._lease._lost = True
     with pytest.raises(UserError, match="taken over"):
         workdir.status("running", 4)
     workdir.close()

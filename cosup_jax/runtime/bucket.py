@@ -109,11 +109,16 @@ class Lease:
     def __init__(self, bucket: Bucket, say: Callable[[str], None], seconds: float = LEASE_S):
         """Raises UserError if another run holds it."""
         self._bucket, self._seconds, self._over = bucket, seconds, threading.Event()
-        self.lost, self._count = False, 0
+        self._lost, self._count = False, 0
         self._generation = self._take(say)
         self._renewed_s = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another may hold it: one has taken it, or we have not renewed it in time."""
+        return self._lost or time.monotonic() - self._renewed_s > self._seconds
 
     def _take(self, say: Callable[[str], None]) -> bytes:
         value, generation = self._bucket.look(self.NAME)
@@ -147,6 +152,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._over.wait(self._seconds / 4):
+            asked_s = time.monotonic()
             try:
                 renewed = self._bucket.replace(self.NAME, self._value(), self._generation)
             except UserError:  # the network; others may take it once it has lapsed
@@ -154,15 +160,15 @@ class Lease:
                     continue
                 renewed = b""
             if not renewed:
-                self.lost = True
+                self._lost = True
                 return
-            self._generation, self._renewed_s = renewed, time.monotonic()
+            self._generation, self._renewed_s = renewed, asked_s
 
     def close(self) -> None:
         """Gives it back."""
         self._over.set()
         self._thread.join()
-        if not self.lost:
+        if not self._lost:
             self._bucket.replace(self.NAME, None, self._generation)
 
 
