@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cosup_jax.errors import UserError
 from cosup_jax.runtime import processes
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,14 @@ def test_the_code_compared_is_the_whole_package(tmp_path, monkeypatch):
         (tmp_path / "step.py").write_text(text)
         found.add(processes.code_digest())
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("told", [{"JAX_NUM_PROCESSES": "2"}, {"JAX_PROCESS_ID": "1"}])
+def test_one_of_several_without_an_address_is_refused(told):
+    """Bug: every process of a pod trains alone, as nobody gave the coordinator."""
+    with pytest.raises(UserError, match="needs the address of process 0: --coordinator"):
+        processes._where(told)
+    assert processes._where({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
 
 
 @pytest.fixture

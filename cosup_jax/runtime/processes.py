@@ -92,6 +92,11 @@ def _where(environ: Mapping[str, str]) -> dict[str, Any] | None:
     slices = environ.get("MEGASCALE_NUM_SLICES", "1")
     if environ.get("COSUP_CLUSTER") == "auto" or "," in tpu_hosts or slices != "1":
         return {}
+    if environ.get("JAX_NUM_PROCESSES", "1") != "1" or environ.get("JAX_PROCESS_ID", "0") != "0":
+        raise UserError(
+            "one process of several needs the address of process 0: --coordinator=HOST:PORT, or "
+            "JAX_COORDINATOR_ADDRESS"
+        )
     return None
 
 
