@@ -60,7 +60,7 @@ def train(config: Config, workdir: str) -> str:
     Raises UserError for whatever is wrong with config, data or workdir.
     """
     mesh = assemble.mesh_for(config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loop, as Ctrl-C
+    told = _Signals()
     with Workdir(workdir) as directory:
         check_readable(checkpoints(directory.path))
         status = directory.read_status()
@@ -69,7 +69,7 @@ def train(config: Config, workdir: str) -> str:
             _say(f"{directory.url} is finished: {status['step']} steps, see report.html")
             return "finished"
         job = _prepare(config, directory, mesh)
-        step = _run(job, given)
+        step = _run(job, given, told)
         _say(
             f"stopped at step {step} of {job.num_steps}; the same command goes on from there"
             if step < job.num_steps
@@ -105,7 +105,7 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
 
 
-def _run(job: Job, given: dict[str, Any]) -> int:
+def _run(job: Job, given: dict[str, Any], told: "_Signals") -> int:
     """Trains from wherever the workdir stands; returns the steps taken.
 
     Nothing in the workdir changes before its checkpoint is accepted.
@@ -150,7 +150,7 @@ def _run(job: Job, given: dict[str, Any]) -> int:
         if not restored:
             recorder.record(0, measure(state, 0))
             recorder.flush()
-        state, step = _loop(job, state, start, step_fn, recorder, measure, checkpointer)
+        state, step = _loop(job, state, start, step_fn, recorder, measure, checkpointer, told)
         checkpointer.wait()
         if step == job.num_steps:
             _finish(job, state, sample, count)
@@ -165,11 +165,12 @@ def _run(job: Job, given: dict[str, Any]) -> int:
     return step
 
 
-def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkpointer):
+def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkpointer, told):
     """The training loop; the host waits where STEPS_AHEAD more steps are queued, and to save."""
     config, num_steps = job.config, job.num_steps
     clock = Throughput(_first_start(job.workdir), recorder.busy_s)
-    progress, told = Progress(num_steps, start), _Signals()
+    progress = Progress(num_steps, start)
+    told.enter_loop()
     profile = observe.Profile(config.log, job.workdir.path)
     hang = observe.HangWatch(config.log.hang_seconds, job.workdir.path)
     rows = sharding.rows(job.mesh)
@@ -322,21 +323,33 @@ def _volume(job: Job, step: int) -> tuple[int, int]:
 
 
 class _Signals:
-    """SIGTERM or the first Ctrl-C asks the run to save and stop."""
+    """SIGTERM, however often, or the first Ctrl-C asks the run to stop: by an exception, and within
+    the loop, where it saves first, by `to_stop`."""
 
     def __init__(self):
-        self._asked = False
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        self._asked = self._in_loop = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def enter_loop(self) -> None:
+        """From here on nothing is raised."""
+        self._in_loop, self._before = True, signal.signal(signal.SIGINT, self._ask)
+        if self._asked:  # the exception was lost, as in a callback of JAX's garbage collector
+            processes.announce_preemption()
 
     def close(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        """The loop is over."""
+        self._in_loop = False
+        signal.signal(signal.SIGINT, self._before)
+        if self._asked:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _ask(self, number, frame):
         self._asked = True
-        signal.signal(number, signal.SIG_DFL)
+        if not self._in_loop:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python's exit would restore its default
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
         processes.announce_preemption()
 
     def to_stop(self, step: int) -> bool:
