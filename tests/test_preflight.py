@@ -1,6 +1,7 @@
 """--mode=preflight: what it finds out about a step, on this machine and for slices elsewhere."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -94,6 +95,36 @@ def test_a_step_that_does_not_fit_is_not_run(tmp_path, monkeypatch):
         preflight.preflight(tiny(), str(tmp_path), steps=1)
 
 
+def test_a_cpu_pays_for_its_temporaries_and_mfu_is_of_all_chips(monkeypatch):
+    """Bugs: MFU of one chip for that of all, or by the peak of another dtype; a prediction without
+    the time until a CPU's system has given the memory."""
+    job, compiled = job_of(), jax.jit(lambda x: x + 1).lower(1.0).compile()
+    monkeypatch.setattr(preflight, "_memory", lambda _: {"temporaries": 2e3, "total": 0})
+    chip = dataclasses.replace(CHIP, f32_flops=5e11, fresh=((1.0, 1e3),))
+    found = job.account(compiled, chip)
+    assert found["estimate"]["step_s"] == pytest.approx(2.0)
+    assert job.config.gen.arch.dtype == "float32"
+    assert found["mfu"] == pytest.approx(preflight_formula() / (2.0 * 8 * 5e11))
+
+
+def test_only_want_of_memory_is_an_answer(monkeypatch):
+    """Bugs: a compiler's fault told as too little memory; its pages of buffers for a line."""
+
+    class Step:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"{told}\nbuffers:\n ...")
+
+    monkeypatch.setattr(preflight.step_lib, "compile_step", lambda *_, **__: Step())
+    told = "RESOURCE_EXHAUSTED: Used 20G of 16G"
+    assert job_of().compile() == (None, told)
+    told = "INTERNAL: a fault"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        job_of().compile()
+
+
 def test_micro_batches_that_are_advised_divide_the_rows():
     """Bug: advice that the config's check then refuses."""
     job = job_of(**{"batch_size": 24, "data.ctx_rows": 24, "mesh.fsdp": 8, "mesh.tensor": 1})
@@ -101,6 +132,7 @@ def test_micro_batches_that_are_advised_divide_the_rows():
     assert "micro_batches=3 or more, 3 at most" in advice
 
 
+@functools.cache
 def job_of(**keys):
     config = preflight.assemble.resolve(tiny(**keys), shape_only=True)
     return preflight._Job(config, preflight.assemble.mesh_for(config))

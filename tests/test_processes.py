@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cosup_jax.errors import UserError
-from cosup_jax.runtime import processes
+from cosup_jax.runtime import liveness, processes
 
 ROOT = Path(__file__).parent.parent
 LOST_S = 2
@@ -53,6 +53,37 @@ def test_one_of_several_without_an_address_is_refused(told):
     with pytest.raises(UserError, match="needs the address of process 0: --coordinator"):
         processes._where(told)
     assert processes._where({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+
+
+@pytest.mark.parametrize(("me", "sound"), [("1", True), ("2", False)])
+def test_processes_count_from_0(me, sound):
+    """Bug: the last of two started as number 2, which JAX waits for until it aborts."""
+    told = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": me}
+    if sound:
+        assert processes._where(told)["process_id"] == 1
+    else:
+        with pytest.raises(UserError, match="JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2"):
+            processes._where(told)
+
+
+def test_who_is_silent_and_has_not_left(monkeypatch):
+    """Bugs: a process that is done taken for dead; one that is heard of late; one never named."""
+    now, counts = [0.0], {0: "7", 1: liveness._LEFT, 2: "3"}
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watch, seen = object.__new__(liveness._Watch), {}
+    watch.lost_s, watch._counts = 5, lambda: counts
+    assert watch._silent(seen) == []
+    now[0], counts[0] = 4.0, "8"
+    assert watch._silent(seen) == []
+    now[0] = 6.0
+    assert watch._silent(seen) == [2]
+
+
+def test_many_processes_are_named_in_a_line():
+    """Bug: a message of four thousand numbers."""
+    found = [liveness.names(range(count)) for count in (1, 2, 8, 10)]
+    eight = "processes 0, 1, 2, 3, 4, 5, 6, 7"
+    assert found == ["process 0", "processes 0, 1", eight, f"{eight} and 2 more"]
 
 
 @pytest.fixture
