@@ -204,8 +204,8 @@ time.sleep(40)
 
 def test_who_does_not_come_is_named_and_a_slow_finish_is_waited_for(run):
     """Bugs: a barrier that says it failed but not by whose fault; processes that are done early
-    taken for dead by the one that still writes its report."""
-    done, _ = run(
+    taken for dead by the one that still writes its report; an end that waits for who has left."""
+    done, seconds = run(
         2,
         f"""
 try:
@@ -219,6 +219,7 @@ time.sleep({2 * LOST_S} if me == 0 else 0)
     assert (code_0, code_1) == (0, 0), err_0 + err_1
     assert "process 1 did not come to 'tokenizer' within 1 s" in out_0
     assert "finished" in out_0 and "finished" in out_1
+    assert seconds < 30  # as long as process 0 would stay for one that does not leave
 
 
 @pytest.mark.parametrize("lost", [True, False])
