@@ -76,6 +76,8 @@ def _where(environ: Mapping[str, str]) -> dict[str, Any] | None:
             "num_processes": _whole(environ, "JAX_NUM_PROCESSES"),
             "process_id": _whole(environ, "JAX_PROCESS_ID"),
         }
+        if not address.rpartition(":")[2].isdecimal():
+            raise UserError(f"JAX_COORDINATOR_ADDRESS, or --coordinator, {address}: no HOST:PORT")
         if where["process_id"] >= where["num_processes"]:
             raise UserError(
                 f"JAX_PROCESS_ID={where['process_id']} must be below JAX_NUM_PROCESSES="
