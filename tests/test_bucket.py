@@ -104,6 +104,43 @@ def test_a_dead_run_frees_its_lease_and_notices(url, capsys):
     assert bucket.read(Lease.NAME) is None
 
 
+def test_a_lease_that_is_given_back_meanwhile_is_taken(url):
+    """Bug: the next run of a queue is refused, as it saw the one before it end."""
+    bucket = Bucket(url)
+    ending = Lease(bucket, print, LEASE_S)
+    ending._over.set()
+    ending._thread.join()
+    threading.Timer(LEASE_S / 3, ending.close).start()
+    Lease(bucket, print, LEASE_S).close()
+
+
+def test_a_moment_without_network_loses_no_lease(url, monkeypatch):
+    """Bug: a run of weeks ended by one request that failed."""
+    bucket = Bucket(url)
+    lease, failed, replace = Lease(bucket, print, LEASE_S), [], bucket.replace
+
+    def flaky(*change):
+        if not failed:
+            failed.append(1)
+            raise UserError("no network")
+        return replace(*change)
+
+    monkeypatch.setattr(bucket, "replace", flaky)
+    time.sleep(LEASE_S)
+    assert failed and not lease.lost and lease._thread.is_alive()
+    lease.close()
+
+
+def test_a_download_that_fails_leaves_nothing(url, tmp_path, monkeypatch):
+    """Bug: half a file for every attempt, until the disk is full."""
+    bucket, directory = Bucket(url), tmp_path / "there"
+    bucket.write("x", b"1")
+    monkeypatch.setattr(workdir_lib.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError):
+        bucket.download("x", directory)
+    assert not list(directory.iterdir())
+
+
 def test_a_bucket_that_does_not_answer_is_a_lost_lease(url):
     """Bug: while a renewal hangs another takes the lease, and both runs write."""
     bucket, answers = Bucket(url), threading.Event()

@@ -74,7 +74,7 @@ class Workdir:
             raise _unwritable(self.path, error) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        for places in ("", "evaluation/**/", "index/*/"):  # what killed runs did not finish
+        for places in ("", "tokenizer/**/", "evaluation/**/", "index/**/"):  # left by killed runs
             for left in self.path.glob(f"{places}.*.part"):
                 if left.is_file():
                     left.unlink()
