@@ -106,6 +106,17 @@ def test_negatives_are_the_models_own(mined):
     assert found.counts.kept == sum(map(len, found.rows.values())) > 0
 
 
+def test_a_source_without_evidence(mined):
+    """Bugs: it ends the mining of all others where a run trains without such examples; a [Ret]
+    that nobody asked."""
+    own, path, corpus, vectors, _ = mined
+    data = dataclasses.replace(own.config.data, drop_without_ret=True)
+    asking = own._replace(config=dataclasses.replace(own.config, data=data))
+    bare = [dataclasses.replace(e, evidence=(), support=()) for e in rivers().examples]
+    plain = Dataset.of("plain", "1", bare, list(rivers().passages.values()))
+    assert mine.search(plain, corpus, vectors, asking, path / "data") == ({}, mine.Counts())
+
+
 def test_the_written_source_trains(mined, tmp_path):
     """Bugs: a field lost on the way, a split that moves, negatives that no batch holds."""
     own, _, _, vectors, found = mined

@@ -242,6 +242,19 @@ def citations_of(
         for statement in row
         if statement.refs
     ]
+    needed = iter(_needed(cited, nli))
+
+    def citation(row: list[Statement]) -> Citation:
+        supported = [n for n in (next(needed) for s in row if s.refs) if n is not None]
+        total = sum(len(s.refs) for s in row)
+        return Citation(len(supported) / len(row), sum(supported) / total if total else 0.0)
+
+    return [citation(row) if row else None for row in rows]
+
+
+def _needed(cited: Sequence[tuple[Sequence[Item], Statement]], nli: Judge) -> list[int | None]:
+    """Of each statement that cites some of its documents, how many of its citations are needed;
+    None where it is not supported."""
     together = nli_lib.entailed(nli, [(premise(docs, s.refs), s.claim) for docs, s in cited])
     several = [
         (docs, s)
@@ -261,7 +274,9 @@ def citations_of(
         ],
     )
 
-    def needed(docs: Sequence[Item], s: Statement) -> int:
+    def needed(docs: Sequence[Item], s: Statement) -> int | None:
+        if not together[premise(docs, s.refs), s.claim]:
+            return None
         if len(s.refs) == 1:
             return 1
         return sum(
@@ -270,16 +285,7 @@ def citations_of(
             for r in s.refs
         )
 
-    def citation(docs: Sequence[Item], row: list[Statement]) -> Citation:
-        right = [s for s in row if s.refs and together[premise(docs, s.refs), s.claim]]
-        total = sum(len(s.refs) for s in row)
-        useful = sum(needed(docs, s) for s in right)
-        return Citation(len(right) / len(row), useful / total if total else 0.0)
-
-    return [
-        citation(item.get("docs", ()), row) if row else None
-        for item, row in zip(items, rows, strict=True)
-    ]
+    return [needed(docs, s) for docs, s in cited]
 
 
 def statements(
