@@ -5,7 +5,8 @@ the dataclasses below, which are hashable and safe to close over in jit.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -326,13 +327,31 @@ def set_dotted(config: ml_collections.ConfigDict, dotted: str, value: Any) -> No
     for group in groups:
         node = node[group] if isinstance(node, ml_collections.ConfigDict) and group in node else {}
     if not isinstance(node, ml_collections.ConfigDict) or name not in node:
-        raise UserError(f"unknown config key {dotted!r}; cosup_jax/config.py lists them all")
+        raise unknown_key(dotted)
     node[name] = value
+
+
+def unknown_key(dotted: str) -> UserError:
+    """What to say of a key that is none."""
+    defaults = dict(leaves(to_dict(Config())))
+    near = difflib.get_close_matches(dotted, defaults, n=1)
+    near = near or [name for name in defaults if name.startswith(f"{dotted}.")]
+    hint = f"did you mean {near[0]!r}?" if near else "cosup_jax/config.py lists them all"
+    return UserError(f"unknown config key {dotted!r}; {hint}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain dict, as written to config.json."""
     return dataclasses.asdict(config)
+
+
+def leaves(group: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a nested dict, with their values."""
+    for name, value in group.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def get_dotted(config: Config, dotted: str) -> Any:

@@ -3,22 +3,16 @@
 Whatever the user can get wrong here ends in one line on stderr and exit code 2, before JAX loads.
 """
 
-import difflib
 import functools
 import importlib
 import logging
 import os
-import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import ml_collections
-
-from cosup_jax.config import Config, set_dotted, to_dict
+from cosup_jax import dependencies
 from cosup_jax.errors import LostProcess, UserError
-from cosup_jax.freeze import freeze
 
 MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",
@@ -72,41 +66,52 @@ _CONFIG_KEY = "--config."
 
 def main(argv: Sequence[str]) -> int:
     """Runs one mode; returns the exit code, 0 or 2. A fault of ours propagates."""
+    state = ""
     try:
-        flags = parse_flags(argv)
-        if "--help" in flags:
-            print(_help(flags), end="")
-            return 0
-        mode = flags.get("--mode", "train")
-        if mode not in MODES:
-            raise UserError(f"unknown --mode={mode}; modes: {', '.join(MODES)}")
-        for needed in ("--config", "--workdir"):
-            if not flags.get(needed):
-                raise UserError(f"{needed}=... is missing; --help shows the usage")
-        explicit = frozenset(_overrides(flags))
-        config = freeze(resolve_config(flags), explicit)
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there
-        if config.deterministic:
-            flag = "--xla_gpu_deterministic_ops=true"  # before JAX reads it
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-            print("deterministic: reproducible GPU kernels, slower scatters and reductions")
-        options = _options(flags, mode)
-        processes = importlib.import_module("cosup_jax.runtime.processes")  # from here on with JAX
-        processes.join(os.environ | _told(flags))
-        given = dict(_leaves(to_dict(config)))
-        processes.agree("how it was started", processes.facts(mode, flags["--workdir"], given))
-        run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
-        state = run(config, flags["--workdir"], **options)
-        processes.finish()
-    except (UserError, LostProcess) as error:
-        _tell_the_others(error, error.code, functools.partial(_print_error, error))
-        return error.code
+        state = _run(parse_flags(argv))
+    except (UserError, LostProcess, ModuleNotFoundError) as error:
+        mistake = error
+        if isinstance(error, ModuleNotFoundError):
+            mistake = dependencies.missing(error)
+            if mistake is None:
+                raise
+        _tell_the_others(mistake, mistake.code, functools.partial(_print_error, mistake))
+        return mistake.code
     except KeyboardInterrupt as error:
         stopped = "stopped; the same command goes on from the last checkpoint"
         _tell_the_others(error, LostProcess.code, functools.partial(print, stopped, flush=True))
         state = "stopped"
     return int(os.environ.get("COSUP_STOPPED_CODE", "0")) if state == "stopped" else 0
+
+
+def _run(flags: Mapping[str, str]) -> str | None:
+    """What the mode returns: train, how it ended. What pip installs is imported here and below."""
+    if "--help" in flags:
+        print(_help(flags), end="")
+        return None
+    mode = flags.get("--mode", "train")
+    if mode not in MODES:
+        raise UserError(f"unknown --mode={mode}; modes: {', '.join(MODES)}")
+    for needed in ("--config", "--workdir"):
+        if not flags.get(needed):
+            raise UserError(f"{needed}=... is missing; --help shows the usage")
+    configs = importlib.import_module("cosup_jax.config_files")
+    config = configs.frozen(flags["--config"], _overrides(flags))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", force=True)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there
+    if config.deterministic:
+        flag = "--xla_gpu_deterministic_ops=true"  # before JAX reads it
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        print("deterministic: reproducible GPU kernels, slower scatters and reductions")
+    options = _options(flags, mode)
+    processes = importlib.import_module("cosup_jax.runtime.processes")  # from here on with JAX
+    processes.join(os.environ | _told(flags))
+    given = dict(configs.leaves(configs.to_dict(config)))
+    processes.agree("how it was started", processes.facts(mode, flags["--workdir"], given))
+    run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
+    state = run(config, flags["--workdir"], **options)
+    processes.finish()
+    return state
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -139,44 +144,6 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
     return flags
 
 
-def resolve_config(flags: Mapping[str, str]) -> ml_collections.ConfigDict:
-    """Loads the --config file and applies the --config.KEY overrides. Raises UserError."""
-    config = load_config(flags["--config"])
-    defaults = dict(_leaves(to_dict(Config())))
-    for key, text in _overrides(flags).items():
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1)
-            near = near or [name for name in defaults if name.startswith(f"{key}.")]
-            hint = f"did you mean {near[0]!r}?" if near else "cosup_jax/config.py lists them all"
-            raise UserError(f"unknown config key {key!r}; {hint}")
-        set_dotted(config, key, _parse(key, text, type(defaults[key])))
-    return config
-
-
-def load_config(path_and_variant: str) -> ml_collections.ConfigDict:
-    """`FILE.py[:VARIANT]` -> what its `get_config(VARIANT)` returns.
-
-    Raises UserError, naming file and line, for whatever goes wrong inside the file too.
-    """
-    path, _, variant = path_and_variant.partition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"config file {path!r} does not exist (from {os.getcwd()})")
-    try:
-        module = runpy.run_path(path)
-        if "get_config" not in module:
-            raise UserError("defines no get_config(variant='')")
-        config = module["get_config"](variant) if variant else module["get_config"]()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
-        frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else (frames or [1])[-1]
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"{path}: get_config() must return what cosup_jax.config.make builds")
-    return config
-
-
 def _told(flags: Mapping[str, str]) -> dict[str, str]:
     """The flags that say which process this is, as the environment would."""
     return {variable: flags[name] for name, variable in JOINING.items() if name in flags}
@@ -202,26 +169,12 @@ def _overrides(flags: Mapping[str, str]) -> dict[str, str]:
     return {name[prefix:]: text for name, text in flags.items() if name.startswith(_CONFIG_KEY)}
 
 
-def _leaves(group: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in group.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _parse(key: str, text: str, kind: type) -> Any:
-    try:
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{_CONFIG_KEY}{key}={text} must be {wanted}") from None
-
-
 def _help(flags: Mapping[str, str]) -> str:
     text = USAGE.format(modes="\n".join(f"  {mode:10}{does}" for mode, does in MODES.items()))
     if flags.get("--config"):
-        for key, value in _leaves(resolve_config(flags).to_dict()):
+        configs = importlib.import_module("cosup_jax.config_files")
+        config = configs.resolve(flags["--config"], _overrides(flags))
+        for key, value in configs.leaves(config.to_dict()):
             text += f"\n{_CONFIG_KEY}{key}={value}"
         text += "\n"
     return text

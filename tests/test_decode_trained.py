@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from decoding import ByHand
 
-from cosup_jax import assemble, main, train
+from cosup_jax import assemble, config_files, train
 from cosup_jax.answer.decode import Decoder
 from cosup_jax.answer.library import Library
 from cosup_jax.answer.retrieve import Search
 from cosup_jax.config import replace_dotted
 from cosup_jax.data import markup
-from cosup_jax.freeze import freeze
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = 64
@@ -32,7 +31,7 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     path = Path(os.environ.get("COSUP_TRAINED", "")).absolute()
-    config = freeze(main.resolve_config({"--config": str(ROOT / "configs/base.py")}))
+    config = config_files.frozen(str(ROOT / "configs/base.py"), {})
     if "COSUP_TRAINED" not in os.environ:
         path = tmp_path_factory.mktemp("base") / "run"
         for key, value in (("num_steps", 100), ("generate.examples", 0), ("eval.examples", 40)):

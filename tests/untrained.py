@@ -5,12 +5,11 @@ from pathlib import Path
 
 import jax
 
-from cosup_jax import assemble, main, optim
+from cosup_jax import assemble, config_files, optim
 from cosup_jax import step as step_lib
 from cosup_jax.checkpoint import Checkpointer
 from cosup_jax.config import to_dict
 from cosup_jax.contract import weights_digest
-from cosup_jax.freeze import freeze
 
 TINY = {
     **{"gen.arch.layers": 1, "gen.arch.width": 32, "gen.arch.heads": 2, "gen.arch.kv_heads": 1},
@@ -36,8 +35,8 @@ def write_config(home: Path, **keys) -> None:
 
 def config_of(home: Path, **flags):
     """That config, with flags as on the command line."""
-    keys = {f"--config.{name.replace('__', '.')}": str(value) for name, value in flags.items()}
-    return freeze(main.resolve_config({"--config": str(home / "config.py")} | keys))
+    keys = {name.replace("__", "."): str(value) for name, value in flags.items()}
+    return config_files.frozen(str(home / "config.py"), keys)
 
 
 def save_checkpoint(home: Path, seed: int = 0, step: int = 1) -> None:

@@ -1,0 +1,61 @@
+"""From what --config names, and the overrides of its keys, to a frozen config."""
+
+import os
+import runpy
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from cosup_jax.config import Config, leaves, set_dotted, to_dict, unknown_key
+from cosup_jax.errors import UserError
+from cosup_jax.freeze import freeze
+
+
+def frozen(path_and_variant: str, overrides: Mapping[str, str]) -> Config:
+    """Loads, overrides and checks. Raises UserError."""
+    return freeze(resolve(path_and_variant, overrides), frozenset(overrides))
+
+
+def resolve(path_and_variant: str, overrides: Mapping[str, str]) -> ml_collections.ConfigDict:
+    """Loads the file and sets dotted keys to what their texts say. Raises UserError."""
+    config = load(path_and_variant)
+    defaults = dict(leaves(to_dict(Config())))
+    for key, text in overrides.items():
+        if key not in defaults:
+            raise unknown_key(key)
+        set_dotted(config, key, _parse(key, text, type(defaults[key])))
+    return config
+
+
+def load(path_and_variant: str) -> ml_collections.ConfigDict:
+    """`FILE.py[:VARIANT]` -> what its `get_config(VARIANT)` returns.
+
+    Raises UserError, naming file and line, for whatever goes wrong inside the file too.
+    """
+    path, _, variant = path_and_variant.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"config file {path!r} does not exist (from {os.getcwd()})")
+    try:
+        module = runpy.run_path(path)
+        if "get_config" not in module:
+            raise UserError("defines no get_config(variant='')")
+        config = module["get_config"](variant) if variant else module["get_config"]()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
+        frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else (frames or [1])[-1]
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{path}: get_config() must return what cosup_jax.config.make builds")
+    return config
+
+
+def _parse(key: str, text: str, kind: type) -> Any:
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"--config.{key}={text} must be {wanted}") from None
