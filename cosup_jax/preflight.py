@@ -82,10 +82,12 @@ def preflight(config: Config, workdir: str, topology: str = "host", steps: int =
 def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
     """The devices present for "host", or those of so many TPU slices, described by libtpu.
 
-    Raises UserError if libtpu is absent or does not know the name.
+    Raises UserError for what is no name, and if libtpu is absent or does not know it.
     """
     if topology == "host":
         return jax.devices()
+    if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise UserError(f"--topology={topology} must be host or a TPU slice such as v5e:16x16")
     # What libtpu would else ask the machine, in vain, and complain.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -96,7 +98,7 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
         import libtpu  # noqa: F401
     except ImportError:
         raise UserError(
-            f"--topology={topology} needs libtpu to compile for a TPU: pip install 'cosup_jax[tpu]'"
+            f"--topology={topology} needs libtpu to compile for a TPU: pip install -e '.[tpu]'"
         ) from None
     from jax.experimental import topologies
 

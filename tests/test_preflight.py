@@ -208,7 +208,14 @@ def test_a_topology_without_libtpu_is_told_in_a_line(tmp_path, monkeypatch, caps
     flags = ["--mode=preflight", "--config=configs/base.py:smoke", f"--workdir={tmp_path}"]
     assert main([*flags, "--topology=v5e:2x4"]) == 2
     error = capsys.readouterr().err
-    assert "needs libtpu" in error and "cosup_jax[tpu]" in error and error.count("\n") == 1
+    assert "needs libtpu" in error and "pip install -e '.[tpu]'" in error and error.count("\n") == 1
+
+
+def test_what_is_no_topology_is_not_blamed_on_libtpu(monkeypatch):
+    """Bug: a typo in "host" sends the user to install libtpu."""
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match="=hst must be host or a TPU slice such as v5e:16x16"):
+        preflight.devices_of("hst")
 
 
 def test_steps_are_refused_for_a_slice_that_is_not_here(tmp_path):
