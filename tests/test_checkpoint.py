@@ -204,6 +204,7 @@ def test_steps_back_from_a_flipped_bit(tmp_path, devices, caplog):
     mesh = make_mesh(devices, 4)
     checkpointer = saved(tmp_path, mesh, 1, 2)
     damage(tmp_path, 2)
+    (tmp_path / "2.damaged" / "state").mkdir(parents=True)  # of an earlier time
     with caplog.at_level(logging.WARNING, "cosup_jax"):
         found = checkpointer.restore(abstract(make_state(mesh), mesh), FINGERPRINT)
     assert found.step == 1
