@@ -279,19 +279,19 @@ def _check_fingerprint(path: Path, wanted: Mapping[str, Any], found: Mapping[str
 
 
 def _check_leaves(path: Path, wanted: Mapping, found: Mapping, partial: bool) -> None:
+    mend = f"use the config it was made with: --config={path.parent.parent / 'config.json'}"
     for name, leaf in wanted.items():
         expected, saved = [str(leaf.dtype), list(leaf.shape)], found.get(name, [None])[:2]
         if saved != expected:
             had = f"{saved[0]}{saved[1]}" if name in found else "nothing"
             raise UserError(
                 f"checkpoint {path} does not fit this config: {name} is {expected[0]}{expected[1]}"
-                f" here, {had} there; use the config it was made with (config.json beside it)"
+                f" here, {had} there; {mend}"
             )
     extra = sorted(set(found) - set(wanted))
     if extra and not partial:
         raise UserError(
-            f"checkpoint {path} does not fit this config: it also holds {extra[0]}; use the config "
-            "it was made with (config.json beside it)"
+            f"checkpoint {path} does not fit this config: it also holds {extra[0]}; {mend}"
         )
 
 

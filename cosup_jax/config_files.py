@@ -1,14 +1,16 @@
 """From what --config names, and the overrides of its keys, to a frozen config."""
 
+import json
 import os
 import runpy
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from cosup_jax.config import Config, leaves, set_dotted, to_dict, unknown_key
+from cosup_jax.config import Config, leaves, make, set_dotted, to_dict, unknown_key
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 
@@ -30,7 +32,7 @@ def resolve(path_and_variant: str, overrides: Mapping[str, str]) -> ml_collectio
 
 
 def load(path_and_variant: str) -> ml_collections.ConfigDict:
-    """`FILE.py[:VARIANT]` -> what its `get_config(VARIANT)` returns.
+    """`FILE.py[:VARIANT]` -> what its `get_config(VARIANT)` returns; or a run's config.json.
 
     Raises UserError, naming file and line, for whatever goes wrong inside the file too.
     """
@@ -38,6 +40,8 @@ def load(path_and_variant: str) -> ml_collections.ConfigDict:
     if not os.path.isfile(path):
         raise UserError(f"config file {path!r} does not exist (from {os.getcwd()})")
     try:
+        if path.endswith(".json"):
+            return _of_a_run(Path(path).read_bytes(), variant)
         module = runpy.run_path(path)
         if "get_config" not in module:
             raise UserError("defines no get_config(variant='')")
@@ -51,6 +55,19 @@ def load(path_and_variant: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{path}: get_config() must return what cosup_jax.config.make builds")
     return config
+
+
+def _of_a_run(text: bytes, variant: str) -> ml_collections.ConfigDict:
+    """What `to_dict` gave; keys that were unknown when it was written have their defaults."""
+    if variant:
+        raise UserError(f"has no variants, {variant!r} neither")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is no JSON ({error}); restore it, or give the run's FILE.py") from error
+    if not isinstance(found, dict):
+        raise UserError("must hold an object, as the config.json of a workdir does")
+    return make(dict(leaves(found)), {})
 
 
 def _parse(key: str, text: str, kind: type) -> Any:

@@ -56,10 +56,10 @@ searched, and --answers=N, questions that are answered; --mode=preflight takes -
 TPU slice such as v5e:16x16, and on the host --steps=N, steps on random data whose time is set
 beside the predicted one.
 
-Add --help to --config=FILE.py[:VARIANT] for every key and its value there; cosup_jax/config.py
-gives the meanings. Several processes: the scripts in launch/, or srun; else give each process
---coordinator=HOST:PORT --num_processes=N --process_id=I, or set JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+--config=DIR/config.json is the config of the run in DIR. Add --help to --config=... for every key
+and its value there; cosup_jax/config.py gives the meanings. Several processes: the scripts in
+launch/, or srun; else give each process --coordinator=HOST:PORT --num_processes=N --process_id=I,
+or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 _CONFIG_KEY = "--config."
 

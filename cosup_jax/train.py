@@ -65,7 +65,7 @@ def train(config: Config, workdir: str) -> str:
         check_readable(checkpoints(directory.path))
         status = directory.read_status()
         given = to_dict(config)
-        if status and status["state"] == "finished" and _read_config(directory) == given:
+        if status and status["state"] == "finished" and given in _read_configs(directory):
             _say(f"{directory.url} is finished: {status['step']} steps, see report.html")
             return "finished"
         job = _prepare(config, directory, mesh)
@@ -390,9 +390,9 @@ def _show(progress: Progress, line: dict | None) -> None:
     progress.show(line["step"], "  ".join(shown))
 
 
-def _read_config(workdir: Workdir) -> Any:
-    path = workdir.path / ".given.json"  # as asked for; config.json has the shapes filled in
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read_configs(workdir: Workdir) -> list[Any]:  # as asked for, and with shapes filled in
+    paths = (workdir.path / name for name in (".given.json", "config.json"))
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
 def _say(text: str) -> None:

@@ -1,11 +1,13 @@
 """Every config file and variant builds, and means what its name says."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 
-from cosup_jax.config import get_dotted, make, set_dotted
+from cosup_jax import config_files
+from cosup_jax.config import get_dotted, make, replace_dotted, set_dotted, to_dict
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import OFFICIAL, freeze
 
@@ -28,6 +30,19 @@ def build(name, variant=""):
 def test_every_variant_freezes(path, variant):
     """Catches a variant that names a renamed key, or values that contradict each other."""
     freeze(runpy.run_path(str(path))["get_config"](variant))
+
+
+@pytest.mark.parametrize(
+    ("path", "variant"), CASES, ids=lambda value: getattr(value, "stem", value)
+)
+def test_a_run_s_config_json_is_its_config(tmp_path, path, variant):
+    """Catches a key that is lost or changes its type on the way through config.json."""
+    config = freeze(runpy.run_path(str(path))["get_config"](variant))
+    written = tmp_path / "config.json"
+    written.write_text(json.dumps(to_dict(config)))
+    assert config_files.frozen(str(written), {}) == config
+    again = config_files.frozen(str(written), {"seed": "7"})
+    assert again == replace_dotted(config, "seed", 7)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -141,6 +141,26 @@ def test_broken_config_file(refused, tmp_path, text, says):
     assert str(path) in err and says in err
 
 
+@pytest.mark.parametrize(
+    ("text", "variant", "says"),
+    [
+        ('{"seed": 1', "", "is no JSON"),
+        ("\xff", "", "is no JSON"),
+        ("[1]", "", "must hold an object"),
+        ('{"optim": {"gen_learning_rat": 1.0}}', "", "'optim.gen_learning_rate'"),
+        ('{"seed": "one"}', "", "config.seed"),
+        ('{"gen": 5}', "", "config.gen must be a group"),
+        ('{"seed": {"gen": 5}}', "", "'seed.gen'"),
+        ("{}", ":smoke", "no variants"),
+    ],
+)
+def test_broken_config_json(refused, tmp_path, text, variant, says):
+    """Catches a traceback for a config.json that was edited, or a key in it that is ignored."""
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="latin-1")
+    assert says in refused(f"--config={path}{variant}")
+
+
 def test_overrides_arrive_typed(trained, tmp_path):
     """Catches "false" read as true, "1e-4" kept a string, a float key cut to int by its file."""
     path = write_config(
