@@ -183,8 +183,9 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
         ahead.append(metrics)
         if len(ahead) > STEPS_AHEAD:
             _check_finite(ahead.popleft(), job, checkpointer)
+        clock.look()
+        clock.queued(metrics["skipped/in_a_row"], *_volume(job, step))
         checkpointer.check()
-        clock.count(*_volume(job, step))
         step += 1
         progress.advance(step)
         hang.step()
@@ -199,9 +200,8 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
             waited = recorder.record(step, metrics)  # for the line before, not for this step
             _show(progress, waited)
             if pauses:
-                waited = jax.block_until_ready(metrics)
-            if waited:  # else the clock has only seen steps being queued
-                recorder.record(step, clock.lap() | observe.device_memory())
+                jax.block_until_ready(metrics)
+            recorder.record(step, clock.lap() | observe.device_memory())
         if measures:
             recorder.record(step, measure(state, step))
         if pauses:

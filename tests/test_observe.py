@@ -99,7 +99,7 @@ def test_goodput_counts_over_restarts_what_was_kept(tmp_path, monkeypatch):
         clock = Throughput(1000.0, recorder.busy_s)
         for step in range((start_step or 0) + 1, until + 1):
             now[0] += 2.0
-            clock.count(1, 1)
+            clock.queued(jnp.zeros(()).block_until_ready(), 1, 1)
             recorder.record(step, clock.lap())
         recorder.close()
 

@@ -134,27 +134,50 @@ def test_terminal_gets_a_bar_that_starts_where_the_run_resumes():
     assert "loss 1.0" in stream.getvalue()
 
 
-def test_throughput_is_per_lap(monkeypatch):
-    """Bug: speed is averaged over compilation and pauses, or divides by no steps."""
+class Output:
+    """Of a step on a device."""
+
+    done = False
+
+    def is_ready(self):
+        return self.done
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The clock's time in seconds, in a list."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = Throughput()
-    assert clock.lap() == {}
+    return now
+
+
+def test_speed_is_that_of_steps_done(now):
+    """Bugs: a step that was only queued counts, so that the first lap after a pause is too fast;
+    speed averaged over compilation and pauses; a lap without a step."""
+    clock, outputs = Throughput(), [Output() for _ in range(4)]
     now[0] = 100.0
     clock.restart()
-    clock.count(30, 2)
-    clock.count(10, 2)
-    now[0] = 104.0
+    for output, tokens in zip(outputs, (30, 10, 50, 60), strict=True):
+        clock.queued(output, tokens, 2)
+    now[0] = 100.1
+    assert clock.lap() == {}
+    now[0], outputs[0].done, outputs[1].done = 104.0, True, True
+    clock.look()
+    now[0] = 104.5
     expected = {"perf/tokens_per_s": 10.0, "perf/examples_per_s": 1.0, "perf/step_s": 2.0}
     assert clock.lap() == expected | {"perf/data_wait_share": 0.0}
     assert clock.lap() == {}
+    now[0], outputs[2].done = 105.0, True
+    assert clock.lap()["perf/tokens_per_s"] == 50.0
+    clock.restart()
+    outputs[3].done = True
+    assert clock.lap() == {}
 
 
-def test_waiting_for_data_is_told_from_working(monkeypatch):
+def test_waiting_for_data_is_told_from_working(now):
     """Bug: the step's own time counted as waiting, or the wait of an earlier lap."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = Throughput()
+    clock, output = Throughput(), Output()
+    output.done = True
 
     def slow():
         for item in range(2):
@@ -163,8 +186,9 @@ def test_waiting_for_data_is_told_from_working(monkeypatch):
 
     for _ in clock.waits_for(slow()):
         now[0] += 3.0  # the step
-        clock.count(1, 1)
+        clock.queued(output, 1, 1)
+        clock.look()
     assert clock.lap()["perf/data_wait_share"] == 0.25
-    clock.count(1, 1)
+    clock.queued(output, 1, 1)
     now[0] += 1.0
     assert clock.lap()["perf/data_wait_share"] == 0.0

@@ -3,6 +3,7 @@
 Metrics stay on the device until the next record, so that the host never waits for a running step.
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -168,24 +169,33 @@ class Progress:
 
 
 class Throughput:
-    """Steps, tokens and examples between two laps, over the wall-clock time between them."""
+    """Speed between the moments when steps were seen to be done, never when they were queued."""
 
     def __init__(self, started_s: float | None = None, busy_s: float = 0.0):
         """Args: when the run first started, Unix time; seconds in steps until the restored one."""
         self._started_s, self._busy_s = started_s, busy_s
+        self._running: collections.deque[tuple[jax.Array, int, int]] = collections.deque()
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was counted: after compilation, an evaluation or a pause."""
+        """Forgets what was counted: after compilation, an evaluation, a pause; nothing runs then."""
+        self._running.clear()
         self._steps = self._tokens = self._examples = 0
-        self._waited_s = 0.0
-        self._start_s = time.perf_counter()
+        self._waited_s = self._seen_waited_s = 0.0
+        self._start_s = self._seen_s = time.perf_counter()
 
-    def count(self, tokens: int, examples: int) -> None:
-        """Adds one step."""
-        self._steps += 1
-        self._tokens += tokens
-        self._examples += examples
+    def queued(self, output: jax.Array, tokens: int, examples: int) -> None:
+        """Takes a step just dispatched; it counts once `output`, any of its results, is there."""
+        self._running.append((output, tokens, examples))
+
+    def look(self) -> None:
+        """Counts the steps that are done, without waiting; best right after a wait for one."""
+        while self._running and self._running[0][0].is_ready():
+            _, tokens, examples = self._running.popleft()
+            self._steps += 1
+            self._tokens += tokens
+            self._examples += examples
+            self._seen_s, self._seen_waited_s = time.perf_counter(), self._waited_s
 
     def waits_for(self, stream: Iterable[T]) -> Iterator[T]:
         """The stream's items; the time until each comes counts as waiting for data."""
@@ -200,12 +210,15 @@ class Throughput:
             yield item
 
     def lap(self) -> dict[str, float]:
-        """`perf/` metrics since the last lap, empty if no step was counted; starts the next."""
+        """`perf/` metrics of the steps done since the last lap; empty, and none begins, without."""
+        self.look()
         steps, tokens, examples = self._steps, self._tokens, self._examples
-        seconds, waited_s = time.perf_counter() - self._start_s, self._waited_s
-        self.restart()
         if not steps:
             return {}
+        seconds, waited_s = self._seen_s - self._start_s, self._seen_waited_s
+        self._steps = self._tokens = self._examples = 0
+        self._start_s = self._seen_s
+        self._waited_s -= waited_s
         self._busy_s += seconds
         run = {}
         if self._started_s is not None:  # what was done twice, or lost, counts once
