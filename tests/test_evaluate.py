@@ -281,7 +281,8 @@ def test_answers_are_scored_once(tmp_path, monkeypatch):
 
 def test_an_arm_searches_its_own_passages():
     """Bugs: a part of the corpus searched by the vectors of another part; candidates ranked no
-    deeper than they are shown, so that recall@5 is recall@1; another arm than its name says."""
+    deeper than they are shown, so that recall@5 is recall@1; BM25 that shows one passage where two
+    are asked for; another arm than its name says."""
     passages = [Passage(f"p{i}", "", f"t{i}") for i in range(6)]
     vector_NxD = np.eye(6, dtype=np.float32)
     asked = [Example("q", "open_qa", "t4?", (), ("p2",), candidates=("p5", "p1", "p3"))]
@@ -291,10 +292,10 @@ def test_an_arm_searches_its_own_passages():
     given = SimpleNamespace(_mesh=None, _config=config())
     query_QxD = np.array([[0, 0.5, 0.1, 0.4, 0.6, 0.3]], np.float32)
 
-    def found(name, rows=None):
+    def found(name, rows=None, k=1):
         arm, bm25 = Arm(name, "", 6, rows), BM25([passage.text for passage in passages])
         ranked = answering.Answering._retriever(given, part, [0], arm, vector_NxD, bm25)
-        shown = ranked(query_QxD, [0], [0], 1)
+        shown = ranked(query_QxD, [0], [0], k)
         first = [ranked.passages[one.row].id for one in shown[0]]
         return first, [ranked.passages[row].id for row in ranked.ranking(0)]
 
@@ -302,7 +303,7 @@ def test_an_arm_searches_its_own_passages():
     assert found("corpus_3", np.array([1, 3, 5])) == (["p1"], ["p1", "p3", "p5"])
     assert found("candidates") == (["p1"], ["p1", "p3", "p5"])
     assert found("gold") == (["p2"], ["p2"]) and found("bm25")[0] == ["p4"]
-    assert found("wrong")[0] != ["p2"]
+    assert found("bm25", k=2)[0] == ["p4", "p0"] and found("wrong")[0] != ["p2"]
     none = answering.Answering._retriever(given, part, [0], Arm("none", "", None), None, None)
     assert none is None
 
