@@ -92,3 +92,41 @@ def test_gather_is_nothing_without_a_mesh():
     x = jnp.arange(6.0).reshape(2, 3)
     grad = jax.grad(lambda x: jnp.sum(sharding.gather(x, ("vocab", "embed"), (None, None)) ** 2))
     np.testing.assert_array_equal(grad(x), 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": -1, "fsdp": -1}, "only one of data, fsdp and tensor may be -1"),
+        ({"data": -1, "fsdp": 3}, "data=-1 x fsdp=3 x tensor=1 does not make 8 devices"),
+        ({"data": 2, "fsdp": 2}, "data=2 x fsdp=2 x tensor=1 does not make 8 devices"),
+    ],
+)
+def test_axes_that_do_not_make_the_devices_are_refused(axes, message, devices):
+    """Bug: a mesh that leaves devices idle, or an error of NumPy's about shapes."""
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(MeshConfig(**axes), devices)
+
+
+def test_what_an_axis_does_not_divide_stays_whole_and_is_counted(devices):
+    """Bugs: an odd size that XLA pads or refuses; a leaf on every device that nobody is told of."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    place = lambda *shape: sharding.leaf_sharding(mesh, shape, ("embed", "mlp"))
+    split = [tuple(place(*shape).spec) for shape in ((4, 4), (4, 3), (3, 4))]
+    assert split == [("fsdp", "tensor"), ("fsdp", None), (None, "tensor")]
+    whole = [sharding.whole_over(place(*shape)) for shape in ((4, 4), (4, 3), (3, 4), (3, 3))]
+    assert whole == [[], ["tensor"], ["fsdp"], ["fsdp", "tensor"]]
+    leaves = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((4, 4), (4, 3))]
+    share = sharding.replicated_share([place(*leaf.shape) for leaf in leaves], leaves)
+    assert share == {"fsdp": 0.0, "tensor": 12 / 28}
+
+
+def test_rows_split_evenly_or_not_at_all(devices):
+    """Bug: micro-batches that do not divide the rows; advice that is refused in its turn."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    sharding.check_rows(mesh, "batch_size", 16, 2)
+    with pytest.raises(UserError, match=r"batch_size=12 is no multiple of 8 = .*; try 16$"):
+        sharding.check_rows(mesh, "batch_size", 12, 2)
+    assert sharding.parts_here(8) == 1
+    with jax.set_mesh(mesh):
+        assert (sharding.parts_here(8), sharding.parts_here(6)) == (4, 1)
