@@ -36,6 +36,7 @@ from cosup_jax.runtime.workdir import Workdir, writing
 
 BY_QUESTION = ("candidates", "gold", "wrong")  # arms that need more of it than its words
 NO_DIFFERENCE = ("examples", "batch_size", "chunk_tokens")  # settings that change no answer
+FIELDS = (*(f.name for f in dataclasses.fields(Example)), "max_tokens", "max_retrievals")
 UNDERLINED = ("\033[4m", "\033[0m")  # in a terminal
 
 
@@ -93,6 +94,9 @@ def read_questions(name: str, settings: GenerateConfig) -> list[Question]:
 
 
 def _question(row: Row, settings: GenerateConfig) -> Question:
+    for name, near in row.misspelt(FIELDS):
+        if near not in row.fields:
+            raise BadRow("missing_field", f"{name!r} means nothing; did you mean {near!r}?")
     return Question(
         id=row.key("id", default=row.where.rpartition(":")[2]),
         task=row.text("task", default="open_qa"),

@@ -121,6 +121,13 @@ def test_spans_are_marked_in_their_sources():
     assert lines.endswith(f"Ul{'m'.join(mark)} lies on {'the Danube'.join(mark)}.")
 
 
+def test_what_else_a_line_may_hold(tmp_path):
+    """Bugs: a file of a data set, or one with fields of its owner's, is refused as misspelt."""
+    row = {"question": "a", "question_id": 5, "split": "dev", "hard_negatives": ["p"], "url": ""}
+    path = write_lines(tmp_path / "asked.jsonl", [row])
+    assert [q.question for q in generate.read_questions(str(path), GenerateConfig())] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
@@ -133,6 +140,10 @@ def test_spans_are_marked_in_their_sources():
         (['{"question": "a", "evidence": "x"}'], "list of strings"),
         (['{"question": "a", "max_tokens": "9"}'], "asked.jsonl:1: 'max_tokens' must be a whole"),
         (['{"question": "a", "max_retrievals": true}'], "must be a whole number, not True"),
+        (
+            ['{"question": "a"}', '{"question": "a", "max_tokns": 9}'],
+            "asked.jsonl:2: 'max_tokns' means nothing; did you mean 'max_tokens'?",
+        ),
         (['{"question": "a", "max_tokens": 0}'], "'max_tokens' must be 1 to 64, as config.gen"),
         (['{"question": "a", "max_tokens": 65}'], "must be 1 to 64"),
         (['{"question": "a", "max_retrievals": 5}'], "must be 0 to 4"),

@@ -1,5 +1,7 @@
 """Reading rows: JSON lines, plain or gzipped, and fields with the type they should have."""
 
+import difflib
+import functools
 import gzip
 import hashlib
 import json
@@ -31,6 +33,12 @@ class Row:
     def id(self) -> str:
         """Its id, or "" where that is no text: for messages."""
         return self.fields["id"] if isinstance(self.fields.get("id"), str) else ""
+
+    def misspelt(self, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        """Fields that are none of those known, each with the one that it looks like."""
+        for name in sorted(self.fields.keys() - set(known)):
+            if near := _near(name, known):
+                yield name, near
 
     def text(self, name: str, default: str | None = None, empty: bool = False) -> str:
         """Text; null and absence give the default, without which they are refused."""
@@ -97,6 +105,11 @@ class Row:
                 raise BadRow("missing_field", f"'{name}' is missing")
             return default
         return value
+
+
+@functools.lru_cache(1024)
+def _near(name: str, known: tuple[str, ...]) -> str:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), "")
 
 
 def check_text(name: str, value: Any) -> None:

@@ -1,8 +1,6 @@
 """Our own format: DIR/x.jsonl with one example a line, DIR/x.passages.jsonl with its corpus."""
 
 import dataclasses
-import difflib
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,12 +63,6 @@ def _example(row: Row) -> Example:
 
 
 def _note_typing_errors(row: Row, known: tuple[str, ...], problems: Problems) -> None:
-    for name in row.fields.keys() - set(known):
-        if near := _near(name, known):
-            reason = f"{name!r} is ignored; did you mean {near!r}?"
-            problems.add("unknown_field", row.where, row.id, reason)
-
-
-@functools.lru_cache(1024)
-def _near(name: str, known: tuple[str, ...]) -> str:
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), "")
+    for name, near in row.misspelt(known):
+        reason = f"{name!r} is ignored; did you mean {near!r}?"
+        problems.add("unknown_field", row.where, row.id, reason)
