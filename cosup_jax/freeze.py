@@ -157,7 +157,8 @@ def _typed(dotted: str, value: Any, kind: type) -> Any:
             raise UserError(f"config.{dotted} must be a number, not {value!r}")
         low_ok = value > 0 or (value == 0 and dotted in _MAY_BE_ZERO) or dotted in _MAY_BE_NEGATIVE
         if not low_ok and not (value == -1 and dotted in _MAY_BE_MINUS_ONE):
-            raise UserError(f"config.{dotted} must be positive, not {value!r}")
+            low = "0 or more" if dotted in _MAY_BE_ZERO else "positive"
+            raise UserError(f"config.{dotted} must be {low}, not {value!r}")
     return value
 
 

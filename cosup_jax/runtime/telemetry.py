@@ -178,7 +178,7 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was counted: after compilation, an evaluation, a pause; nothing runs then."""
+        """Forgets what was counted: after compiling, an evaluation, a pause. Nothing runs then."""
         self._running.clear()
         self._steps = self._tokens = self._examples = 0
         self._waited_s = self._seen_waited_s = 0.0

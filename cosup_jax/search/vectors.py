@@ -5,8 +5,8 @@
     DIR/KEY-00000/scales        int8: [rows] float32; a vector is what is stored times its scale
     DIR/KEY-00000/ids, ids_offsets, about.json    passage ids, UTF-8; rows and SHA-256 of the shard
 
-Rows are in the order of passage ids. KEY is of everything that the vectors depend on, so that
-shards of another model, corpus or dtype are never taken for these.
+Rows are in the order of passage ids. KEY is of the embedding contract, the passages, the dtype and
+the shards' size, so that shards of another model, corpus or dtype are never taken for these.
 """
 
 import bisect
