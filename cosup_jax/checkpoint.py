@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from cosup_jax.config import differing
 from cosup_jax.errors import UserError
 from cosup_jax.runtime import quiet
 
@@ -111,7 +112,9 @@ class Checkpointer:
         """Steps of the complete checkpoints, oldest first."""
         return _complete_steps(self._directory)
 
-    def restore(self, abstract_state: Any, fingerprint: Mapping[str, Any]) -> Restored | None:
+    def restore(
+        self, abstract_state: Any, fingerprint: Mapping[str, Any], config: Mapping | None = None
+    ) -> Restored | None:
         """The newest sound checkpoint, bit-equal, or None if there is none at all.
 
         Where the newest is damaged, an older one is restored instead, with a warning that names
@@ -120,6 +123,7 @@ class Checkpointer:
         Args:
           abstract_state: jax.ShapeDtypeStruct leaves with shardings, of any mesh.
           fingerprint: must equal the saved `meta["fingerprint"]`.
+          config: as `meta["config"]`; what differs is named where the fingerprint does.
 
         Raises:
           UserError: another fingerprint, a leaf that does not fit, or all checkpoints damaged.
@@ -128,7 +132,8 @@ class Checkpointer:
         steps = _complete_steps(self._directory)
         for step in reversed(steps):
             try:
-                state, meta = _load(self._directory / str(step), abstract_state, "", fingerprint)
+                run = {"config": config or {}, "fingerprint": fingerprint}
+                state, meta = _load(self._directory / str(step), abstract_state, "", run)
             except _DamagedError as error:
                 damaged.append(step)
                 _log.warning("checkpoint %s is damaged: %s", self._directory / str(step), error)
@@ -213,11 +218,11 @@ class _DamagedError(Exception):
     """A checkpoint that cannot be read back as it was written."""
 
 
-def _load(path: Path, abstract: Any, prefix: str, fingerprint: Mapping | None) -> tuple[Any, dict]:
+def _load(path: Path, abstract: Any, prefix: str, run: Mapping | None) -> tuple[Any, dict]:
     """One checkpoint onto the shardings of `abstract`, whose leaves are stored under `prefix`."""
     meta = _agree_on(lambda: _read_meta(path))
-    if fingerprint is not None:
-        _check_fingerprint(path, fingerprint, meta["run"].get("fingerprint", {}))
+    if run is not None:
+        _check_run(path, json.loads(json.dumps(run)), meta["run"])
     wanted = {prefix + name: leaf for name, leaf in _named(abstract).items()}
     _check_leaves(path, wanted, meta["leaves"], partial=bool(prefix))
     arrays = _agree_on(lambda: _read_arrays(path, wanted))
@@ -267,14 +272,15 @@ def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
     return meta | {"sha256": digest}
 
 
-def _check_fingerprint(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    wanted = json.loads(json.dumps(dict(wanted)))
-    differing = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-    if differing:
-        changes = ", ".join(f"{n} (was {found.get(n)!r}, now {wanted.get(n)!r})" for n in differing)
+def _check_run(path: Path, now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    wanted, found = now["fingerprint"], saved.get("fingerprint", {})
+    if unlike := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
+        changes = differing(saved.get("config", {}), now["config"])  # or else the data themselves
+        changes = changes or {name: (found.get(name), wanted.get(name)) for name in unlike}
+        made = ", ".join(f"{name}={was!r} (now {new!r})" for name, (was, new) in changes.items())
         raise UserError(
-            f"checkpoint {path} belongs to other data: {changes}; restore those settings or give "
-            "a new --workdir"
+            f"checkpoint {path} belongs to other data: made with {made}; restore that or give a "
+            "new --workdir"
         )
 
 

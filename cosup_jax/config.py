@@ -354,6 +354,12 @@ def leaves(group: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
+def differing(was: Mapping, now: Mapping) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys that two nested dicts share, with both values where they are unlike."""
+    before = dict(leaves(was))
+    return {k: (before[k], value) for k, value in leaves(now) if before.get(k, value) != value}
+
+
 def get_dotted(config: Config, dotted: str) -> Any:
     """`config.a.b` for dotted = "a.b"."""
     for name in dotted.split("."):

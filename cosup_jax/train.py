@@ -21,7 +21,7 @@ from cosup_jax.answer import records
 from cosup_jax.answer.sample import Sample
 from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.checkpoint import Checkpointer, check_readable
-from cosup_jax.config import Config, to_dict
+from cosup_jax.config import Config, differing, to_dict
 from cosup_jax.contract import weights_digest
 from cosup_jax.data import pipeline, tokens
 from cosup_jax.data.batch import BatchShape
@@ -117,7 +117,7 @@ def _run(job: Job, given: dict[str, Any], told: "_Signals") -> int:
     tx = optim.make(config, job.num_steps, epoch_steps)
     abstract = assemble.abstract_state(config, towers, tx, mesh)
     checkpointer = Checkpointer(checkpoints(job.workdir.path), config.checkpoint.keep)
-    restored = checkpointer.restore(abstract, {"plan": job.plan.fingerprint})
+    restored = checkpointer.restore(abstract, {"plan": job.plan.fingerprint}, to_dict(config))
     start = restored.step if restored else 0
     if start > job.num_steps:
         raise UserError(
@@ -302,13 +302,10 @@ def _first_start(workdir: Workdir) -> float:
     return float(path.read_text()) if path.is_file() else time.time()
 
 
-def _say_changes(before: dict, now: dict, prefix: str = "") -> None:
+def _say_changes(before: dict, now: dict) -> None:
     """Names the settings that a resume changes."""
-    for key in now:
-        if isinstance(now[key], dict):
-            _say_changes(before.get(key, {}), now[key], f"{prefix}{key}.")
-        elif before.get(key) != now[key]:
-            _say(f"resuming with config.{prefix}{key}={now[key]!r}, was {before.get(key)!r}")
+    for key, (was, value) in differing(before, now).items():
+        _say(f"resuming with config.{key}={value!r}, was {was!r}")
 
 
 def _volume(job: Job, step: int) -> tuple[int, int]:

@@ -168,13 +168,16 @@ def test_nothing_saved_is_a_fresh_start(tmp_path, devices):
 
 
 def test_other_data_is_refused_by_name(tmp_path, devices):
-    """Bug: a run goes on with another tokenizer or seed than it began with."""
+    """Bug: a run goes on with another tokenizer or seed than it began with, or what differs is told
+    by digests where the user has changed a key."""
     mesh = make_mesh(devices, 1)
     checkpointer = saved(tmp_path, mesh, 1)
     wanted = abstract(make_state(mesh), mesh)
-    with pytest.raises(UserError, match=r"tokenizer \(was 'abc', now 'xyz'\)") as caught:
-        checkpointer.restore(wanted, FINGERPRINT | {"tokenizer": "xyz"})
+    with pytest.raises(UserError, match=r"made with tokenizer='abc' \(now 'xyz'\)") as caught:
+        checkpointer.restore(wanted, FINGERPRINT | {"tokenizer": "xyz"}, {"seed": 1, "new": 5})
     assert "seed" not in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"data: made with seed=1 \(now 0\); restore") as caught:
+        checkpointer.restore(wanted, FINGERPRINT | {"tokenizer": "xyz"}, {"seed": 0})
     checkpointer.close()
 
 
