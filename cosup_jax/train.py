@@ -5,13 +5,11 @@ import functools
 import importlib.metadata
 import itertools
 import json
-import signal
 import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cosup_jax import assemble, bank, optim, sharding
@@ -31,6 +29,7 @@ from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.probe import Probe
 from cosup_jax.report import page
 from cosup_jax.runtime import liveness, observe, processes
+from cosup_jax.runtime.notices import Notices
 from cosup_jax.runtime.telemetry import Progress, Recorder, Throughput
 from cosup_jax.runtime.workdir import Workdir, checkpoints
 from cosup_jax.step import TrainState
@@ -60,8 +59,7 @@ def train(config: Config, workdir: str) -> str:
     Raises UserError for whatever is wrong with config, data or workdir.
     """
     mesh = assemble.mesh_for(config)
-    told = _Signals()
-    with Workdir(workdir) as directory:
+    with Notices() as told, Workdir(workdir) as directory:
         check_readable(checkpoints(directory.path))
         status = directory.read_status()
         given = to_dict(config)
@@ -105,7 +103,7 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
 
 
-def _run(job: Job, given: dict[str, Any], told: "_Signals") -> int:
+def _run(job: Job, given: dict[str, Any], told: Notices) -> int:
     """Trains from wherever the workdir stands; returns the steps taken.
 
     Nothing in the workdir changes before its checkpoint is accepted.
@@ -170,7 +168,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
     config, num_steps = job.config, job.num_steps
     clock = Throughput(_first_start(job.workdir), recorder.busy_s)
     progress = Progress(num_steps, start)
-    told.enter_loop()
+    told.enter_loop(lambda: _abandoned(job, checkpointer))
     profile = observe.Profile(config.log, job.workdir.path)
     hang = observe.HangWatch(config.log.hang_seconds, job.workdir.path)
     rows = sharding.rows(job.mesh)
@@ -214,7 +212,8 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
             clock.restart()
         if stop:
             break
-    for watcher in (progress, told, profile, hang):
+    told.leave_loop()
+    for watcher in (progress, profile, hang):
         watcher.close()
     for metrics in ahead:
         _check_finite(metrics, job, checkpointer)
@@ -255,6 +254,15 @@ def _check_finite(metrics: dict[str, jax.Array], job: Job, checkpointer: Checkpo
             f"anything; checkpoints are at steps {checkpointer.steps()}; lower "
             "config.optim.gen_learning_rate and ctx_learning_rate, or raise warmup_steps"
         )
+
+
+def _abandoned(job: Job, checkpointer: Checkpointer) -> str:
+    """Closes status.json where the run ends without saving; says what is left."""
+    kept = checkpointer.steps()
+    job.workdir.status("stopped", max(kept, default=0))
+    return "stopped without saving: " + (
+        f"the checkpoint of step {max(kept)} is kept" if kept else "there is no checkpoint yet"
+    )
 
 
 def _finish(job: Job, state: TrainState, sample: Sample, count: int) -> None:
@@ -317,43 +325,6 @@ def _volume(job: Job, step: int) -> tuple[int, int]:
     length = lambda offsets, items: int(np.sum(offsets[items + 1] - offsets[items]))
     read = length(job.store.gen_offsets, examples) + length(job.store.ctx_offsets, passages)
     return read, len(examples)
-
-
-class _Signals:
-    """SIGTERM, however often, or the first Ctrl-C asks the run to stop: by an exception, and within
-    the loop, where it saves first, by `to_stop`."""
-
-    def __init__(self):
-        self._asked = self._in_loop = False
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def enter_loop(self) -> None:
-        """From here on nothing is raised."""
-        self._in_loop, self._before = True, signal.signal(signal.SIGINT, self._ask)
-        if self._asked:  # the exception was lost, as in a callback of JAX's garbage collector
-            processes.announce_preemption()
-
-    def close(self) -> None:
-        """The loop is over."""
-        self._in_loop = False
-        signal.signal(signal.SIGINT, self._before)
-        if self._asked:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def _ask(self, number, frame):
-        self._asked = True
-        if not self._in_loop:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python's exit would restore its default
-            raise KeyboardInterrupt
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-        processes.announce_preemption()
-
-    def to_stop(self, step: int) -> bool:
-        """Whether to stop now; several processes all do at the same step, a little later."""
-        if jax.process_count() == 1:
-            return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
 
 
 def _say_bank(state: TrainState, shape: BatchShape, config: Config) -> None:

@@ -12,7 +12,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "errors model.families costs.hlo runtime.quiet",
     "runtime.liveness costs.kernels runtime.paths",
     "runtime.processes runtime.bucket",
-    "config runtime.workdir",
+    "config runtime.workdir runtime.notices",
     "freeze costs.roofline dependencies",
     "config_files",
     "hf.names",

@@ -14,7 +14,6 @@ import pytest
 import towns
 
 from cosup_jax import main as main_lib
-from cosup_jax import train as train_lib
 from cosup_jax.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parent.parent
@@ -152,27 +151,6 @@ def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     assert process.returncode == 0, err
     assert towns.metrics(workdir) == towns.metrics(unbroken)
     assert _digest(workdir) == _digest(unbroken)
-
-
-def test_a_notice_whose_exception_is_lost_still_stops_the_run():
-    """Bugs: SIGTERM while JAX collects garbage, in a callback that swallows exceptions: the run
-    goes on till it is killed; a second SIGTERM that kills the run while it saves."""
-    before, told = signal.getsignal(signal.SIGINT), train_lib._Signals()
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)
-    told.enter_loop()
-    assert told.to_stop(1)
-    told.close()
-    signal.raise_signal(signal.SIGTERM)
-    told = train_lib._Signals()
-    told.enter_loop()
-    assert not told.to_stop(1)
-    for _ in range(2):
-        signal.raise_signal(signal.SIGTERM)
-    assert told.to_stop(1)
-    told.close()
-    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_two_processes_equal_one(tiny, short, tmp_path):

@@ -1,0 +1,107 @@
+"""Being told to stop: by SIGTERM, by SIGHUP where it is not ignored (nohup), by Ctrl-C."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import jax
+from jax.experimental import multihost_utils
+
+from cosup_jax.runtime import processes
+
+ABANDONED_CODE = 130  # as shells report a process that Ctrl-C ended
+_STOPPING = "stopping: finishing this step, then saving (Ctrl-C again stops without saving)"
+
+
+class Notices:
+    """A signal, however often, asks the run to stop: by an exception, and within the loop, where it
+    saves first, by `to_stop`. There a second Ctrl-C ends the process at once.
+
+    Python's handlers wait for the call into C that runs, as for a step. What must not wait is done
+    by a thread, which the signal itself wakes.
+    """
+
+    def __init__(self):
+        self._asked = self._said = False
+        self._abandon: Callable[[], str] | None = None  # set within the loop
+        self._ends = os.pipe()
+        os.set_blocking(self._ends[1], False)
+        self._wakeup_before = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
+        self._on_int = signal.getsignal(signal.SIGINT)
+        self._polite = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._polite.append(signal.SIGHUP)
+        self._handle(self._polite, self._ask)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Notices":
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self.leave_loop()
+        self._abandon = None
+        signal.signal(signal.SIGINT, self._on_int)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._ends[1], b"\0")
+        self._thread.join()
+        for end in self._ends:
+            os.close(end)
+
+    def enter_loop(self, abandon: Callable[[], str]) -> None:
+        """From here on nothing is raised; `abandon` says in a line what is left without saving."""
+        self._abandon = abandon
+        signal.signal(signal.SIGINT, self._ask)
+        if self._asked:  # the exception was lost, as in a callback of JAX's garbage collector
+            self._say()
+            processes.announce_preemption()
+
+    def leave_loop(self) -> None:
+        """The loop is over; what was asked for may still be saving, and can be abandoned."""
+        if self._asked:
+            self._handle(self._polite, signal.SIG_IGN)
+        else:
+            self._abandon = None
+            signal.signal(signal.SIGINT, self._on_int)
+
+    def to_stop(self, step: int) -> bool:
+        """Whether to stop now; several processes all do at the same step, a little later."""
+        if jax.process_count() == 1:
+            return self._asked
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _ask(self, number, frame) -> None:
+        self._asked = True
+        if self._abandon is None:
+            self._handle(self._polite, signal.SIG_IGN)  # Python's exit would restore the default
+            raise KeyboardInterrupt
+        processes.announce_preemption()
+
+    def _listen(self) -> None:
+        while number := ord(os.read(self._ends[0], 1)):
+            if self._abandon is None or number not in (signal.SIGINT, *self._polite):
+                continue
+            if not self._said:
+                self._say()
+            elif number == signal.SIGINT:
+                try:
+                    _print(self._abandon())
+                finally:
+                    os._exit(ABANDONED_CODE)
+
+    def _say(self) -> None:
+        self._said = True
+        _print(_STOPPING)
+
+    @staticmethod
+    def _handle(numbers, handler) -> None:
+        for number in numbers:
+            signal.signal(number, handler)
+
+
+def _print(text: str) -> None:
+    """Past all buffers, below what a terminal shows of Ctrl-C and of a bar."""
+    start = "\n" if sys.stderr.isatty() else ""
+    os.write(2, f"{start}{text}\n".encode())

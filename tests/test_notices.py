@@ -1,0 +1,91 @@
+"""Being told to stop."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cosup_jax.runtime.notices import Notices
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A call into C that no handler of Python's interrupts, as a step is one.
+BUSY = """
+import hashlib
+from cosup_jax.runtime.notices import Notices
+with Notices() as told:
+    told.enter_loop(lambda: "nothing is kept")
+    print("in the loop", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000_000)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    before = [signal.getsignal(number) for number in NUMBERS]
+    yield
+    for number, handler in zip(NUMBERS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_notice_whose_exception_is_lost_still_stops_the_run():
+    """Bugs: SIGTERM while JAX collects garbage, in a callback that swallows exceptions: the run
+    goes on till it is killed; a second SIGTERM that kills the run while it saves."""
+    before = signal.getsignal(signal.SIGINT)
+    with Notices() as told:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        told.enter_loop(str)
+        assert told.to_stop(1)
+    signal.raise_signal(signal.SIGTERM)
+    with Notices() as told:
+        told.enter_loop(str)
+        assert not told.to_stop(1)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert told.to_stop(1)
+        told.leave_loop()
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_first_notice_is_answered_and_saves(number, capfd):
+    """Bugs: a first Ctrl-C that ends the run; a lost connection that does."""
+    with Notices() as told:
+        told.enter_loop(str)
+        signal.raise_signal(number)
+        assert told.to_stop(1)
+        said, until = "", time.monotonic() + 20
+        while not said and time.monotonic() < until:
+            said = capfd.readouterr().err
+            time.sleep(0.01)
+        assert said.startswith("stopping: finishing this step, then saving (Ctrl-C again")
+
+
+def test_nohup_is_obeyed():
+    """Bug: a run under nohup that ends with the connection."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Notices() as told:
+        told.enter_loop(str)
+        signal.raise_signal(signal.SIGHUP)
+        assert not told.to_stop(1)
+
+
+def test_a_second_ctrl_c_ends_a_long_step_at_once():
+    """Bugs: nothing is printed till the step is over, and people press again; the second Ctrl-C
+    ends in a traceback, or waits for the step."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "in the loop\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr.readline().startswith("stopping: finishing this step")
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "nothing is kept\n"
+        assert process.returncode == 130
+    finally:
+        process.kill()
