@@ -235,7 +235,8 @@ def told(record: Mapping[str, Any], marks: tuple[str, str]) -> str:
         "context": "(cut off: config.generate.context_tokens)",
         "tokens": "(cut off: config.generate.max_tokens)",
     }
-    lines = [" ".join(filter(None, (record["output"], reasons.get(record["stopped"]))))]
+    said = " ".join(filter(None, (record["output"].strip(), reasons.get(record["stopped"]))))
+    lines = [said or "(empty answer)"]
     scores = {found["number"]: found["score"] for found in reversed(record["retrieved"])}
     for source in record["sources"]:
         number = source["number"]

@@ -100,7 +100,8 @@ def test_at_a_prompt(home, capsys, monkeypatch):
 
 def test_spans_are_marked_in_their_sources():
     """Bugs: a span marked in another passage, or where it does not stand, or in the mark of another
-    span; a missing score, or that of a later search that found the passage again."""
+    span; a missing score, or that of a later search that found the passage again; an empty answer
+    that prints nothing."""
     source = {"number": 1, "id": "p", "title": "", "text": "Ulm lies on the Danube."}
     other = source | {"number": 2, "title": "Bonn"}
     spans = [{"text": "the Danube", "number": 1}, {"text": "", "number": 2}]
@@ -115,6 +116,8 @@ def test_spans_are_marked_in_their_sources():
         "  [2] Bonn",
         "      Ulm lies on the Danube.",
     ]
+    nothing = {"output": " ", "spans": [], "stopped": "end", "sources": [], "retrieved": []}
+    assert generate.told(nothing, ("<", ">")) == "(empty answer)"
     mark = generate.UNDERLINED
     record["spans"] = [{"text": text, "number": 1} for text in ("Danube", "m", "the Danube", "4")]
     lines = generate.told(record | {"sources": [source], "retrieved": retrieved[:1]}, mark)
