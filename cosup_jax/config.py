@@ -332,11 +332,15 @@ def set_dotted(config: ml_collections.ConfigDict, dotted: str, value: Any) -> No
 
 
 def unknown_key(dotted: str) -> UserError:
-    """What to say of a key that is none."""
-    defaults = dict(leaves(to_dict(Config())))
-    near = difflib.get_close_matches(dotted, defaults, n=1)
-    near = near or [name for name in defaults if name.startswith(f"{dotted}.")]
-    hint = f"did you mean {near[0]!r}?" if near else "cosup_jax/config.py lists them all"
+    """What to say of a key that is none: which it may be, or else which there are in its group."""
+    known = [name for name, _ in leaves(to_dict(Config()))]
+    groups = (f"{dotted}.", dotted.rpartition(".")[0] + ".", "")
+    group = next(g for g in groups if any(name.startswith(g) for name in known))
+    inside = [name.removeprefix(group) for name in known if name.startswith(group)]
+    near = difflib.get_close_matches(dotted.removeprefix(group), inside, n=1, cutoff=0.75)
+    near = [group + name for name in near] or [n for n in known if n.endswith(f".{dotted}")]
+    there = ", ".join(dict.fromkeys(group + name.partition(".")[0] for name in inside))
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {there}"
     return UserError(f"unknown config key {dotted!r}; {hint}")
 
 

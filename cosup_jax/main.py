@@ -3,6 +3,7 @@
 Whatever the user can get wrong here ends in one line on stderr and exit code 2, before JAX loads.
 """
 
+import difflib
 import functools
 import importlib
 import logging
@@ -134,8 +135,11 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
             *(o for mode in OPTIONS.values() for o in mode),
         ]
         if name not in plain and not name.startswith(_CONFIG_KEY):
-            known = ", ".join([*plain, "--config.KEY", "--help"])
-            raise UserError(f"unknown argument {argument!r}; flags: {known}")
+            start, dot, key = name.partition(".")
+            near = difflib.get_close_matches(start, plain, n=1, cutoff=0.75)
+            known = ", ".join(dict.fromkeys([*plain, "--config.KEY", "--help"]))
+            hint = f"did you mean {near[0]}{dot}{key}?" if near else f"flags: {known}"
+            raise UserError(f"unknown argument {argument!r}; {hint}")
         if not equals:
             value = next(arguments, "--")
             if value.startswith("--"):

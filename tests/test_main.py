@@ -105,6 +105,9 @@ def test_contradiction(refused, path):
         ([f"--config={CONFIGS[0]}", "--mode=trian"], "modes: train"),
         ([f"--config={CONFIGS[0]}", "--batch=3"], "--batch=3"),
         ([f"--config={CONFIGS[0]}", "stray"], "stray"),
+        (["--question=a.jsonl"], "did you mean --questions?"),
+        (["--confg=configs/base.py"], "did you mean --config?"),
+        (["--confg.seed=1"], "did you mean --config.seed?"),
         (["--config"], "--config=VALUE"),
         (["--config", "--config.seed=1"], "--config=VALUE"),
         ([f"--config={CONFIGS[0]}", "--mode=validate", "--show=all"], "whole number"),
@@ -114,6 +117,30 @@ def test_contradiction(refused, path):
 def test_bad_flags(refused, argv, says):
     """Catches a flag that is ignored, or absl's own usage screen with a traceback."""
     assert says in refused(*argv)
+
+
+def test_every_flag_is_listed_once(refused):
+    """Catches a flag of two modes that is listed twice, and a suggestion that is far from it."""
+    err = refused("--batch=3")
+    assert err.count("--steps") == 1 and "did you mean" not in err
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("optim.learning_rate", "did you mean 'optim.gen_learning_rate'?"),
+        ("optm.clip", "did you mean 'optim.clip'?"),
+        ("sigmoid_bias", "did you mean 'loss.sigmoid_bias'?"),
+        ("optim.lrr", "there are optim.gen_learning_rate, optim.ctx_learning_rate, optim.schedule"),
+        ("gen.arch.lora.foo", "there are gen.arch.lora.rank, gen.arch.lora.alpha, gen.arch.lora"),
+        ("gen", "there are gen.init, gen.pooling, gen.prompt, gen.freeze, gen.arch "),
+        ("nonsense", "there are seed, num_steps, num_epochs, batch_size"),
+    ],
+)
+def test_what_an_unknown_key_may_be(refused, key, says):
+    """Catches a suggestion that is far from what was typed, or none at all."""
+    err = refused("--config=configs/base.py", f"--config.{key}=1").replace("\n", " ")
+    assert says in err
 
 
 def test_missing_workdir(refused):
