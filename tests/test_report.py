@@ -291,9 +291,13 @@ def test_answers_that_were_measured_alone_close_nothing(run):
 
 def test_table_of_answers_is_aligned():
     """Catches a number printed under another's heading, and a set without what it is judged by."""
-    *lines, domain = answers_table(make_summary()).splitlines()
+    *lines, note, domain = answers_table(make_summary()).splitlines()
+    assert note.startswith("R-prec is the share ")
     assert len({len(line) for line in lines}) == 1
-    assert domain == "in-domain, mean over 1 sets by trained retrieval: acc_substring 0.700"
+    assert domain == (
+        "in-domain, mean over the 1 set whose source training reads, by trained retrieval: "
+        "acc_substring 0.700"
+    )
     end = lines[0].index("correct") + len("correct")
     found = [line[end - 5 : end] for line in lines[2:8]]
     assert found == ["0.700", "0.700", "0.350", "0.800", "0.900", "0.300"]

@@ -24,7 +24,7 @@ def tables_and_plots(summary: Mapping[str, Any]) -> str:
     about = (
         f'<p class="note">Answers at step {summary["step"]:,}. Every row answers the same '
         "questions within one budget of tokens; intervals are bootstrapped over questions, 95 %. "
-        f"{html.escape(checked)}</p>"
+        f"{html.escape(checked)} {tables.RECALL}.</p>"
     )
     domains = "".join(_domain(name, part) for name, part in summary["domains"].items())
     sets = "".join(_set(part, judge["prefix"]) for part in summary["sets"])
@@ -70,11 +70,10 @@ def stretches(text: str, spans: Sequence[str]) -> tuple[list[tuple[str, bool]], 
 
 def _domain(name: str, part: Mapping[str, Any]) -> str:
     scores = ", ".join(f"{metric} {value:.3f}" for metric, value in part["scores"].items())
-    reads = "reads" if name == "in-domain" else "does not read"
     sets = html.escape(", ".join(part["sets"]))
     return (
-        f'<p class="note"><b>{name}</b>, sources that training {reads}: {html.escape(scores)}, '
-        f"means over {sets}</p>"
+        f'<p class="note"><b>{name}</b>, {tables.means_over(name, len(part["sets"]))} ({sets}), '
+        f"by trained retrieval: {html.escape(scores)}</p>"
     )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cosup_jax.wording import counted
+
 MISSING = "-"
 CORRECT = {  # what "correct" means, by the score that a set is judged by
     "acc_substring": "an answer stands in the text",
@@ -20,6 +22,10 @@ _COLUMNS = {  # score, after the judge's prefix -> heading, before which its kin
     "{}citation_rec": "{} rec",
     "{}citation_prec": "{} prec",
 }
+RECALL = (
+    "R-prec is the share of the evidence that ranks first; recall@5, as in KILT, counts evidence "
+    "only where all of it is found, and may lie below"
+)
 _LEFT = 2  # columns of text; numbers follow
 
 
@@ -78,11 +84,17 @@ def answers_table(summary: Mapping[str, Any]) -> str:
         names = iter((part["name"], f"  {part['correct']}"))
         cells += [[next(names, ""), *row] for row in rows(part, prefix)]
     means = [
-        f"{name}, mean over {len(found['sets'])} sets by trained retrieval: "
+        f"{name}, {means_over(name, len(found['sets']))}, by trained retrieval: "
         + ", ".join(f"{metric} {value:.3f}" for metric, value in found["scores"].items())
         for name, found in summary["domains"].items()
     ]
-    return "\n".join([aligned([headings(prefix), *cells], _LEFT), *means])
+    return "\n".join([aligned([headings(prefix), *cells], _LEFT), RECALL, *means])
+
+
+def means_over(domain: str, sets: int) -> str:
+    """What the scores of a domain are means over."""
+    reads = "reads" if domain == "in-domain" else "does not read"
+    return f"mean over the {counted(sets, 'set')} whose source training {reads}"
 
 
 def aligned(cells: Sequence[Sequence[str]], left: int) -> str:
