@@ -29,7 +29,7 @@ def encode(config: Config, workdir: str) -> None:
 
     Raises UserError without a checkpoint of this config, for bad data, or without room.
     """
-    with Workdir(workdir) as directory:
+    with Workdir(workdir, begun=True) as directory:
         directory.fetch("index")
         trained = assemble.trained(config, directory.path)
         for dataset in datasets(trained, directory.path):

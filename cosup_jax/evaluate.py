@@ -52,7 +52,7 @@ def evaluate(config: Config, workdir: str) -> None:
     if jax.process_count() > 1:
         raise UserError("--mode=evaluate runs in one process; start it on one host")
     judge = judge_named(config.eval.judge)
-    with Workdir(workdir) as directory:
+    with Workdir(workdir, begun=True) as directory:
         trained = assemble.trained(config, directory.path)
         print(f"step {trained.step}: answering held-out questions", flush=True)
         found = _Evaluation(trained, judge, directory.path).summary()

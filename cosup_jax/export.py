@@ -42,7 +42,7 @@ def export(config: Config, workdir: str) -> None:
     """
     if jax.process_count() > 1:
         raise UserError("--mode=export runs in one process; start it on one host")
-    with Workdir(workdir) as directory:
+    with Workdir(workdir, begun=True) as directory:
         target, new = directory.path / "export", directory.path / ".export.new"
         if target.exists() and not target.is_dir():
             raise UserError(f"{target} is no directory; move it away")

@@ -59,7 +59,7 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
     if arm in BY_QUESTION and not questions:
         raise UserError(f"config.generate.retrieval={arm} needs --questions=FILE, which names them")
     asked = read_questions(questions, config.generate) if questions else []
-    with Workdir(workdir) as directory:
+    with Workdir(workdir, begun=True) as directory:
         trained = assemble.trained(config, directory.path)
         library = None if arm == "none" else Library.of(trained, directory.path)
         writer = Writer(trained, library, most=0 if questions else 1)

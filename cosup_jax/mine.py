@@ -44,7 +44,7 @@ def mine(config: Config, workdir: str) -> None:
     Raises UserError without a checkpoint of this config, for bad data, or without room.
     """
     say = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
-    with Workdir(workdir) as directory:
+    with Workdir(workdir, begun=True) as directory:
         directory.fetch("index")
         trained = assemble.trained(config, directory.path)
         for line in assemble.refuse_bad_rows(trained.data, config):

@@ -175,6 +175,7 @@ def test_what_a_user_can_get_wrong(home, tmp_path, capsys, monkeypatch):
         return line
 
     assert "holds no checkpoint" in refused(workdir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     assert "made with prompt=''" in refused("--config.ctx.prompt=about:")
     assert "gen.arch.family='llama'" in refused("--config.gen.arch.family=mistral")
     assert "No such file" in refused("--questions=none.jsonl")

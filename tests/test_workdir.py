@@ -1,5 +1,6 @@
 """The run's directory: locked, and never half-written."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -9,7 +10,9 @@ import sys
 
 import pytest
 
+from cosup_jax.config import make
 from cosup_jax.errors import UserError
+from cosup_jax.freeze import freeze
 from cosup_jax.runtime.workdir import Workdir, write_atomic
 
 HOLD = """
@@ -94,6 +97,23 @@ def test_unwritable_place_is_one_clear_line(tmp_path):
         Workdir(tmp_path / "file" / "run")
     with Workdir(tmp_path) as workdir, pytest.raises(UserError, match="cannot write"):
         workdir.write_json("file/config.json", {})
+
+
+def test_a_file_is_no_workdir(tmp_path):
+    """Bug: "File exists", as if it should be deleted."""
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"/README\.md is a file; give a directory"):
+        Workdir(tmp_path / "README.md")
+
+
+@pytest.mark.parametrize("mode", ["encode", "evaluate", "export", "generate", "mine"])
+def test_a_mode_that_needs_a_checkpoint_makes_no_workdir(mode, tmp_path):
+    """Bug: a misspelt --workdir is made, and left empty."""
+    where = tmp_path / "run"
+    run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
+    with pytest.raises(UserError, match="run holds no checkpoint; train first"):
+        run(freeze(make({"num_steps": 1}, {})), str(where))
+    assert not where.exists()
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

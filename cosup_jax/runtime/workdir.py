@@ -45,8 +45,11 @@ class Workdir:
     checkpoints go there directly, tokens stay here.
     """
 
-    def __init__(self, path: str | Path):
-        """Raises UserError if the directory cannot be written or another run holds it."""
+    def __init__(self, path: str | Path, begun: bool = False):
+        """`begun`: only one that is there already, for what needs a checkpoint.
+
+        Raises UserError if the directory cannot be written or another run holds it.
+        """
         self._lock = self._bucket = self._lease = None
         if is_url(path):
             self._bucket = Bucket(str(path))
@@ -54,10 +57,16 @@ class Workdir:
         self.path = Path(path).expanduser().absolute()
         self.url = self._bucket.url if self._bucket else str(self.path)
         if jax.process_index() == 0:
-            self._take()
+            self._take(begun)
         self._share()
 
-    def _take(self) -> None:
+    def _take(self, begun: bool) -> None:
+        if self.path.is_file():
+            raise UserError(f"--workdir={self.path} is a file; give a directory")
+        if begun and not self._bucket and not self.path.is_dir():
+            raise UserError(
+                f"{self.path} holds no checkpoint; train first, or give another --workdir"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
