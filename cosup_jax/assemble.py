@@ -32,6 +32,7 @@ from cosup_jax.runtime.bucket import localise
 from cosup_jax.runtime.workdir import checkpoints
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
+from cosup_jax.wording import counted
 
 
 class Sources(NamedTuple):
@@ -157,11 +158,12 @@ def refuse_bad_rows(data: Sources, config: Config) -> list[str]:
         first = next(iter(bad.values()))
         count = sum(found.errors for found in bad.values())
         raise UserError(
-            f"{first.first_error} (first of {count} bad rows in {len(bad)} source(s)); see all by "
-            "--mode=validate, or train without them by --config.data.bad_rows=drop"
+            f"{first.first_error} (first of {counted(count, 'bad row')} in "
+            f"{counted(len(bad), 'source')}); see all by --mode=validate, or train "
+            "without them by --config.data.bad_rows=drop"
         )
     refuse_all_bad(data)
-    return [f"{name}: {found.errors} bad rows dropped" for name, found in bad.items()]
+    return [f"{name}: {counted(found.errors, 'bad row')} dropped" for name, found in bad.items()]
 
 
 def refuse_all_bad(data: Sources) -> None:
@@ -170,7 +172,8 @@ def refuse_all_bad(data: Sources) -> None:
         if found := data.problems[name].errors:
             first = data.problems[name].first_error
             raise UserError(
-                f"data source {name}: all its examples are bad, {found} bad rows; {first}"
+                f"data source {name}: all its examples are bad, "
+                f"{counted(found, 'bad row')}; {first}"
             )
 
 

@@ -26,6 +26,7 @@ from cosup_jax.data.storage import Chosen
 from cosup_jax.errors import UserError
 from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.search import index
+from cosup_jax.wording import counted
 
 SEARCHED_FOR = (1, 2, 4, 8, 32, 256)  # queries at once
 ROUNDS = 5  # of which medians are taken
@@ -121,7 +122,7 @@ def search_speed(vectors: int, width: int, k: int = 10) -> dict[int, float]:
         share[Q] = max(read_s, multiply_s) / search_s
         bound = "reading" if read_s > multiply_s else "multiplying"
         print(
-            f"  {Q} queries: {search_s * 1e3:.0f} ms, {bound} alone "
+            f"  {counted(Q, 'query', 'queries')}: {search_s * 1e3:.0f} ms, {bound} alone "
             f"{max(read_s, multiply_s) * 1e3:.0f} ms: {share[Q]:.0%} of the roofline",
             flush=True,
         )
@@ -154,9 +155,9 @@ def answer_speed(
     median_s, tokens = float(np.median(took_s[1:])), sum(answer.written for answer in found)
     retrievals = sum(len(answer.retrieved) for answer in found)
     print(
-        f"answering {len(asked)} questions, {decoder.rows} at once in {settings.context_tokens} "
-        f"tokens of context, {retrievals / len(asked):.1f} passages and {tokens / len(asked):.0f} "
-        f"tokens each, median of {ROUNDS}: {len(asked) / median_s:,.1f} questions/s, "
+        f"answering {counted(len(asked), 'question')}, {decoder.rows} at once in "
+        f"{settings.context_tokens} tokens of context, {retrievals / len(asked):.1f} passages and "
+        f"{tokens / len(asked):.0f} tokens each, median of {ROUNDS}: {len(asked) / median_s:,.1f} questions/s, "
         f"{tokens / median_s:,.0f} tokens/s; {len(decoder.compiled)} compiled shapes",
         flush=True,
     )

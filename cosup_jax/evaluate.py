@@ -39,6 +39,7 @@ from cosup_jax.held_out import HeldOut
 from cosup_jax.report import page, tables
 from cosup_jax.runtime import processes
 from cosup_jax.runtime.workdir import Workdir
+from cosup_jax.wording import counted
 
 _LABELS_READ = 10_000  # rows among which the most frequent label is sought
 _DEPENDS_ON = ("seed", "gen", "ctx", "generate")  # groups of the config that answers depend on
@@ -89,7 +90,9 @@ class _Evaluation:
             started = time.perf_counter()
             parts.append(self._set(part))
             took = f"{len(parts[-1]['arms'])} arms in {time.perf_counter() - started:.0f} s"
-            print(f"{part.name}: {len(part.examples)} questions, {took}", file=sys.stderr)
+            print(
+                f"{part.name}: {counted(len(part.examples), 'question')}, {took}", file=sys.stderr
+            )
         return {
             "step": trained.step,
             "judge": {"name": config.eval.judge, "prefix": self._prefix},

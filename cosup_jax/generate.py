@@ -33,6 +33,7 @@ from cosup_jax.data.schema import Example
 from cosup_jax.errors import UserError
 from cosup_jax.report.answers import stretches
 from cosup_jax.runtime.workdir import Workdir, writing
+from cosup_jax.wording import counted
 
 BY_QUESTION = ("candidates", "gold", "wrong")  # arms that need more of it than its words
 NO_DIFFERENCE = ("examples", "batch_size", "chunk_tokens")  # settings that change no answer
@@ -89,7 +90,7 @@ def read_questions(name: str, settings: GenerateConfig) -> list[Question]:
         except BadRow as error:
             problems.add(error.kind, row.where, row.id, error.reason)
     if problems.errors:
-        raise UserError(f"{problems.first_error} (first of {problems.errors} bad lines)")
+        raise UserError(f"{problems.first_error} (first of {counted(problems.errors, 'bad line')})")
     return list(found.values())
 
 
@@ -176,7 +177,7 @@ def _answer_file(path: Path, asked: Sequence[Question], writer: Writer) -> None:
     if todo:
         seconds = time.perf_counter() - started
         print(
-            f"{len(todo)} answers in {seconds:.1f} s, compilation included: "
+            f"{counted(len(todo), 'answer')} in {seconds:.1f} s, compilation included: "
             f"{retrievals / len(todo):.2f} retrievals and {tokens / len(todo):.1f} tokens each; "
             f"stopped by {', '.join(f'{why} {count}' for why, count in stopped.most_common())}; "
             f"{len(writer.decoder.compiled)} compiled shapes: {', '.join(writer.decoder.compiled)}"

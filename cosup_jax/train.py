@@ -33,6 +33,7 @@ from cosup_jax.runtime.notices import Notices
 from cosup_jax.runtime.telemetry import Progress, Recorder, Throughput
 from cosup_jax.runtime.workdir import Workdir, checkpoints
 from cosup_jax.step import TrainState
+from cosup_jax.wording import counted
 
 STEPS_AHEAD = 2  # queued behind the running one; more would only hold batches in memory
 
@@ -98,7 +99,7 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
         _say(f"left out: {len(plan.left_out)} that fit no row, {store.dropped} without [Ret]")
     for part in held_out:
         seen = f"training reads the passages of {part.seen.mean():.0%}" if len(part.seen) else ""
-        _say(f"{part.name}: {len(part.examples)} questions, {seen or 'no [Ret]'}")
+        _say(f"{part.name}: {counted(len(part.examples), 'question')}, {seen or 'no [Ret]'}")
     num_steps = config.num_steps or plan.total_steps(config.num_epochs)
     return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
 
@@ -131,7 +132,7 @@ def _run(job: Job, given: dict[str, Any], told: Notices) -> int:
     fresh = lambda: assemble.initial_state(config, towers, job.tokenizers, tx, abstract)
     state = restored.state if restored else fresh()
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    _say(f"{count:,} parameters on {mesh.size} device(s); step {start} of {job.num_steps}")
+    _say(f"{count:,} parameters on {counted(mesh.size, 'device')}; step {start} of {job.num_steps}")
     if abstract.bank is not None:
         _say_bank(abstract, job.plan.shape, config)
     recorder = Recorder(job.workdir.path, restored and restored.step)

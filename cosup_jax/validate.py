@@ -21,6 +21,7 @@ from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
 from cosup_jax.runtime.workdir import Workdir
+from cosup_jax.wording import counted
 
 
 class _Split(NamedTuple):
@@ -69,7 +70,7 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
                 raise
             assemble.refuse_all_bad(data)
             raise UserError(
-                f"{found.errors} bad rows, and the others do not do: {error}"
+                f"{counted(found.errors, 'bad row')}, and the others do not do: {error}"
             ) from error
         finally:  # whatever stops us, what was found is said
             print(_findings(found, limit))
@@ -80,7 +81,7 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
         print("\n".join(shown), end="")
     if found.errors and config.data.bad_rows == "refuse":
         raise UserError(
-            f"{found.errors} bad rows; mend them, or train without them by "
+            f"{counted(found.errors, 'bad row')}; mend them, or train without them by "
             "--config.data.bad_rows=drop"
         )
 

@@ -32,7 +32,7 @@ def test_the_clock_starts_after_the_first_batch(tmp_path, monkeypatch, capsys):
     benchmark.benchmark(config, str(tmp_path / "work"), steps=3, vectors=0, answers=3)
     out = capsys.readouterr().out
     reached = "machine: one toy does 2,000 GFLOP/s in bfloat16 and 1,000 in float32; reads and "
-    assert reached + "writes, in GB/s: 1 MiB 10.0 16 MiB 5.0\n" in out
+    assert reached + "writes, in GB/s: 1 MiB: 10.0, 16 MiB: 5.0\n" in out
     kept = json.loads((tmp_path / "work/benchmark.json").read_text())
     assert kept["chip"]["f32_flops"] == 1e12
     tokens, seconds = re.search(r"reading 3 batches: ([\d,]+) tokens in ([\d.]+) s", out).groups()

@@ -197,7 +197,7 @@ def _least_s(run: Callable, x: jax.Array) -> float:
 
 def ceilings(chip: Chip) -> str:
     """What `chip` reaches, in a line."""
-    points = " ".join(f"{size / 2**20:.0f} MiB {rate / 1e9:.1f}" for size, rate in chip.memory)
+    points = ", ".join(f"{size / 2**20:.0f} MiB: {rate / 1e9:.1f}" for size, rate in chip.memory)
     return (
         f"one {chip.name} does {chip.bf16_flops / 1e9:,.0f} GFLOP/s in bfloat16 and "
         f"{chip.f32_flops / 1e9:,.0f} in float32; reads and writes, in GB/s: {points}"
