@@ -9,8 +9,10 @@
 readonly AGAIN=75
 dry_run=""
 
-# Prints the header of the calling script, from line 2 to its first line that is no comment.
+# Says what is wrong, and prints the header of the calling script, from line 2 to its first line that
+# is no comment.
 usage() {
+  [[ $# == 0 ]] || printf 'error: %s\n' "$*" >&2
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0" >&2
   exit 2
 }
@@ -52,6 +54,15 @@ value_of() {
   done
   [[ $value ]] || die "the program needs $name=..."
   printf '%s' "$value"
+}
+
+# Refuses a config file that the checkout, which the machines are given, does not have.
+needs_config() {
+  local file checkout
+  file=$(value_of --config "$@") || exit
+  file=${file%%:*}
+  checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  [[ $file == /* || -f $checkout/$file ]] || die "config file '$file' does not exist (from $checkout)"
 }
 
 # The checkout this script belongs to, packed without what is not code.

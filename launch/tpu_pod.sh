@@ -33,23 +33,25 @@ while [[ ${1:-} == --* ]]; do
     --slices=*) slices=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
     --runtime=*) runtime=${1#*=} ;;
-    *) usage ;;
+    *) usage "unknown option $1" ;;
   esac
   shift
 done
-[[ $# -ge 3 && $slices =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ ]] || usage
+[[ $slices =~ ^[1-9][0-9]*$ ]] || usage "--slices=$slices is no number of slices"
+[[ $restarts =~ ^[0-9]+$ ]] || usage "--restarts=$restarts is no number"
+[[ $# -ge 3 ]] || usage "an action, NAME and ZONE are needed; there is '$*'"
 action=$1 name=$2 zone=$3
 shift 3
 type=""
 if [[ $action == train || $action == create ]]; then
-  [[ ${1:--} != -* ]] || usage
+  [[ ${1:--} != -* ]] || usage "$action needs the TYPE of the slice after ZONE"
   type=$1
   shift
 fi
 if [[ $action == train || $action == run ]]; then
-  [[ ${1:-} == -- ]] || usage
+  [[ ${1:-} == -- ]] || usage "$action needs -- and the program's arguments; there is '${1:-}'"
   shift
-  value_of --config "$@" >/dev/null
+  needs_config "$@"
   value_of --workdir "$@" >/dev/null
 fi
 needs gcloud
@@ -158,10 +160,10 @@ case $action in
       "--command=bash cosup_jax/launch/worker.sh log"
     ;;
   fetch)
-    (($# >= 2)) || usage
+    (($# >= 2)) || usage "fetch needs a FILE and LOCAL_DIRECTORY"
     files=("${@:1:$#-1}")
     queue scp --recurse "${files[@]/#/"$name:"}" "${*: -1}" --node=0 --worker=0
     ;;
   delete) delete ;;
-  *) usage ;;
+  *) usage "unknown action $action" ;;
 esac

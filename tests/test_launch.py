@@ -188,7 +188,7 @@ def only(calls, *wanted):
     return found[0]
 
 
-RUN = ("--", "--config=c's.py", "--workdir=gs://b/a run")
+RUN = ("--", "--config=/c's.py", "--workdir=gs://b/a run")
 DRY_RUNS = {
     "tpu_pod.sh": [
         ("--spot", "train", "n", "zone-a", "v5e-16", *RUN),
@@ -245,6 +245,28 @@ def test_usage(tools, script, argv):
     done, calls = tools(script, *argv)
     assert done.returncode == 2 and calls == []
     assert f"launch/{script}" in done.stderr or done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("train", "n", "z", "--", *RUN), "train needs the TYPE of the slice after ZONE"),
+        (("--slices=0", "create", "n", "z", "t"), "--slices=0 is no number of slices"),
+        (("destroy", "n", "z"), "unknown action destroy"),
+        (("run", "n", "z", "--workdir=w"), "run needs -- and the program's arguments"),
+        (
+            ("train", "n", "z", "t", "--", "--config=gone.py:v", "--workdir=w"),
+            "config file 'gone.py'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_pod_says_what_is_wrong(tools, argv, says, how):
+    """Bugs: a usage of forty lines that leaves the mistake to be guessed; a slice that is rented
+    for a config that nobody has."""
+    done, calls = tools("tpu_pod.sh", *how, *argv)
+    assert (done.returncode, calls) == (2, [])
+    assert done.stderr.startswith(f"error: {says}")
 
 
 CLOUD = """
@@ -305,7 +327,7 @@ TRAIN = ("train", "n", "z", "v5e-16", "--")
 
 def test_pod_restarts_a_stopped_run(pod, tmp_path):
     """Catches a stopped run that stays down, a finished one that repeats, lost quoting."""
-    argv = ("--workdir=gs://b/a run", "--config=c's.py")
+    argv = ("--workdir=gs://b/a run", "--config=/c's.py")
     done, calls = pod(*TRAIN, *argv, body=COUNTED + "sys.exit(0 if count == 3 else 75)")
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "home/cosup_jax/.venv/bin/log").read_text().splitlines()
@@ -322,7 +344,7 @@ def test_pod_queues_anew_after_preemption(pod, tmp_path):
         f"    pathlib.Path({str(tmp_path / 'state')!r}).write_text('SUSPENDED')\n"
         "    time.sleep(60)\n"
     )
-    done, calls = pod("--spot", *TRAIN, "--config=c", "--workdir=w", body=body)
+    done, calls = pod("--spot", *TRAIN, "--config=/c", "--workdir=w", body=body)
     assert done.returncode == 0, done.stderr
     words = [shlex.split(call) for call in calls]
     changes = [call[4] for call in words if call[4] in ("create", "delete")]
@@ -334,7 +356,7 @@ def test_pod_queues_anew_after_preemption(pod, tmp_path):
 def test_pod_returns_a_failure(pod, tmp_path, code):
     """Catches a failing run that is restarted for ever, or reported as done."""
     (tmp_path / "state").write_text("ACTIVE")
-    argv = ("--config=c", "--workdir=w")
+    argv = ("--config=/c", "--workdir=w")
     done, calls = pod(*TRAIN, *argv, body=COUNTED + f"sys.exit({code})")
     assert done.returncode == code
     assert not any("queued-resources create" in call for call in calls)
@@ -342,7 +364,7 @@ def test_pod_returns_a_failure(pod, tmp_path, code):
 
 def test_pod_gives_up_in_the_end(pod):
     """Catches a run that dies at once, and for days is started again on a rented slice."""
-    argv = ("--config=c", "--workdir=w")
+    argv = ("--config=/c", "--workdir=w")
     body = COUNTED + "os.kill(os.getpid(), signal.SIGKILL)"
     done, _ = pod("--restarts=1", *TRAIN, *argv, body=body)
     assert done.returncode == 2 and "started again 1 times" in done.stderr
