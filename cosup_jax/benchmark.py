@@ -158,7 +158,8 @@ def answer_speed(
         f"answering {counted(len(asked), 'question')}, {decoder.rows} at once in "
         f"{settings.context_tokens} tokens of context, {retrievals / len(asked):.1f} passages and "
         f"{tokens / len(asked):.0f} tokens each, median of {ROUNDS}: "
-        f"{len(asked) / median_s:,.1f} questions/s, {tokens / median_s:,.0f} tokens/s; {len(decoder.compiled)} compiled shapes",
+        f"{len(asked) / median_s:,.1f} questions/s, {tokens / median_s:,.0f} tokens/s; "
+        f"{len(decoder.compiled)} compiled shapes",
         flush=True,
     )
     return tokens / median_s
