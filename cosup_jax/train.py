@@ -168,7 +168,8 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
     """The training loop; the host waits where STEPS_AHEAD more steps are queued, and to save."""
     config, num_steps = job.config, job.num_steps
     clock = Throughput(_first_start(job.workdir), recorder.busy_s)
-    progress = Progress(num_steps, start)
+    _say("compiling the step")
+    progress, began_s = Progress(num_steps, start), time.time()
     told.enter_loop(lambda: _abandoned(job, checkpointer))
     profile = observe.Profile(config.log, job.workdir.path)
     hang = observe.HangWatch(config.log.hang_seconds, job.workdir.path)
@@ -190,7 +191,8 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
         hang.step()
         if step == start + 1:
             jax.block_until_ready(metrics)
-            clock.restart()  # it has compiled
+            progress.show(step, f"after {time.time() - began_s:.0f} s, compilation included")
+            clock.restart()
         last, stop = step == num_steps, told.to_stop(step)
         measures = _evaluates(job, step) or _answers(job, step) or _probes(job, step)
         scheduled = measures or step % config.checkpoint.every_steps == 0

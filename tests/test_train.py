@@ -120,7 +120,8 @@ def test_a_finished_run_left_everything(tiny, unbroken, capsys):
 def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     """Bugs: data replayed or skipped after a resume; a metric line lost or doubled; bank, optimizer
     or random key not restored; a preempted run that loses the steps since its last checkpoint, or
-    reports a failure, or dies of a second notice while it saves."""
+    reports a failure, or dies of a second notice while it saves; minutes of compiling
+    in silence."""
     rng, workdir = random.Random(os.getpid()), tmp_path / "run"
     metrics = workdir / "metrics.jsonl"
     count = lambda: metrics.read_text().count("\n") if metrics.exists() else 0
@@ -143,6 +144,7 @@ def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     code, said = interrupted(signal.SIGTERM)
     assert code == 0, said
     status = json.loads((workdir / "status.json").read_text())
+    assert "compiling the step" in said and " s, compilation included" in said
     assert status["state"] == "stopped" and f"stopped at step {status['step']}" in said
     assert (workdir / "checkpoints" / str(status["step"])).is_dir()
     assert interrupted(signal.SIGKILL)[0] == -signal.SIGKILL
