@@ -12,7 +12,7 @@ dry_run=""
 # Says what is wrong, and prints the header of the calling script, from line 2 to its first line that
 # is no comment.
 usage() {
-  [[ $# == 0 ]] || printf 'error: %s\n' "$*" >&2
+  printf 'error: %s\n' "$*" >&2
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0" >&2
   exit 2
 }

@@ -25,18 +25,20 @@ while [[ ${1:-} == --* ]]; do
     --slices=*) slices=${1#*=} ;;
     --image=*) image=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
-    *) usage ;;
+    *) usage "unknown option $1" ;;
   esac
   shift
 done
-[[ $# -ge 3 && $slices =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ ]] || usage
+[[ $slices =~ ^[1-9][0-9]*$ ]] || usage "--slices=$slices is no number of slices"
+[[ $restarts =~ ^[0-9]+$ ]] || usage "--restarts=$restarts is no number"
+[[ $# -ge 3 ]] || usage "an action, NAME and CLUSTER are needed; there is '$*'"
 action=$1 name=$2 cluster=$3
 shift 3
 read -ra more <<<"${XPK:-}"
 workload() { run xpk workload "$@" "--cluster=$cluster" "${more[@]}"; }
 
 create() {
-  [[ ${1:--} != -* && ${2:-} == -- ]] || usage
+  [[ ${1:--} != -* && ${2:-} == -- ]] || usage "run needs TYPE -- and the program's arguments; there is '$*'"
   local type=$1 workdir
   shift 2
   value_of --config "$@" >/dev/null
@@ -66,5 +68,5 @@ case $action in
     needs xpk
     workload delete "--workload=$name" --force
     ;;
-  *) usage ;;
+  *) usage "unknown action $action" ;;
 esac

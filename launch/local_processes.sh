@@ -14,14 +14,14 @@ if [[ ${1:-} == --dry-run ]]; then
   dry_run=yes
   shift
 fi
-[[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || usage
+[[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || usage "a number of processes is needed first; there is '$*'"
 processes=$1 devices=1
 shift
 if [[ $1 =~ ^[1-9][0-9]*$ ]]; then
   devices=$1
   shift
 fi
-[[ ${1:-} == -- ]] || usage
+[[ ${1:-} == -- ]] || usage "-- and the program's arguments are needed; there is '${1:-}'"
 shift
 
 python=${PYTHON:-python3}

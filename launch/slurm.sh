@@ -26,17 +26,20 @@ while [[ ${1:-} == --* ]]; do
     --gpus=*) gpus=${1#*=} ;;
     --time=*) limit=${1#*=} ;;
     --restarts=*) restarts=${1#*=} ;;
-    *) usage ;;
+    *) usage "unknown option $1" ;;
   esac
   shift
 done
-[[ $# -ge 2 && $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ ]] || usage
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || usage "--nodes=$nodes is no number of nodes"
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || usage "--gpus=$gpus is no number of GPUs"
+[[ $restarts =~ ^[0-9]+$ ]] || usage "--restarts=$restarts is no number"
+[[ $# -ge 2 ]] || usage "an action and NAME are needed; there is '$*'"
 action=$1 name=$2
 shift 2
 log=slurm-$name.log
 
 submit() {
-  [[ ${1:-} == -- ]] || usage
+  [[ ${1:-} == -- ]] || usage "run needs -- and the program's arguments; there is '${1:-}'"
   shift
   value_of --config "$@" >/dev/null
   value_of --workdir "$@" >/dev/null
@@ -58,5 +61,5 @@ case $action in
     [[ $dry_run ]] || sleep "${PAUSE:-180}"
     run scancel "--name=$name" # ... and are not queued again
     ;;
-  *) usage ;;
+  *) usage "unknown action $action" ;;
 esac

@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 here=${RUN:-$HOME/cosup_run}
 action=${1:-}
-[[ $action ]] || usage
+[[ $action ]] || usage "an action is needed"
 shift
 
 # Whether the process whose number is in this file lives and is still ours: numbers are used again.
@@ -58,5 +58,5 @@ case $action in
   state) state ;;
   stop) ! lives program cosup_jax.main || kill -TERM "$(<"$here/program")" ;;
   log) exec tail -n 100 -F "$here/log" ;;
-  *) usage ;;
+  *) usage "unknown action $action" ;;
 esac

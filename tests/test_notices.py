@@ -12,8 +12,9 @@ from cosup_jax.runtime.notices import Notices
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A call into C that no handler of Python's interrupts, as a step is one.
 BUSY = """
-import hashlib
+import hashlib, signal
 from cosup_jax.runtime.notices import Notices
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with Notices() as told:
     told.enter_loop(lambda: "nothing is kept")
     print("in the loop", flush=True)
@@ -24,6 +25,7 @@ with Notices() as told:
 @pytest.fixture(autouse=True)
 def own_signals():
     before = [signal.getsignal(number) for number in NUMBERS]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else ignored where the tests run under nohup
     yield
     for number, handler in zip(NUMBERS, before, strict=True):
         signal.signal(number, handler)

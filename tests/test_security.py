@@ -19,7 +19,7 @@ PROGRAMS = sorted(
 )
 MAY = {  # file: what it alone may call, and why that is safe
     "cosup_jax/data/formats/plain_pickle.py": {"pickle._Unpickler"},  # nothing but plain values
-    "cosup_jax/main.py": {"runpy.run_path"},  # config files are programs of the user's own
+    "cosup_jax/config_files.py": {"runpy.run_path"},  # config files are programs of the user's own
 }
 RUNS_CODE = {
     *("eval", "exec", "compile", "__import__", "runpy.run_path", "runpy.run_module"),
