@@ -71,11 +71,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         state = _run(parse_flags(argv))
     except (UserError, LostProcess, ModuleNotFoundError) as error:
-        mistake = error
-        if isinstance(error, ModuleNotFoundError):
-            mistake = dependencies.missing(error)
-            if mistake is None:
-                raise
+        absent = isinstance(error, ModuleNotFoundError)
+        mistake = dependencies.missing(error) if absent else error
+        if mistake is None:
+            raise
         _tell_the_others(mistake, mistake.code, functools.partial(_print_error, mistake))
         return mistake.code
     except KeyboardInterrupt as error:
@@ -120,24 +119,18 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
 
     Raises UserError for anything else, and for a name that is no flag.
     """
-    flags = {}
-    arguments = iter(argv)
+    flags, arguments = {}, iter(argv)
+    own = (name for options in OPTIONS.values() for name in options)
+    plain = ["--config", "--workdir", "--mode", *JOINING, *dict.fromkeys(own)]
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name in ("-h", "--help"):
             flags["--help"] = ""
             continue
-        plain = [
-            "--config",
-            "--workdir",
-            "--mode",
-            *JOINING,
-            *(o for mode in OPTIONS.values() for o in mode),
-        ]
         if name not in plain and not name.startswith(_CONFIG_KEY):
             start, dot, key = name.partition(".")
             near = difflib.get_close_matches(start, plain, n=1, cutoff=0.75)
-            known = ", ".join(dict.fromkeys([*plain, "--config.KEY", "--help"]))
+            known = ", ".join([*plain, "--config.KEY", "--help"])
             hint = f"did you mean {near[0]}{dot}{key}?" if near else f"flags: {known}"
             raise UserError(f"unknown argument {argument!r}; {hint}")
         if not equals:

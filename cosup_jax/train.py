@@ -361,7 +361,8 @@ def _show(progress: Progress, line: dict | None) -> None:
     progress.show(line["step"], "  ".join(shown))
 
 
-def _read_configs(workdir: Workdir) -> list[Any]:  # as asked for, and with shapes filled in
+def _read_configs(workdir: Workdir) -> list[Any]:
+    """The run's config as it was asked for, and with shapes filled in."""
     paths = (workdir.path / name for name in (".given.json", "config.json"))
     return [json.loads(path.read_text()) for path in paths if path.is_file()]
 

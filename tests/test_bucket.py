@@ -111,7 +111,9 @@ def test_a_lease_that_is_given_back_meanwhile_is_taken(url):
     ending._over.set()
     ending._thread.join()
     threading.Timer(LEASE_S / 3, ending.close).start()
-    Lease(bucket, print, LEASE_S).close()
+    taken = Lease(bucket, print, LEASE_S)
+    assert bucket.read(Lease.NAME) and not taken.lost
+    taken.close()
 
 
 def test_a_moment_without_network_loses_no_lease(url, monkeypatch):

@@ -1,6 +1,7 @@
 """Weights of 1.1 B and 7 B parameters reach their devices without a second copy on the host."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,9 @@ seconds = time.perf_counter() - start
 done.set()
 watcher.join()
 leaves = jax.tree.leaves(params)
-last = np.asarray(params["blocks"]["mlp"]["down"][-1, :64, :64].T, np.float32)
+down = params["blocks"]["mlp"]["down"].addressable_shards  # to index the whole would gather it
+first = next(shard.data for shard in down if not any(part.start for part in shard.index))
+last = np.asarray(first[-1, :64, :64].T, np.float32)
 print(json.dumps({
     "loaded": sum(leaf.nbytes for leaf in leaves),
     "peak": peak - before,
@@ -143,12 +146,12 @@ def test_loading_costs_one_shard_beside_the_arrays(tinyllama, devices):
 
 
 @pytest.mark.slow
-def test_seven_billion_on_an_accelerator(tmp_path):
+def test_seven_billion(tmp_path):
     """Bug: the host holds more than the shard on its way to the accelerator."""
     query = "import jax; print(jax.devices()[0].platform)"
     platform = subprocess.run([sys.executable, "-c", query], capture_output=True, text=True)
-    if platform.stdout.strip() in ("", "cpu"):
-        pytest.skip("no accelerator")
+    if platform.stdout.strip() in ("", "cpu") and not os.environ.get("COSUP_7B"):
+        pytest.skip("no accelerator; COSUP_7B=1 does it on a CPU with 24 GiB")
     corner = _write(tmp_path, LLAMA2_7B)
     found = _load(tmp_path, 1, "bfloat16")
     assert found["loaded"] > 12 * GiB and abs(found["corner"] - corner) < 1e-3

@@ -23,7 +23,12 @@ from cosup_jax.towers import Towers
 RANKED = 10  # passages of each search that are kept for scores; what is shown may be fewer
 Record = dict[str, Any]
 RECORD = {  # how a record is built, as far as it is scored
-    **{"id": "", "output": "", "text": "", "raw": "", "answer": "", "ranking": [""]},
+    "id": "",
+    "output": "",
+    "text": "",
+    "raw": "",
+    "answer": "",
+    "ranking": [""],
     "spans": [{"text": "", "number": 0, "passage": ""}],
     "sources": [{"number": 0, "id": "", "title": "", "text": ""}],
     "retrieved": [{"number": 0, "id": ""}],

@@ -1,6 +1,5 @@
 """All passages that a trained run can retrieve: those of its data sets, set behind set."""
 
-import bisect
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from cosup_jax import encode
 from cosup_jax.assemble import Trained
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.schema import Dataset, Example, Passage
+from cosup_jax.data.storage import locate
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.search.corpus import Corpus
@@ -69,9 +69,9 @@ def _whole(vectors: "_ChainedVectors") -> np.ndarray:
     """[N, D] float32."""
     found = np.zeros((len(vectors), vectors.width), np.float32)
     first = 0
-    for stored, scales in vectors.chunks(2**16):
-        part = stored.astype(np.float32)
-        found[first : first + len(part)] = part if scales is None else part * scales[:, None]
+    for stored in vectors.chunks(2**16):
+        part = stored.floats()
+        found[first : first + len(part)] = part
         first += len(part)
     return found
 
@@ -85,7 +85,7 @@ class _Chained(Sequence[Passage]):
         return self._starts[-1]
 
     def __getitem__(self, row: int) -> Passage:
-        part, inside = _locate(self._starts, row)
+        part, inside = locate(self._starts, row)
         return self._parts[part][inside]
 
 
@@ -106,13 +106,5 @@ class _ChainedVectors:
 
     def take(self, rows: Sequence[int]) -> np.ndarray:
         """[n, D] float32 vectors of some rows."""
-        places = [_locate(self._starts, int(row)) for row in rows]
+        places = [locate(self._starts, int(row)) for row in rows]
         return np.concatenate([self._parts[part].take([inside]) for part, inside in places])
-
-
-def _locate(starts: Sequence[int], row: int) -> tuple[int, int]:
-    """Which part a row lies in, and its row there."""
-    if not 0 <= row < starts[-1]:
-        raise IndexError(row)
-    part = bisect.bisect_right(starts, row) - 1
-    return part, row - starts[part]

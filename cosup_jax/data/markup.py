@@ -81,15 +81,15 @@ def insertion(
     passages: Sequence[Passage], tokenizer: Tokenizer, max_passage_tokens: int
 ) -> list[int]:
     """Ids that follow a generated [Ret]: the passages, each cut, a line break between, and [Cs]."""
-    joined = list(_text_ids(passages[0], tokenizer, max_passage_tokens))
+    joined = [*_text_ids(passages[0], tokenizer, max_passage_tokens)]
     for passage in passages[1:]:
         joined += [*tokenizer.encode("\n"), *_text_ids(passage, tokenizer, max_passage_tokens)]
     return [*joined, tokenizer.cs]
 
 
 @functools.lru_cache(maxsize=1024)  # a passage is read for many questions, and shown with each
-def _text_ids(passage: Passage, tokenizer: Tokenizer, most: int) -> list[int]:
-    return tokenizer.encode(passage_text(passage))[:most]
+def _text_ids(passage: Passage, tokenizer: Tokenizer, most: int) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(passage_text(passage))[:most])
 
 
 def ctx_tokens(

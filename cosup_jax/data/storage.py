@@ -1,5 +1,6 @@
 """Files that are whole or absent: directories built once, memory-mapped arrays, ragged arrays."""
 
+import bisect
 import contextlib
 import errno
 import fcntl
@@ -190,6 +191,17 @@ class Ragged(Sequence):
 
     def __getitem__(self, item: int) -> np.ndarray:
         return self._flat[span(self._offsets, item)]
+
+
+def locate(starts: Sequence[int], row: int) -> tuple[int, int]:
+    """Which of several parts a row lies in, and its row there.
+
+    `starts` are the parts' first rows and the end. Raises IndexError for a row of none.
+    """
+    if not 0 <= row < starts[-1]:
+        raise IndexError(row)
+    part = bisect.bisect_right(starts, row) - 1
+    return part, row - starts[part]
 
 
 class Chosen(Sequence):

@@ -32,6 +32,11 @@ class Stored(NamedTuple):
     vectors: np.ndarray | jax.Array  # [N, D] float32, bfloat16 or int8
     scales: np.ndarray | jax.Array | None = None  # [N] float32; None: all 1
 
+    def floats(self) -> np.ndarray:
+        """[N, D] float32."""
+        vector_NxD = self.vectors.astype(np.float32)
+        return vector_NxD if self.scales is None else vector_NxD * self.scales[:, None]
+
 
 class Corpus(Protocol):
     """What `search` reads besides arrays: `vectors.Vectors`."""

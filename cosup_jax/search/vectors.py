@@ -9,7 +9,6 @@ Rows are in the order of passage ids. KEY is of the embedding contract, the pass
 the shards' size, so that shards of another model, corpus or dtype are never taken for these.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
@@ -24,7 +23,15 @@ import numpy as np
 
 from cosup_jax.contract import EmbeddingContract, check_match
 from cosup_jax.data.digests import file_digest
-from cosup_jax.data.storage import ArrayWriter, build_once, map_array, replacing, span, write_array
+from cosup_jax.data.storage import (
+    ArrayWriter,
+    build_once,
+    locate,
+    map_array,
+    replacing,
+    span,
+    write_array,
+)
 from cosup_jax.errors import UserError
 from cosup_jax.runtime.workdir import write_atomic, writing
 from cosup_jax.search.index import Stored
@@ -179,8 +186,7 @@ class Vectors:
         found = np.zeros((len(rows), self.width), np.float32)
         for i, row in enumerate(rows):
             shard, inside = self._locate(int(row))
-            vectors, scales = shard.cut(slice(inside, inside + 1))
-            found[i] = vectors[0].astype(np.float32) * (1 if scales is None else scales[0])
+            found[i] = shard.cut(slice(inside, inside + 1)).floats()[0]
         return found
 
     def write_faiss(self, path: Path) -> None:
@@ -195,15 +201,12 @@ class Vectors:
         header += np.array([len(self) * self.width], "<u8").tobytes()
         with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(header)
-            for vectors, scales in self.chunks(4096):
-                floats = vectors.astype("<f4")
-                file.write(floats if scales is None else floats * scales[:, None])
+            for stored in self.chunks(4096):
+                file.write(stored.floats().astype("<f4"))
 
     def _locate(self, row: int) -> tuple["_Shard", int]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        number = bisect.bisect_right(self._starts, row) - 1
-        return self._shards[number], row - self._starts[number]
+        number, inside = locate(self._starts, row)
+        return self._shards[number], inside
 
     def _id(self, row: int) -> str:
         shard, inside = self._locate(row)
