@@ -76,6 +76,25 @@ def test_who_is_silent_and_has_not_left(monkeypatch):
     assert watch._silent(seen) == [2]
 
 
+def test_the_last_beat_of_a_lost_process_is_no_sign_of_life(monkeypatch):
+    """Bug: a process that died just after it had beaten counts as living, and its peer ends in a
+    collective's traceback."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    watch = object.__new__(liveness._Watch)
+
+    def waited(last_beat_s):
+        now[0], watch._awaited, watch.lost_s, watch.beat_s = 0.0, False, 2, 0.5
+        beats = lambda until_s: str(int(min(now[0], until_s) / watch.beat_s))
+        watch._counts = lambda: {0: beats(99), 1: beats(last_beat_s)}
+        watch.await_news()
+        return now[0]
+
+    assert waited(99) < 3  # all live: no reason to wait
+    assert waited(0.5) >= 16 and waited(0) >= 16
+
+
 def test_many_processes_are_named_in_a_line():
     """Bug: a message of four thousand numbers."""
     found = [liveness.names(range(count)) for count in (1, 2, 8, 10)]
@@ -230,6 +249,7 @@ processes.barrier("all here", 30)
 if me == 1 and {lost}:
     os.kill(os.getpid(), signal.SIGKILL)
 if me == 0:
+    time.sleep({lost:d})  # as the peer's death comes first
     raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
 time.sleep(40)
 """,

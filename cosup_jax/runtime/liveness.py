@@ -101,8 +101,10 @@ class _Watch:
     def await_news(self) -> None:
         if self._awaited:
             return  # a caller above asks again
-        self._awaited, before = True, self._counts()
+        self._awaited = True
         end = time.monotonic() + 3 * self.lost_s + 10  # the silence, and slow machines
+        time.sleep(2 * self.beat_s)  # what the lost one sent last has arrived by then
+        before = self._counts()
         while time.monotonic() < end:
             time.sleep(2 * self.beat_s)
             now = self._counts()
