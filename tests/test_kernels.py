@@ -270,6 +270,63 @@ ENTRY %main (a: bf16[2,64,32], b: bf16[2,32,16]) -> bf16[2,64,16] {
     assert kernel.products == (kernels.Product(2, 64, 16, 32, "bf16"),)
 
 
+CUDNN = """\
+HloModule toy
+
+ENTRY %main (q: bf16[2,64,8,16], k: bf16[2,64,4,16], bias: bf16[2,1,64,64]) -> bf16[2,8,64,16] {{
+  %q = bf16[2,64,8,16]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,64,4,16]{{3,2,1,0}} parameter(1)
+  %bias = bf16[2,1,64,64]{{3,2,1,0}} parameter(2)
+  ROOT %c = (bf16[2,8,64,16]{{3,1,2,0}}, u8[256]{{0}}) custom-call(%q, %k, %k, %bias), custom_call_target="__cudnn$fmhaScaleBiasSoftmax{suffix}", backend_config={{"cudnn_fmha_backend_config":{{"bmm1_dot_dimension_numbers":{{"lhs_batch_dimensions":["0","2"]}},"intermediate_tensor_shape":{{"dimensions":["2","8","64","64"],"element_type":"BF16"}},"mask_type":"{mask}"}}}}
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mask", "products", "seen"),
+    [("", "NO_MASK", 2, 64), ("", "CAUSAL", 2, 32), ("Backward", "NO_MASK", 5, 64)],
+)
+def test_attention_that_a_gpu_leaves_to_cudnn(suffix, mask, products, seen):
+    """Bug: attention for nothing; or as if no gradient took more, or nothing were left out."""
+    (kernel,) = kernels.read(CUDNN.format(suffix=suffix, mask=mask)).kernels
+    assert kernel.products == (kernels.Product(2 * 8, 64, seen, 16, "bf16"),) * products
+
+
+def test_what_a_gpu_copies_beside_moves_a_layer_and_not_the_stack():
+    """Bug: a layer taken out of a stack, or put into it, counted as all of the stack, and once
+    more where it is collected: a predicted step of five times what it takes."""
+    text = """\
+HloModule toy
+
+%out (p: f32[12,8,4], i: s32[]) -> f32[1,8,4] {
+  %p = f32[12,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = f32[1,8,4]{2,1,0} dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,8,4}
+}
+
+%into (p.1: f32[12,8,4], i.1: s32[], x: f32[1,8,4]) -> f32[12,8,4] {
+  %p.1 = f32[12,8,4]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %x = f32[1,8,4]{2,1,0} parameter(2)
+  %z.1 = s32[] constant(0)
+  ROOT %u = f32[12,8,4]{2,1,0} dynamic-update-slice(%p.1, %x, %i.1, %z.1, %z.1)
+}
+
+ENTRY %main (a: f32[12,8,4], n: s32[]) -> f32[12,8,4] {
+  %a = f32[12,8,4]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %s = ((f32[12,8,4]{2,1,0}, s32[]), f32[1,8,4]{2,1,0}, u32[]) fusion-start(%a, %n), kind=kLoop, calls=%out
+  %e = f32[1,8,4]{2,1,0} fusion-done(%s)
+  %t = ((f32[12,8,4]{2,1,0}, s32[], f32[1,8,4]{2,1,0}), f32[12,8,4]{2,1,0}, u32[]) fusion-start(%a, %n, %e), kind=kLoop, calls=%into
+  ROOT %f = f32[12,8,4]{2,1,0} fusion-done(%t)
+}
+"""  # noqa: E501
+    taken, put = kernels.read(text).kernels
+    layer, number = 8 * 4 * 4, 4
+    assert taken.bytes == put.bytes == 2 * layer + number
+
+
 def test_a_collective_that_a_gpu_starts_and_collects_later():
     """Bug: the operand's bytes for the result's, or one that runs beside others counted as
     waited for."""

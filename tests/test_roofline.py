@@ -97,6 +97,16 @@ def test_what_comes_once_is_not_in_the_seconds_of_a_function(monkeypatch):
     assert roofline.seconds(lambda x: x, None, repeats=4) == 2.0
 
 
+def test_kernels_of_one_turn_share_its_seconds(monkeypatch):
+    """Bug: the 12 us that a GPU takes from turn to turn counted for every kernel of 2 us; or one
+    array worked on where several are counted."""
+    took = []
+    monkeypatch.setattr(roofline, "_least_s", lambda run, x: took.append(run()) or len(took) * 24)
+    count = roofline.seconds(lambda x: x + 1, jnp.zeros(2), repeats=4, copies=3)
+    assert count == 24 / (4 * 3)
+    assert [x.tolist() for x in took[1]] == [[5, 5], [6, 6], [7, 7]]
+
+
 def test_a_cpu_is_timed_by_what_its_cores_worked(monkeypatch):
     """Bug: seconds of one core for those of all; or time in which others ran."""
     worked = iter([(1.0, 2.0), (5.0, 6.0)])
@@ -110,7 +120,7 @@ def test_a_cpu_is_timed_by_what_its_cores_worked(monkeypatch):
 
 def test_devices_of_one_cpu_share_what_it_reaches(monkeypatch):
     """Bug: eight devices of two cores, each predicted as fast as both cores."""
-    monkeypatch.setattr(roofline, "seconds", lambda function, x, repeats=4: 1.0)
+    monkeypatch.setattr(roofline, "seconds", lambda function, x, *counts: 1.0)
     monkeypatch.setattr(roofline, "_once_s", lambda function, x: 3.0)
     monkeypatch.setattr(roofline.jax.random, "normal", lambda key, shape, dtype: jnp.zeros(shape))
     found = []

@@ -13,11 +13,9 @@ from typing import NamedTuple
 from cosup_jax.costs.hlo import Array, Instruction, Module
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_FREE = {  # touches no data
+_FREE = {  # touches no data; no more than what ends in -done does
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
-    *("partition-id", "replica-id", "opt-barrier", "add-dependency", "async-update", "async-done"),
-    *("all-gather-done", "all-reduce-done", "collective-permute-done", "send-done", "recv-done"),
-    *("copy-done", "slice-done"),
+    *("partition-id", "replica-id", "opt-barrier", "add-dependency", "async-update"),
 }
 _GROUPS_BY_MESH = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}"
 _MOVES = ("transpose", "copy", "broadcast")  # elements change their places
@@ -110,7 +108,7 @@ def _run(module: Module, computation: str, times: int, bounded: list[str]) -> It
         elif one.opcode == "conditional":
             branches = [list(_run(module, branch, times, bounded)) for branch in one.called]
             yield from max(branches, key=lambda branch: sum(k.flops + k.bytes for k in branch))
-        elif one.opcode not in _FREE:
+        elif one.opcode not in _FREE and not one.opcode.endswith("-done"):
             yield _kernel(module, one, times, channels)
 
 
@@ -120,32 +118,48 @@ def _kernel(module: Module, instruction: Instruction, times: int, channels: set[
     for called in instruction.called:
         inside += module.inside(called)
     scope = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    products = tuple(product for one in inside for product in _products(module, one))
     return Kernel(
         name=instruction.name,
         opcode=instruction.opcode,
         scope=scope[1] if scope else "",
         times=times,
-        products=tuple(filter(None, (_product(module, one) for one in inside))),
+        products=products,
         bytes=_traffic(module, instruction),
         result_bytes=instruction.bytes,
-        transposes=_transposes(module, instruction),
+        # A GPU's product parts neighbours within its tiles, which lie on the core.
+        transposes=not products and _transposes(module, instruction),
         collectives=tuple(_collectives(module, instruction, inside, channels)),
     )
 
 
-def _product(module: Module, one: Instruction) -> Product | None:
-    """Its matrix product: a dot, a TPU's convolution, or a call of a GPU's library."""
+def _products(module: Module, one: Instruction) -> list[Product]:
+    """Its matrix products: a dot, a TPU's convolution, or what a GPU's library is called for."""
+    if one.opcode == "convolution":
+        return [_convolution(module, one)]
     if one.opcode == "dot":
         dims = lambda side: one.numbers(rf"lhs_{side}_dims={{([\d,]*)}}")
+    elif one.opcode == "custom-call" and "__cudnn$fmha" in one.attributes:
+        return _attention(module, one)
     elif one.opcode == "custom-call" and re.search(r"gemm|matmul", one.attributes):
         dims = lambda side: one.numbers(rf'"lhs_{side}_dimensions":\[([\d,"]*)\]')
     else:
-        return _convolution(module, one) if one.opcode == "convolution" else None
+        return []
     lhs, rhs = (operand.arrays[0] for operand in module.operands(one)[:2])
     size = lambda numbers: math.prod(lhs.sizes[d] for d in numbers)
     batch, contracted = size(dims("batch")), size(dims("contracting"))
     shared = batch * contracted
-    return Product(batch, lhs.count // shared, rhs.count // shared, contracted, lhs.dtype)
+    return [Product(batch, lhs.count // shared, rhs.count // shared, contracted, lhs.dtype)]
+
+
+def _attention(module: Module, one: Instruction) -> list[Product]:
+    """cuDNN's: scores and values; backwards the scores again and four gradients."""
+    shape = one.numbers(r'"intermediate_tensor_shape":\{"dimensions":\[([\d,"]*)\]')
+    B, H, T, S = shape
+    q = module.operands(one)[0].arrays[0]
+    seen = S // 2 if "CAUSAL" in one.attributes else S  # it leaves the later half out
+    product = Product(B * H, T, seen, q.count // (B * H * T), q.dtype)
+    return [product] * (5 if "Backward" in one.attributes else 2)
 
 
 def _convolution(module: Module, one: Instruction) -> Product:
@@ -235,7 +249,7 @@ def _traffic(module: Module, one: Instruction) -> float:
         return 2 * one.bytes
     if one.opcode == "dynamic-update-slice":
         return 2 * operands[1].bytes
-    if one.opcode != "fusion":
+    if one.opcode not in ("fusion", "fusion-start"):
         return one.bytes + sum(operand.bytes for operand in operands)
     called = one.called[0]
     read = sum(
@@ -269,8 +283,10 @@ def _written(module: Module, fusion: Instruction) -> float:
     """Bytes that a fusion writes: of an array updated in place, those of the update."""
     root = module.root(fusion.called[0])
     results = module.operands(root) if root.opcode == "tuple" else [root]
-    total = 0.0
-    for array, one in zip(fusion.arrays, results, strict=False):
+    arrays, total = fusion.arrays, 0.0
+    if fusion.opcode == "fusion-start":  # (operands, results, ...)
+        arrays = arrays[sum(len(operand.arrays) for operand in module.operands(fusion)) :]
+    for array, one in zip(arrays, results, strict=False):
         while one.opcode in ("bitcast", "copy", "convert"):
             (one,) = module.operands(one)
         if one.opcode == "dynamic-update-slice":

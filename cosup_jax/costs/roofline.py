@@ -135,6 +135,8 @@ def measured(device: jax.Device) -> Chip:
     # What is moved: 2, 16, 128 MiB; 16, 128, 1024.
     rows = (2**10, 2**13, 2**16) if on_cpu else (2**13, 2**16, 2**19)
     random = lambda *shape, dtype="float32": jax.random.normal(jax.random.key(0), shape, dtype)
+    # So many kernels in each turn of a loop, which takes an accelerator longer than a small one.
+    copies = lambda n: 1 if on_cpu else min(2 * rows[-1] // n, 32)
     flops, memory, transposed, fresh = {}, [], [], []
     with jax.default_device(device):
         for dtype in ("bfloat16", "float32"):
@@ -146,13 +148,17 @@ def measured(device: jax.Device) -> Chip:
             x, repeats = random(n, 256), 4 * rows[-1] // n
             turn = lambda x: (x.T + 1).reshape(x.shape)  # and back, in a stream ten times as fast
             for points, function in ((memory, jax.nn.silu), (transposed, turn)):
-                taken = seconds(function, x, repeats)
+                taken = seconds(function, x, repeats, copies(n))
                 points.append((2 * x.nbytes, share * 2 * x.nbytes / taken))
             if on_cpu:
                 double = lambda x: 2 * x
                 extra = max(_once_s(double, x) - seconds(double, x, repeats), 1e-9)
                 fresh.append((x.nbytes, share * x.nbytes / extra))
-        launch = seconds(lambda x: jnp.sort(x) + 1, random(16, 16), repeats=1000) / 2
+        small = random(16, 16)
+        if on_cpu:
+            launch = seconds(lambda x: jnp.sort(x) + 1, small, 1000) / 2
+        else:
+            launch = seconds(jnp.sort, small, 1000, copies(len(small)))
     known = published(device.device_kind)
     return Chip(
         name=device.device_kind,
@@ -168,14 +174,16 @@ def measured(device: jax.Device) -> Chip:
     )
 
 
-def seconds(function: Callable, x: jax.Array, repeats: int = 4) -> float:
+def seconds(function: Callable, x: jax.Array, repeats: int = 4, copies: int = 1) -> float:
     """Seconds of `x = function(x)` on the device, as the last `repeats` of `repeats` + 1 in a row.
 
     What comes once, the call and its memory, is not in it. The least of three.
+    `copies`: so many of `x` are worked on in turn, each for itself.
     """
-    run = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: function(x), x))
+    every = lambda i, xs: [function(x) for x in xs]
+    run = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, every, [x + i for i in range(copies)]))
     once, all_ = (_least_s(lambda n=n: run(x, n), x) for n in (1, 1 + repeats))
-    return (all_ - once) / repeats
+    return (all_ - once) / (repeats * copies)
 
 
 def _once_s(function: Callable, x: jax.Array) -> float:

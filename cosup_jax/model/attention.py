@@ -6,6 +6,8 @@ B rows, T tokens, S slots, H query heads, G kv heads, E features of a head, N la
 import jax
 import jax.numpy as jnp
 
+from cosup_jax.errors import UserError
+
 _NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row without anything to see stays so
 
 
@@ -20,14 +22,35 @@ def mask(segments_BxT: jax.Array, causal: bool = True, window: int = 0) -> jax.A
     return (same & (key_BxT > 0) & near[None])[:, None]
 
 
-def attend(q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT, kind: str) -> jax.Array:
-    """[B, T, H, E]; `kind` as config.gen.arch.attention names it."""
-    # cuDNN's fused kernel takes no segments: fed a mask it would build the whole [B, H, T, T] bias,
-    # so packed rows take XLA's path on every platform.
-    implementation = "cudnn" if kind == "cudnn" else "xla"
+def attend(q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT, causal: bool, kind: str) -> jax.Array:
+    """[B, T, H, E]; `kind` as config.gen.arch.attention names it.
+
+    `causal`: the mask lets nobody see a later token. Raises UserError where cuDNN is asked for and
+    has no kernel.
+    """
+    fuses = causal and _fuses(q_BxTxHxE, jax.devices()[0])
+    if kind == "cudnn" and not fuses:
+        raise UserError(
+            "arch.attention=cudnn needs a GPU of compute capability 8 or more, arch.dtype=bfloat16,"
+            " a causal family, rows of an even number of tokens and a head_dim that is a multiple "
+            "of 8 up to 128; set it to auto"
+        )
+    parts = q_BxTxHxE, k_BxTxGxE, v_BxTxGxE
+    if not fuses or kind == "xla":
+        return jax.nn.dot_product_attention(*parts, mask=mask_Bx1xTxT, implementation="xla")
+    # cuDNN takes the mask as a bias that all heads share, and may give NaN where nothing is seen.
+    mask_Bx1xTxT |= ~jnp.any(mask_Bx1xTxT, axis=-1, keepdims=True)
     return jax.nn.dot_product_attention(
-        q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask=mask_Bx1xTxT, implementation=implementation
+        *parts, mask=mask_Bx1xTxT, is_causal=True, implementation="cudnn"
     )
+
+
+def _fuses(q_BxTxHxE: jax.Array, device: jax.Device) -> bool:
+    """Whether cuDNN has a kernel that keeps no [T, T] of scores, by its own rules."""
+    _, T, _, E = q_BxTxHxE.shape
+    if device.platform != "gpu" or q_BxTxHxE.dtype != jnp.bfloat16 or T % 2:
+        return False
+    return float(getattr(device, "compute_capability", 0)) >= 8 and E % 8 == 0 and E <= 128
 
 
 def cache_mask(positions_BxT: jax.Array, slots: int, window: int = 0) -> jax.Array:

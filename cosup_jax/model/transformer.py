@@ -237,7 +237,7 @@ class _Attention(nn.Module):
             k_BxTxGxE = rotate(k_BxTxGxE, positions_BxT, a)
         if cache is None:
             parts = (q_BxTxHxE, k_BxTxGxE, v_BxTxGxE)
-            out_BxTxHxE = attention.attend(*parts, mask_Bx1xTxS, a.attention)
+            out_BxTxHxE = attention.attend(*parts, mask_Bx1xTxS, family.causal, a.attention)
         else:
             cache = attention.put(cache, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE)
             out_BxTxHxE = attention.recall(q_BxTxHxE, cache, layer, mask_Bx1xTxS)
