@@ -6,25 +6,20 @@ import math
 import os
 import re
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, optim, sharding
-from cosup_jax import step as step_lib
+from cosup_jax import assemble, sharding
 from cosup_jax.config import Config, to_dict
 from cosup_jax.costs import kernels, roofline
 from cosup_jax.costs.roofline import GIB, Chip
-from cosup_jax.data import tokenizer
-from cosup_jax.data.batch import Batch, batch_shape, empty_batch
+from cosup_jax.data.batch import batch_shape
 from cosup_jax.errors import UserError
-from cosup_jax.hf import weights
+from cosup_jax.rehearsal import Rehearsal, first_line, model_flops
 from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.step import TrainState
-from cosup_jax.towers import Towers
 
 _NAMED = 8  # of the largest buffers and replicated leaves
 
@@ -47,7 +42,7 @@ def preflight(config: Config, workdir: str, topology: str = "host", steps: int =
     with Workdir(workdir) as directory:
         config = assemble.resolve(config, shape_only=True)
         mesh = assemble.mesh_for(config, devices)
-        job = _Job(config, mesh)
+        job = Rehearsal(config, mesh)
         print(
             f"{job.parameters:,} parameters on {topology}: {mesh.size} x {devices[0].device_kind}, "
             + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
@@ -62,13 +57,13 @@ def preflight(config: Config, workdir: str, topology: str = "host", steps: int =
             "mesh": dict(mesh.shape),
             "parameters": job.parameters,
             "compile_s": time.perf_counter() - started,
-            "replicated": job.replicated(),
+            "replicated": replicated(job.state),
             "config": to_dict(config),
         }
         if compiled is None:
             found |= {"fits": False, "problem": problem}
         else:
-            found |= job.account(compiled, _chip(devices[0], topology))
+            found |= account(job, compiled, _chip(devices[0], topology))
             if steps and found["fits"]:
                 ran = job.run(compiled, steps)
                 ran["mfu"] = found["mfu"] * found["estimate"]["step_s"] / ran["step_s"]
@@ -106,182 +101,55 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
         return topologies.get_topology_desc(topology, "tpu", num_slices=slices).devices
     except Exception as error:
         raise UserError(
-            f"--topology={topology} is no TPU slice that libtpu knows ({_first_line(error)}); "
+            f"--topology={topology} is no TPU slice that libtpu knows ({first_line(error)}); "
             "write one as v5e:16x16, v5p:4x4x8 or v6e:16x16, or host"
         ) from error
 
 
-class _Job:
-    """The step that training would compile, on abstract state and batch."""
-
-    def __init__(self, config: Config, mesh: Mesh):
-        self.config, self.mesh = config, mesh
-        self.towers = assemble.make_towers(config, vocabularies(config))
-        self.tx = optim.make(config, config.num_steps or 1, 1)
-        self.state = assemble.abstract_state(config, self.towers, self.tx, mesh)
-        self.batch = abstract_batch(config, mesh)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-
-    def compile(self):
-        """The compiled step, or None and what the compiler says about memory."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        parts = {"towers": self.towers, "tx": self.tx, "config": self.config}
-        step = step_lib.compile_step(self.mesh, places, **parts)
-        with jax.set_mesh(self.mesh):
-            lowered = step.lower(self.state, self.batch)
-            try:
-                return lowered.compile(), ""
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                return None, _first_line(error)
-
-    def account(self, compiled, chip: Chip | None) -> dict[str, Any]:
-        """Memory, FLOPs, collectives and the estimate."""
-        memory = _memory(compiled)
-        try:
-            program = kernels.read(compiled.as_text())
-        except jax.errors.JaxRuntimeError as error:
-            raise UserError(
-                "this jaxlib cannot read what this libtpu compiles; pip install 'jax[tpu]' brings "
-                f"two that match ({_first_line(error)})"
-            ) from error
-        by_formula = model_flops(self.config, self.towers, self.state)
-        found = {
-            "memory": memory,
-            "flops": program.flops * self.mesh.size,
-            "flops_by_formula": by_formula,
-            "collective_bytes": program.collective_bytes(),
-            "loops_counted_at_most": program.bounded,
-            "largest_buffers": [
-                {"kernel": k.name, "bytes": k.result_bytes, "scope": k.scope}
-                for k in program.largest(_NAMED)
-            ],
-            "fits": chip is None or memory["total"] <= chip.capacity,
-            "chip": chip and dataclasses.asdict(chip),
-        }
-        if chip is not None:
-            estimate = roofline.estimate(program, chip, memory["temporaries"])
-            peak = roofline.published(chip.name) or chip
-            rate = peak.bf16_flops if self.config.gen.arch.dtype == "bfloat16" else peak.f32_flops
-            used = by_formula / (estimate.step_s * self.mesh.size * rate)
-            found |= {"estimate": dataclasses.asdict(estimate), "mfu": used}
-        return found
-
-    def replicated(self) -> list[dict[str, Any]]:
-        """Leaves of parameters and optimizer that an axis of several devices does not split."""
-        found = []
-        for name in ("params", "opt_state"):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(self.state, name)):
-                whole = sharding.whole_over(leaf.sharding)
-                if whole and leaf.size > 1:
-                    where = jax.tree_util.keystr(path, simple=True, separator="/")
-                    size = leaf.size * leaf.dtype.itemsize
-                    found.append({"leaf": f"{name}/{where}", "axes": whole, "bytes": size})
-        return found
-
-    def run(self, compiled, steps: int) -> dict[str, float]:
-        """Seconds of a step on random data, the least of `steps`."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        fresh = lambda: step_lib.fresh_state(self.config, self.towers, self.tx)
-        state = jax.jit(fresh, out_shardings=places)()
-        batch = jax.device_put(random_batch(self.config, self.towers), sharding.rows(self.mesh))
-        device = self.mesh.devices.flat[0]
-        clock, cores = [], []
-        for _ in range(steps + 1):  # the first one warms up
-            start, watch = time.perf_counter(), roofline.Watch(device)
-            state, metrics = compiled(state, batch)
-            jax.block_until_ready((state, metrics))
-            clock.append(time.perf_counter() - start)
-            cores.append(watch.seconds())
-        return {"clock_s": min(clock[1:]), "step_s": min(cores[1:]), "steps": steps}
-
-
-class Vocabulary(NamedTuple):
-    """All that the towers ask of a tokenizer."""
-
-    vocab_size: int
-
-
-def vocabularies(config: Config) -> assemble.Tokenizers:
-    """Gen's and Ctx's, without data: a BPE is taken to become as large as it may.
-
-    Raises UserError if a pretrained tokenizer cannot be had.
-    """
-
-    def size(init: str) -> Vocabulary:
-        if init == "scratch":
-            return Vocabulary(config.data.vocab_size + len(tokenizer.ADDED))
-        rows = weights.arch_from_hf(weights.resolve(init, shape_only=True))["vocab_size"]
-        return Vocabulary(tokenizer.load(init, rows).vocab_size)
-
-    gen = size(config.gen.init)
-    shared = config.ctx.init in ("gen", config.gen.init) or config.tie_ctx_to_gen
-    return assemble.Tokenizers(gen, gen if shared else size(config.ctx.init))
-
-
-def abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of the global batch."""
-    shape = batch_shape(config)
-    place = sharding.rows(mesh)
-    whole = jax.eval_shape(lambda: empty_batch(shape, shape.B, shape.U))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), whole)
-
-
-def random_batch(config: Config, towers: Towers) -> Batch:
-    """Full rows of random tokens, every token a target, every slot in use."""
-    shape, rng = batch_shape(config), np.random.default_rng(config.seed)
-    batch = empty_batch(shape, shape.B, shape.U)
-    B, T, R, U, L, P = shape.B, shape.T, shape.R, shape.U, shape.L, shape.P
-    ends = (np.arange(1, P + 1) * (L // P) - 1).astype(np.int32)
-    segments = np.minimum(np.arange(L) // (L // P), P - 1).astype(np.int32)
-    ids = rng.integers(1, 2**32, (U, P, 2), dtype=np.uint32)
-    positives = rng.integers(0, U * P, (B, R))
-    batch.ret_positives_BxRxSx2[:, :, 0] = ids.reshape(-1, 2)[positives]
-    words = lambda *size: rng.integers(0, towers.gen.vocab_size, size, dtype=np.int32)
-    whole = np.ones((B, T), np.int32)
-    return batch._replace(
-        gen_tokens_BxT=words(B, T),
-        gen_segments_BxT=whole,
-        gen_positions_BxT=whole * np.arange(T, dtype=np.int32),
-        ntp_targets_BxT=words(B, T),
-        ntp_weights_BxT=whole.astype(np.float32),
-        ret_positions_BxR=rng.integers(0, T, (B, R), dtype=np.int32),
-        ret_valid_BxR=np.ones((B, R), bool),
-        ctx_tokens_UxL=rng.integers(0, towers.ctx.vocab_size, (U, L), dtype=np.int32),
-        ctx_segments_UxL=np.ones((U, L), np.int32) * (segments + 1),
-        ctx_positions_UxL=np.ones((U, L), np.int32)
-        * (np.arange(L) - segments * (L // P)).astype(np.int32),
-        passage_ends_UxP=np.ones((U, P), np.int32) * ends,
-        passage_valid_UxP=np.ones((U, P), bool),
-        passage_ids_UxPx2=ids,
-    )
-
-
-def model_flops(config: Config, towers: Towers, state: TrainState) -> float:
-    """FLOPs that the objective needs, recomputation aside: 6 for each weight and token (2 where it
-    is only read, 4 where it passes a gradient on), attention over whole rows, head, scores."""
-    shape = batch_shape(config)
-    tokens = {"gen": shape.B * shape.T, "ctx": shape.U * shape.L}
-    length = {"gen": shape.T, "ctx": shape.L}
-    reads = {
-        "gen": "gen",
-        **({"ctx": "gen" if towers.tied else "ctx"} if config.loss.trains_nsp else {}),
+def account(job: Rehearsal, compiled, chip: Chip | None) -> dict[str, Any]:
+    """Memory, FLOPs, collectives and the estimate."""
+    memory = _memory(compiled)
+    try:
+        program = kernels.read(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            "this jaxlib cannot read what this libtpu compiles; pip install 'jax[tpu]' brings "
+            f"two that match ({first_line(error)})"
+        ) from error
+    by_formula = model_flops(job.config, job.towers, job.state)
+    found = {
+        "memory": memory,
+        "flops": program.flops * job.mesh.size,
+        "flops_by_formula": by_formula,
+        "collective_bytes": program.collective_bytes(),
+        "loops_counted_at_most": program.bounded,
+        "largest_buffers": [
+            {"kernel": k.name, "bytes": k.result_bytes, "scope": k.scope}
+            for k in program.largest(_NAMED)
+        ],
+        "fits": chip is None or memory["total"] <= chip.capacity,
+        "chip": chip and dataclasses.asdict(chip),
     }
-    total = 0.0
-    for tower, owner in reads.items():
-        arch = getattr(towers, tower).arch
-        leaves = {k: v for k, v in flatten_dict(state.params[owner]).items() if "blocks" in k[0]}
-        kernels = sum(v.size for v in leaves.values() if v.ndim > 2)
-        trained = not getattr(config, owner).freeze
-        factor = 2 if not trained else 4 if arch.lora.rank else 6
-        attention = 2 * arch.layers * arch.heads * arch.head_dim * length[tower]
-        total += tokens[tower] * (factor * kernels + (6 if trained else 2) * attention)
-    if config.loss.ntp_weight:
-        total += 6 * tokens["gen"] * towers.gen.width * towers.gen.vocab_size
-    if config.loss.trains_nsp:
-        total += 6 * shape.B * shape.R * shape.U * shape.P * towers.gen.width
-    return total
+    if chip is not None:
+        estimate = roofline.estimate(program, chip, memory["temporaries"])
+        peak = roofline.published(chip.name) or chip
+        rate = peak.bf16_flops if job.config.gen.arch.dtype == "bfloat16" else peak.f32_flops
+        used = by_formula / (estimate.step_s * job.mesh.size * rate)
+        found |= {"estimate": dataclasses.asdict(estimate), "mfu": used}
+    return found
+
+
+def replicated(state: TrainState) -> list[dict[str, Any]]:
+    """Leaves of parameters and optimizer that an axis of several devices does not split."""
+    found = []
+    for name in ("params", "opt_state"):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, name)):
+            whole = sharding.whole_over(leaf.sharding)
+            if whole and leaf.size > 1:
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                size = leaf.size * leaf.dtype.itemsize
+                found.append({"leaf": f"{name}/{where}", "axes": whole, "bytes": size})
+    return found
 
 
 def _memory(compiled) -> dict[str, int]:
@@ -318,11 +186,6 @@ def _advice(found: dict[str, Any], config: Config, mesh: Mesh) -> str:
     )
     what = found["problem"] if "problem" in found else f"{found['memory']['total'] / GIB:.1f} GiB"
     return f"{what}; change " + ", then ".join(steps)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return re.sub(r"\s+", " ", text.splitlines()[0])[:300]
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "answer.answering",
     "answer.sample assemble",
     "parity",
+    "rehearsal",
     "train benchmark validate prepare export preflight encode",
     "mine answer.library",
     "generate",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from cosup_jax import preflight
+from cosup_jax import preflight, rehearsal
 from cosup_jax.costs import roofline
 from cosup_jax.data.batch import batch_shape, empty_batch
 from cosup_jax.errors import UserError
@@ -73,7 +73,7 @@ def test_flops_agree_with_the_formula(found):
 def test_a_frozen_tower_costs_its_forward_pass_alone():
     """Bug: MFU of a run with a frozen Ctx counted with gradients that nobody computes."""
     job = job_of(**{"ctx.freeze": True})
-    found = preflight.model_flops(job.config, job.towers, job.state)
+    found = rehearsal.model_flops(job.config, job.towers, job.state)
     assert found == preflight_formula(ctx_factor=2)
 
 
@@ -82,14 +82,14 @@ def test_the_memory_of_a_chip_decides_whether_it_fits():
     job, compiled = job_of(), jax.jit(lambda x: x + 1).lower(1.0).compile()
     for capacity, fits in ((1.0, False), (1e9, True)):
         chip = dataclasses.replace(CHIP, capacity=capacity)
-        assert job.account(compiled, chip)["fits"] is fits
+        assert preflight.account(job, compiled, chip)["fits"] is fits
 
 
 def test_a_step_that_does_not_fit_is_not_run(tmp_path, monkeypatch):
     """Bug: --steps=1 runs out of the memory that it was to ask about, with a traceback."""
     compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
-    monkeypatch.setattr(preflight._Job, "compile", lambda self: (compiled, ""))
-    monkeypatch.setattr(preflight._Job, "run", lambda *_: pytest.fail("was run"))
+    monkeypatch.setattr(rehearsal.Rehearsal, "compile", lambda self: (compiled, ""))
+    monkeypatch.setattr(rehearsal.Rehearsal, "run", lambda *_: pytest.fail("was run"))
     monkeypatch.setattr(roofline, "measured", lambda _: dataclasses.replace(CHIP, capacity=1.0))
     with pytest.raises(UserError, match=r"does not fit host: 0\.0 GiB; change gen\."):
         preflight.preflight(tiny(), str(tmp_path), steps=1)
@@ -101,7 +101,7 @@ def test_a_cpu_pays_for_its_temporaries_and_mfu_is_of_all_chips(monkeypatch):
     job, compiled = job_of(), jax.jit(lambda x: x + 1).lower(1.0).compile()
     monkeypatch.setattr(preflight, "_memory", lambda _: {"temporaries": 2e3, "total": 0})
     chip = dataclasses.replace(CHIP, f32_flops=5e11, fresh=((1.0, 1e3),))
-    found = job.account(compiled, chip)
+    found = preflight.account(job, compiled, chip)
     assert found["estimate"]["step_s"] == pytest.approx(2.0)
     assert job.config.gen.arch.dtype == "float32"
     assert found["mfu"] == pytest.approx(preflight_formula() / (2.0 * 8 * 5e11))
@@ -117,7 +117,7 @@ def test_only_want_of_memory_is_an_answer(monkeypatch):
         def compile(self):
             raise jax.errors.JaxRuntimeError(f"{told}\nbuffers:\n ...")
 
-    monkeypatch.setattr(preflight.step_lib, "compile_step", lambda *_, **__: Step())
+    monkeypatch.setattr(rehearsal.step_lib, "compile_step", lambda *_, **__: Step())
     told = "RESOURCE_EXHAUSTED: Used 20G of 16G"
     assert job_of().compile() == (None, told)
     told = "INTERNAL: a fault"
@@ -135,7 +135,7 @@ def test_micro_batches_that_are_advised_divide_the_rows():
 @functools.cache
 def job_of(**keys):
     config = preflight.assemble.resolve(tiny(**keys), shape_only=True)
-    return preflight._Job(config, preflight.assemble.mesh_for(config))
+    return rehearsal.Rehearsal(config, preflight.assemble.mesh_for(config))
 
 
 def preflight_formula(ctx_factor=6):
@@ -173,9 +173,9 @@ def test_random_batch_is_a_batch():
     """Bug: shapes or types of another batch than training's, which compiles another program; a
     query whose passage is no candidate, which has no loss."""
     config = tiny()
-    towers = preflight.assemble.make_towers(config, preflight.vocabularies(config))
+    towers = preflight.assemble.make_towers(config, rehearsal.vocabularies(config))
     shape = batch_shape(config)
-    batch = preflight.random_batch(config, towers)
+    batch = rehearsal.random_batch(config, towers)
     empty = empty_batch(shape, shape.B, shape.U)
     for name, one, other in zip(batch._fields, batch, empty, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype), name
@@ -189,7 +189,7 @@ def test_random_batch_is_a_batch():
 def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, monkeypatch):
     """Bug: "does not fit" with exit code 0, or without a way out."""
     problem = "RESOURCE_EXHAUSTED: Used 20.1G of 15.7G hbm"
-    monkeypatch.setattr(preflight._Job, "compile", lambda self: (None, problem))
+    monkeypatch.setattr(rehearsal.Rehearsal, "compile", lambda self: (None, problem))
     config = tiny(**{"ctx.arch.remat": "full", "mesh.fsdp": 8, "mesh.tensor": 1})
     with pytest.raises(UserError) as error:
         preflight.preflight(config, str(tmp_path))
@@ -227,7 +227,7 @@ def test_steps_are_refused_for_a_slice_that_is_not_here(tmp_path):
 def test_a_model_from_the_hub_without_network_is_told_in_a_line(tmp_path, monkeypatch):
     """Bug: minutes of retries, or weights downloaded for their shape."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(preflight.weights.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(rehearsal.weights.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="no such directory, and not to be had from the hub"):
         preflight.preflight(tiny(**{"gen.init": "nobody/nothing"}), str(tmp_path))
 
@@ -239,7 +239,7 @@ def test_llama2_7b_has_the_size_of_llama2_7b():
 
     for variant, gen, ctx in (("shape", 6.738e9, 6.607e9), ("shape_70b", 68.98e9, 6.607e9 + 34e6)):
         config = preflight.assemble.resolve(freeze(load(f"configs/llama2_7b.py:{variant}")))
-        towers = preflight.assemble.make_towers(config, preflight.vocabularies(config))
+        towers = preflight.assemble.make_towers(config, rehearsal.vocabularies(config))
         for tower, size in ((towers.gen, gen), (towers.ctx, ctx)):
             leaves = flatten_dict(jax.eval_shape(tower.init, jax.random.key(0))).values()
             assert sum(x.size for x in leaves) == pytest.approx(size, rel=0.006)
