@@ -25,7 +25,7 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "evaluate": "held-out questions answered in several ways and scored, with intervals",
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "preflight": "compile the step for --topology=..., without data: its memory, FLOPs and time",
-    "benchmark": "the speed of tokenising, reading, searching and answering on this machine",
+    "benchmark": "the speed of training, its data, encoding, searching and answering, and peaks",
 }
 OPTIONS = {  # flags of one mode: what they are called in its function, and int (0 or more) or str
     "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
@@ -33,9 +33,12 @@ OPTIONS = {  # flags of one mode: what they are called in its function, and int 
     "preflight": {"--topology": ("topology", str), "--steps": ("steps", int)},
     "benchmark": {
         "--steps": ("steps", int),
+        "--batches": ("batches", int),
+        "--passages": ("passages", int),
         "--vectors": ("vectors", int),
         "--width": ("width", int),
         "--answers": ("answers", int),
+        "--curves": ("curves", str),
     },
 }
 JOINING = {  # flags that stand for variables of the environment
@@ -52,10 +55,10 @@ modes:
 
 --mode=validate also takes --show=N, training rows as the model reads them, and --limit=N, rows
 named of each kind of finding; --mode=generate takes --questions=FILE and --output=FILE, both JSONL;
---mode=benchmark takes --steps=N, batches that are read, --vectors=N of --width=D, vectors that are
-searched, and --answers=N, questions that are answered; --mode=preflight takes --topology=host or a
-TPU slice such as v5e:16x16, and on the host --steps=N, steps on random data whose time is set
-beside the predicted one.
+--mode=benchmark takes how many of each it measures, 0 for none: --steps trained, --batches read,
+--passages encoded, --vectors of --width searched, --answers; and --curves=NAME,... or all;
+--mode=preflight takes --topology=host or a TPU slice such as v5e:16x16, and on the host --steps=N,
+steps on random data whose time is set beside the predicted one.
 
 --config=DIR/config.json is the config of the run in DIR. Add --help to --config=... for every key
 and its value there; cosup_jax/config.py gives the meanings. Several processes: the scripts in

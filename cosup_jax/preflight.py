@@ -132,9 +132,8 @@ def account(job: Rehearsal, compiled, chip: Chip | None) -> dict[str, Any]:
     }
     if chip is not None:
         estimate = roofline.estimate(program, chip, memory["temporaries"])
-        peak = roofline.published(chip.name) or chip
-        rate = peak.bf16_flops if job.config.gen.arch.dtype == "bfloat16" else peak.f32_flops
-        used = by_formula / (estimate.step_s * job.mesh.size * rate)
+        rate = by_formula / job.mesh.size / estimate.step_s
+        used, _ = roofline.utilisation(rate, chip, job.config.gen.arch.dtype)
         found |= {"estimate": dataclasses.asdict(estimate), "mfu": used}
     return found
 

@@ -9,7 +9,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from cosup_jax import assemble, bank, optim, sharding
@@ -184,7 +183,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
         if len(ahead) > STEPS_AHEAD:
             _check_finite(ahead.popleft(), job, checkpointer)
         clock.look()
-        clock.queued(metrics["skipped/in_a_row"], *_volume(job, step))
+        clock.queued(metrics["skipped/in_a_row"], *job.plan.volume(step))
         checkpointer.check()
         step += 1
         progress.advance(step)
@@ -317,17 +316,6 @@ def _say_changes(before: dict, now: dict) -> None:
     """Names the settings that a resume changes."""
     for key, (was, value) in differing(before, now).items():
         _say(f"resuming with config.{key}={value!r}, was {was!r}")
-
-
-def _volume(job: Job, step: int) -> tuple[int, int]:
-    """Tokens that both towers read in a step, padding aside, and its examples."""
-    number, index = job.plan.locate(step)
-    block = job.plan.block(number)
-    examples = block.examples[slice(*block.example_offsets[index : index + 2])]
-    passages = block.passages[slice(*block.passage_offsets[index : index + 2])]
-    length = lambda offsets, items: int(np.sum(offsets[items + 1] - offsets[items]))
-    read = length(job.store.gen_offsets, examples) + length(job.store.ctx_offsets, passages)
-    return read, len(examples)
 
 
 def _say_bank(state: TrainState, shape: BatchShape, config: Config) -> None:

@@ -37,6 +37,8 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "answer.sample assemble",
     "parity",
     "rehearsal",
+    "speed.clock",
+    "speed.*",
     "train benchmark validate prepare export preflight encode",
     "mine answer.library",
     "generate",

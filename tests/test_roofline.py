@@ -153,6 +153,14 @@ def test_published_peaks_by_the_name_that_jax_gives(kind, name):
     assert (found and found.name) == name
 
 
+def test_utilisation_is_by_the_peak_of_the_dtype():
+    """Bug: bfloat16 by float32's peak; a measured peak, below the data sheet's, that flatters."""
+    assert roofline.utilisation(5e8, dataclasses.replace(CHIP, f32_flops=1e9), "float32")[0] == 0.5
+    h200 = dataclasses.replace(CHIP, name="NVIDIA H200", bf16_flops=1.0)
+    share, peak = roofline.utilisation(98.9e12, h200, "bfloat16")
+    assert share == pytest.approx(0.1) and peak == "the data sheet's 989,000 GFLOP/s in bfloat16"
+
+
 @pytest.mark.slow
 def test_measured_peaks_are_possible():
     """Bug: a loop that the compiler removes: 300 GFLOP/s are more than a core can do."""

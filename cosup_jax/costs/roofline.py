@@ -79,6 +79,15 @@ def published(device_kind: str) -> Chip | None:
     return CHIPS[max(names, key=len)] if names else None
 
 
+def utilisation(flops_per_s: float, chip: Chip, dtype: str) -> tuple[float, str]:
+    """A chip's share of its peak, the data sheet's where there is one, and what that peak is."""
+    sheet = published(chip.name)
+    peak = sheet or chip
+    rate = peak.bf16_flops if dtype == "bfloat16" else peak.f32_flops
+    whose = "the data sheet's" if sheet else "the measured"
+    return flops_per_s / rate, f"{whose} {rate / 1e9:,.0f} GFLOP/s in {dtype}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Seconds of one step on one chip."""

@@ -100,6 +100,16 @@ class Plan:
             self._request(number + 1)
         return block
 
+    def volume(self, step: int) -> tuple[int, int]:
+        """Tokens that both towers read in a step, padding aside, and its examples."""
+        number, index = self.locate(step)
+        block = self.block(number)
+        examples = block.examples[slice(*block.example_offsets[index : index + 2])]
+        passages = block.passages[slice(*block.passage_offsets[index : index + 2])]
+        length = lambda offsets, items: int(np.sum(offsets[items + 1] - offsets[items]))
+        gen = length(self.store.gen_offsets, examples)
+        return gen + length(self.store.ctx_offsets, passages), len(examples)
+
     def steps_per_epoch(self, epoch: int) -> int:
         return self.total_steps(epoch + 1) - self.total_steps(epoch)
 
