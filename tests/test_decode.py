@@ -140,7 +140,7 @@ def test_top_p_keeps_the_likeliest():
     ):
         c = settings(temperature=1.0, top_p=top_p)
         counts = np.bincount(
-            jax.jit(advance._draw, static_argnums=2)(logits_BxV, rows, c), minlength=4
+            jax.jit(advance._draw, static_argnums=2)(logits_BxV.T, rows, c), minlength=4
         )
         wanted = np.array(kept) / np.sum(kept)
         assert (counts[wanted == 0] == 0).all()

@@ -130,7 +130,7 @@ def advance(
         status_B=jnp.where(asks_B, Status.WAITING, rows.status_B),
         query_BxD=jnp.where(asks_B[:, None], query_BxD, rows.query_BxD),
     )
-    next_B = _choose(gen.logits(params, hidden_BxD), rows, marks, config)
+    next_B = _choose(gen.next_logits(params, hidden_BxD), rows, marks, config)
     return cache, _append(rows, next_B, current_B & ~asks_B, marks, config)
 
 
@@ -148,32 +148,29 @@ def fill(
     return jax.lax.while_loop(lambda c: jnp.any(c[1] < known_P - 1), step, (cache, cached_P))[0]
 
 
-def _choose(logits_BxV, rows: Rows, marks: Marks, config: Config) -> jax.Array:
+def _choose(logits_VxB, rows: Rows, marks: Marks, config: Config) -> jax.Array:
     """[B] the next token, out of those that may stand there."""
-    settings, token_1xV = config.generate, jnp.arange(logits_BxV.shape[1])[None]
-    allowed_BxV = jnp.asarray(marks.text_V)[None]
-    for token, may_B in (
-        (marks.ret, ~rows.spanning_B & (rows.retrievals_left_B > 0)),
-        (marks.ce, rows.spanning_B),
-        (marks.eos, ~rows.spanning_B),
-    ):
-        allowed_BxV = jnp.where(token_1xV == token, may_B[:, None], allowed_BxV)
-    logits_BxV = jnp.where(allowed_BxV, logits_BxV, -jnp.inf)
+    settings, steering = config.generate, jnp.array([marks.ret, marks.ce, marks.eos])
+    plain_B = ~rows.spanning_B
+    may_3xB = jnp.stack([plain_B & (rows.retrievals_left_B > 0), rows.spanning_B, plain_B])
+    steering_3xB = jnp.where(may_3xB, logits_VxB[steering], -jnp.inf)
+    logits_VxB = jnp.where(marks.text_V[:, None], logits_VxB, -jnp.inf)
+    logits_VxB = logits_VxB.at[steering].set(steering_3xB)
     if not settings.ret_threshold:
-        return _draw(logits_BxV, rows, config)
-    likely_B = jax.nn.softmax(logits_BxV)[:, marks.ret] >= settings.ret_threshold
-    other_BxV = jnp.where(token_1xV == marks.ret, -jnp.inf, logits_BxV)
-    return jnp.where(likely_B, marks.ret, _draw(other_BxV, rows, config))
+        return _draw(logits_VxB, rows, config)
+    likely_B = jax.nn.softmax(logits_VxB, axis=0)[marks.ret] >= settings.ret_threshold
+    other_VxB = logits_VxB.at[marks.ret].set(-jnp.inf)
+    return jnp.where(likely_B, marks.ret, _draw(other_VxB, rows, config))
 
 
-def _draw(logits_BxV, rows: Rows, config: Config) -> jax.Array:
+def _draw(logits_VxB, rows: Rows, config: Config) -> jax.Array:
     """[B] the likeliest token, or one drawn from a row's own stream of random numbers."""
     settings = config.generate
     if not settings.temperature:  # argmax takes eight times as long on a CPU
-        token_1xV, best_Bx1 = jnp.arange(logits_BxV.shape[1])[None], jnp.max(logits_BxV, 1)[:, None]
-        likeliest_BxV = (logits_BxV == best_Bx1) | jnp.isnan(best_Bx1)  # any, where none is
-        return jnp.min(jnp.where(likeliest_BxV, token_1xV, logits_BxV.shape[1]), axis=1)
-    logits_BxV = logits_BxV / settings.temperature
+        token_Vx1, best_1xB = jnp.arange(len(logits_VxB))[:, None], jnp.max(logits_VxB, 0)[None]
+        likeliest_VxB = (logits_VxB == best_1xB) | jnp.isnan(best_1xB)  # any, where none is
+        return jnp.min(jnp.where(likeliest_VxB, token_Vx1, len(logits_VxB)), axis=0)
+    logits_BxV = logits_VxB.T / settings.temperature
     if settings.top_p < 1:
         falling_BxV = -jnp.sort(-logits_BxV)
         share_BxV = jax.nn.softmax(falling_BxV)

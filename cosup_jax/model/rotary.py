@@ -9,16 +9,23 @@ import numpy as np
 from cosup_jax.config import ArchConfig, RopeScaling
 
 
-def rotate(x_BxTxHxE: jax.Array, positions_BxT: jax.Array, arch: ArchConfig) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), Llama's rotate-half layout, in float32."""
+def rotate(
+    x_BxTxHxE: jax.Array, positions_BxT: jax.Array, arch: ArchConfig, slots: int = 0
+) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), Llama's rotate-half layout, in float32.
+
+    With `slots`, all positions that matter are below it: their cosines and sines come from a table,
+    which XLA makes once, outside of the loop around this.
+    """
     half = rotated_features(arch) // 2
     frequency = arch.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if arch.rope_scaling.kind != "none":
         frequency *= stretch(arch.rope_scaling, arch.rope_theta, half)
-    angle_BxTx1xh = (
-        positions_BxT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    )
+    at_BxT = jnp.arange(slots)[None] if slots else positions_BxT
+    angle_BxTx1xh = at_BxT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle_BxTx1xh), jnp.sin(angle_BxTx1xh)
+    if slots:
+        cos, sin = cos[0][positions_BxT], sin[0][positions_BxT]
     if arch.rope_scaling.kind == "yarn":
         cos, sin = cos * arch.rope_scaling.attention, sin * arch.rope_scaling.attention
     turned, straight = jnp.split(x_BxTxHxE.astype(jnp.float32), [2 * half], axis=-1)

@@ -135,6 +135,14 @@ class Transformer:
         )
         return jnp.where(jnp.arange(kernel_DxV.shape[1]) < self.vocab_size, logits, _NEVER)
 
+    def next_logits(self, params: dict, hidden_BxD) -> jax.Array:
+        """[V, B], the logits of one token a row, padding included.
+
+        In this order a CPU reads a tied table as it lies, which is up to a third faster.
+        """
+        kernel_VxD = self.unembedding(params).T.astype(hidden_BxD.dtype)
+        return jnp.dot(kernel_VxD, hidden_BxD.T, preferred_element_type=jnp.float32)
+
     def _module(self, stacked: bool = True) -> nn.Module:
         return _Decoder(self.arch, padded_vocab(self.vocab_size), self.has_head, stacked)
 
@@ -233,8 +241,9 @@ class _Attention(nn.Module):
             q_BxTxHxE = _Norm(a, "head_dim", name="q_norm")(q_BxTxHxE)
             k_BxTxGxE = _Norm(a, "head_dim", name="k_norm")(k_BxTxGxE)
         if family.positions == "rotary":
-            q_BxTxHxE = rotate(q_BxTxHxE, positions_BxT, a)
-            k_BxTxGxE = rotate(k_BxTxGxE, positions_BxT, a)
+            slots = attention.slots(cache) if cache else 0
+            q_BxTxHxE = rotate(q_BxTxHxE, positions_BxT, a, slots)
+            k_BxTxGxE = rotate(k_BxTxGxE, positions_BxT, a, slots)
         if cache is None:
             parts = (q_BxTxHxE, k_BxTxGxE, v_BxTxGxE)
             out_BxTxHxE = attention.attend(*parts, mask_Bx1xTxS, family.causal, a.attention)
