@@ -31,6 +31,7 @@ from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.towers import Towers
 
 ROWS = 8  # examples, and passages, that are compared
+NEW, OLD = ".export.new", ".export.old"  # while an export is written, and replaced
 SENTENCES = ("torch", "sentence_transformers")  # packages that read Ctx
 
 
@@ -43,7 +44,9 @@ def export(config: Config, workdir: str) -> None:
     if jax.process_count() > 1:
         raise UserError("--mode=export runs in one process; start it on one host")
     with Workdir(workdir, begun=True) as directory:
-        target, new = directory.path / "export", directory.path / ".export.new"
+        target, new, old = (directory.path / name for name in ("export", NEW, OLD))
+        if old.exists() and not target.exists():
+            old.rename(target)  # killed between the two renames of `_put`
         if target.exists() and not target.is_dir():
             raise UserError(f"{target} is no directory; move it away")
         found = assemble.trained(config, directory.path)
@@ -60,13 +63,17 @@ def export(config: Config, workdir: str) -> None:
             checkpointer.close()
             checks = _compare(new, trained, merged, _sample(found.data, tokenizers, config), config)
             _write_json(new / "parity.json", checks)
+            _put(new, target, old)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
             if isinstance(error, (OSError, safetensors.SafetensorError)):
-                raise UserError(f"cannot write {new}: {error}; check the free space") from error
+                raise UserError(
+                    f"cannot write {new}: {error}; check the permissions and the free space"
+                ) from error
             raise
-        _put(new, target)
-        print(f"done: {target}/gen, {target}/ctx, {target}/params", flush=True)
+        directory.withdraw("export")
+    place = f"{directory.url}/export"
+    print(f"done: {place}/gen, {place}/ctx, {place}/params", flush=True)
 
 
 def _merged(params: dict, config: Config) -> dict:
@@ -158,7 +165,10 @@ def _compare(new: Path, trained: Ours, merged: Ours, sample: Sample, config: Con
         else:
             checks += parity.compare(whose, ours, **{what: ask(new, sample)})
     for check in checks:
-        print(f"{check.what}: largest difference {check.difference:.1e}", flush=True)
+        print(
+            f"{check.what}: largest difference {check.difference:.1e} of {check.largest:.3g}",
+            flush=True,
+        )
         if not check.passed:
             raise UserError(
                 f"export: {check.what} differ by {check.difference:.3g} of {check.largest:.3g}; "
@@ -175,9 +185,8 @@ def _compare(new: Path, trained: Ours, merged: Ours, sample: Sample, config: Con
     }
 
 
-def _put(new: Path, target: Path) -> None:
+def _put(new: Path, target: Path, old: Path) -> None:
     """Replaces an older export in two renames."""
-    old = target.with_name(".export.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

@@ -6,6 +6,7 @@ says which was asked.
 
 import dataclasses
 import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +117,7 @@ def transformers_logits(directory: Path, sample: Sample) -> list[np.ndarray]:
     """Gen's by AutoModelForCausalLM, in float32. Needs torch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _hush()
     model = AutoModelForCausalLM.from_pretrained(
         directory / "gen", dtype="float32", trust_remote_code=False
     ).eval()
@@ -130,6 +132,7 @@ def sentence_vectors(directory: Path, sample: Sample) -> np.ndarray:
     """Of the passages' texts by SentenceTransformer.encode, in float32. Needs torch."""
     from sentence_transformers import SentenceTransformer
 
+    _hush()
     settings = {"device": "cpu", "model_kwargs": {"dtype": "float32"}}
     model = SentenceTransformer(str(directory / "ctx"), **settings)
     return model.encode(sample.texts, convert_to_numpy=True, show_progress_bar=False)
@@ -138,6 +141,15 @@ def sentence_vectors(directory: Path, sample: Sample) -> np.ndarray:
 def missing(*names: str) -> list[str]:
     """Of the packages those that are not there."""
     return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def _hush() -> None:
+    """Without bars, the pooler that a bare BERT has not, and the prompt that it should have."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("transformers", "sentence_transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _check(what: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Check:

@@ -74,6 +74,16 @@ def test_what_a_run_writes_is_in_the_bucket_and_found_again(url, tmp_path, monke
         assert str(checkpoints(workdir.path)) == str(expected)
 
 
+def test_what_is_withdrawn_is_gone_and_no_more(url):
+    """Bug: one file of weights stays beside a newer export's several, and is read for them."""
+    with Workdir(url) as workdir:
+        for name in ("export/gen/model.safetensors", "exported"):
+            Bucket(url).write(name, b"old")
+        workdir.withdraw("export")
+        assert Bucket(url).read("export/gen/model.safetensors") is None
+        assert Bucket(url).read("exported") == b"old"
+
+
 def test_a_second_run_is_refused_on_another_machine(url, tmp_path, monkeypatch):
     """Bug: two machines write one workdir, as no lock of theirs is seen by the other."""
     with Workdir(url):

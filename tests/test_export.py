@@ -1,6 +1,7 @@
 """Two unlike pretrained towers in, trained together, exported, and read back."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -250,6 +251,30 @@ def test_a_bad_export_leaves_the_old_one(run, monkeypatch, fault):
     assert (home / "run/export/parity.json").read_text() == before
     assert (home / "run/export/mine").read_text() == "kept"
     assert not (home / "run/.export.new").exists()
+
+
+@pytest.mark.slow
+def test_what_a_killed_export_left_is_put_back(run, tmp_path):
+    """Bug: killed between two renames, the next export deletes the only one that there is."""
+    config, _ = run
+    for name in (export.OLD, export.NEW):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "whose").write_text(name)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        export.export(config, str(tmp_path))
+    assert (tmp_path / "export/whose").read_text() == export.OLD
+
+
+@pytest.mark.slow
+def test_an_export_to_a_bucket_leaves_no_older_file(run, tmp_path, monkeypatch):
+    """Bug: files of an older export stay beside the new, and transformers or we read those."""
+    config, home = run
+    monkeypatch.setenv("COSUP_CACHE", str(tmp_path / "mirror"))
+    shutil.copytree(home / "run", tmp_path / "bucket")
+    stale = tmp_path / "bucket/export/gen/model.safetensors.index.json"
+    stale.write_text("{}")
+    export.export(config, f"file://{tmp_path}/bucket")
+    assert (tmp_path / "bucket/export/parity.json").exists() and not stale.exists()
 
 
 @pytest.mark.slow

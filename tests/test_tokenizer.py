@@ -178,4 +178,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, trained):
     for free in (10, 1024):
         with full_disk(free), pytest.raises(UserError, match=r"cannot write .*: File too large"):
             trained.save(tmp_path / "here")
-    assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())
+    for free in (10, 1024):
+        with full_disk(free), pytest.raises(OSError, match="File too large"):
+            trained.save_framed(tmp_path / str(free), [], 8, text_only=True)

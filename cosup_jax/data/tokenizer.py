@@ -125,12 +125,7 @@ class Tokenizer:
                 shutil.rmtree(temporary)
 
     def _save(self, directory: Path, new: Path, old: Path) -> None:
-        try:
-            self._fast.save_pretrained(new)
-        except Exception as error:  # in tokenizers' words alone
-            if found := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-            raise
+        _write(self._fast, new)
         for file in new.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -152,6 +147,8 @@ class Tokenizer:
           max_tokens: to which a text is cut on request, the frame included.
           text_only: text never becomes a control token, as with us; else it does, as chat
             templates need it.
+
+        Raises OSError where the disk is full.
         """
         backend = Backend.from_str(self._backend.to_str())
         names = {i: backend.id_to_token(i) for i in (*self.prefix, *tail)}
@@ -166,7 +163,7 @@ class Tokenizer:
             for name in ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
             if (token := getattr(self._fast, f"{name}_token"))
         }
-        PreTrainedTokenizerFast(
+        framed = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             **{f"{name}_token": token for name, token in special.items()},
             chat_template=self._fast.chat_template,
@@ -174,11 +171,21 @@ class Tokenizer:
             padding_side=self._fast.padding_side,
             model_input_names=["input_ids", "attention_mask"],
             split_special_tokens=text_only,
-        ).save_pretrained(directory)
+        )
+        _write(framed, directory)
         # transformers 5 writes a name that 4 does not know; this one both do.
         about = json.loads((directory / "tokenizer_config.json").read_text())
         about["tokenizer_class"] = "PreTrainedTokenizerFast"
         (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _write(fast: PreTrainedTokenizerFast, directory: Path) -> None:
+    try:
+        fast.save_pretrained(directory)
+    except Exception as error:  # in tokenizers' words alone
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -45,8 +45,8 @@ class Bucket:
         found = self._done(lambda: self._store.read(name).result())
         return found.value if found.state == "value" else None
 
-    def write(self, name: str, data: bytes) -> None:
-        """Writes an object, whole or not at all."""
+    def write(self, name: str, data: bytes | None) -> None:
+        """Writes an object, whole or not at all; None deletes it."""
         self._done(lambda: self._store.write(name, data).result())
 
     def names(self, prefix: str = "") -> list[str]:

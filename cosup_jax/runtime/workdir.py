@@ -131,11 +131,23 @@ class Workdir:
         """
         if self._bucket is None or jax.process_index() != 0:
             return
-        if self._lease.lost:
-            raise UserError(f"{self.url} was taken over by another run, or is out of reach")
+        self._check_lease()
         for name in names:
             if (self.path / name).exists():
                 self._bucket.upload(self.path, name)
+
+    def withdraw(self, name: str) -> None:
+        """Deletes the directory from the bucket, if there is one, so that no file of it stays
+        beside those of the next `publish`. Raises UserError as that does."""
+        if self._bucket is None or jax.process_index() != 0:
+            return
+        self._check_lease()
+        for found in self._bucket.names(f"{name}/"):
+            self._bucket.write(found, None)
+
+    def _check_lease(self) -> None:
+        if self._lease.lost:
+            raise UserError(f"{self.url} was taken over by another run, or is out of reach")
 
     def fetch(self, name: str) -> None:
         """Copies what the bucket has under `name` here; for what is not mirrored at the start."""
