@@ -22,6 +22,7 @@ from cosup_jax.data.storage import span
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.evaluation import retrieval
 from cosup_jax.evaluation.baselines import BM25, Bigram, bm25_ranks
+from cosup_jax.runtime.notices import safepoint
 from cosup_jax.search import index
 from cosup_jax.search.corpus import Corpus
 from cosup_jax.search.encoder import Encoder, to_mesh
@@ -211,6 +212,7 @@ class Evaluator:
         nats = weight = right = 0.0
         queries, rets = [], []
         for batch, index_BxR in held_out.questions:
+            safepoint()
             with jax.set_mesh(self._mesh):
                 part = jax.device_get(self._read(params, to_mesh(batch, self._mesh)))
             nats, weight = nats + float(part[0]), weight + float(part[1])

@@ -16,6 +16,7 @@ from cosup_jax import step as step_lib
 from cosup_jax.config import Config
 from cosup_jax.contrast import EMPTY
 from cosup_jax.data.batch import Batch
+from cosup_jax.runtime.notices import safepoint
 from cosup_jax.step import TrainState
 from cosup_jax.towers import Towers
 
@@ -56,6 +57,7 @@ class Probe:
             if config.log.probe_bank and held[0] and step >= config.bank.start_step:
                 fresh = jax.tree.map(jnp.copy, state.bank)
                 for past in sorted(set.union(*held)):
+                    safepoint()
                     fresh = self._refresh(fresh, state.params, self._batch_at(past), past)
                 metrics |= self._directions(state, fresh, batch)
         return metrics

@@ -28,7 +28,7 @@ from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.probe import Probe
 from cosup_jax.report import page
 from cosup_jax.runtime import liveness, observe, processes
-from cosup_jax.runtime.notices import Notices
+from cosup_jax.runtime.notices import Interrupted, Notices
 from cosup_jax.runtime.telemetry import Progress, Recorder, Throughput
 from cosup_jax.runtime.workdir import Workdir, checkpoints
 from cosup_jax.step import TrainState
@@ -67,13 +67,13 @@ def train(config: Config, workdir: str) -> str:
             _say(f"{directory.url} is finished: {status['step']} steps, see report.html")
             return "finished"
         job = _prepare(config, directory, mesh)
-        step = _run(job, given, told)
+        step, stopped = _run(job, given, told)
         _say(
             f"stopped at step {step} of {job.num_steps}; the same command goes on from there"
-            if step < job.num_steps
+            if stopped
             else f"done: {directory.url}/report.html"
         )
-        return "stopped" if step < job.num_steps else "finished"
+        return "stopped" if stopped else "finished"
 
 
 def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
@@ -103,8 +103,8 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
 
 
-def _run(job: Job, given: dict[str, Any], told: Notices) -> int:
-    """Trains from wherever the workdir stands; returns the steps taken.
+def _run(job: Job, given: dict[str, Any], told: Notices) -> tuple[int, bool]:
+    """Trains from wherever the workdir stands; returns the steps taken, and if it was stopped.
 
     Nothing in the workdir changes before its checkpoint is accepted.
     """
@@ -148,9 +148,11 @@ def _run(job: Job, given: dict[str, Any], told: Notices) -> int:
         if not restored:
             recorder.record(0, measure(state, 0))
             recorder.flush()
-        state, step = _loop(job, state, start, step_fn, recorder, measure, checkpointer, told)
+        elif restored.meta.get("owes_measures"):  # a stop has cut them short
+            recorder.amend(start, measure(state, start))
+        state, step, stop = _loop(job, state, start, step_fn, recorder, measure, checkpointer, told)
         checkpointer.wait()
-        if step == job.num_steps:
+        if not stop:
             _finish(job, state, sample, count)
         recorder.close()
         checkpointer.close()
@@ -159,8 +161,8 @@ def _run(job: Job, given: dict[str, Any], told: Notices) -> int:
         state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         job.workdir.status(state, max([start, *checkpointer.steps()]))
         raise
-    job.workdir.status("finished" if step == job.num_steps else "stopped", step)
-    return step
+    job.workdir.status("stopped" if stop else "finished", step)
+    return step, stop
 
 
 def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkpointer, told):
@@ -174,7 +176,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
     hang = observe.HangWatch(config.log.hang_seconds, job.workdir.path)
     rows = sharding.rows(job.mesh)
     stream = pipeline.batches(job.store, job.plan, config, rows, rows, start, num_steps)
-    step, ahead = start, collections.deque()
+    step, stop, ahead = start, False, collections.deque()
     for batch in clock.waits_for(stream):
         profile.before(step + 1)
         state, metrics = step_fn(state, batch)
@@ -192,7 +194,7 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
             jax.block_until_ready(metrics)
             progress.show(step, f"after {time.time() - began_s:.0f} s, compilation included")
             clock.restart()
-        last, stop = step == num_steps, told.to_stop(step)
+        last, stop = step == num_steps, told.to_stop()
         measures = _evaluates(job, step) or _answers(job, step) or _probes(job, step)
         scheduled = measures or step % config.checkpoint.every_steps == 0
         pauses = scheduled or stop
@@ -202,24 +204,29 @@ def _loop(job: Job, state: TrainState, start, step_fn, recorder, measure, checkp
             if pauses:
                 jax.block_until_ready(metrics)
             recorder.record(step, clock.lap() | observe.device_memory())
-        if measures:
-            recorder.record(step, measure(state, step))
+        if measures and not stop:
+            try:
+                with told.interruptible():
+                    recorder.record(step, measure(state, step))
+            except Interrupted:
+                stop = True
         if pauses:
             _show(progress, recorder.flush())  # a checkpoint's lines are on disk before it is
             job.workdir.publish("metrics.jsonl", "tensorboard")
         if last or stop or step % config.checkpoint.every_steps == 0:
-            checkpointer.save(step, state, _meta(job, state))
+            checkpointer.save(step, state, _meta(job, state, measures and stop))
             job.workdir.status("running", step)
         if pauses:
             clock.restart()
         if stop:
             break
+    stop = stop or told.to_stop()  # while the last step was measured and saved
     told.leave_loop()
     for watcher in (progress, profile, hang):
         watcher.close()
     for metrics in ahead:
         _check_finite(metrics, job, checkpointer)
-    return state, step
+    return state, step, stop
 
 
 def _evaluates(job: Job, step: int) -> bool:
@@ -293,7 +300,7 @@ def _finish(job: Job, state: TrainState, sample: Sample, count: int) -> None:
     print(page.closing_table(rows), flush=True)
 
 
-def _meta(job: Job, state: TrainState) -> dict[str, Any]:
+def _meta(job: Job, state: TrainState, owes_measures: bool) -> dict[str, Any]:
     towers = {name: state.params[name] for name in state.params if name != "nsp"}
     digest = weights_digest(towers)
     contract = assemble.embedding_contract(job.config, job.tokenizers, digest)
@@ -301,6 +308,7 @@ def _meta(job: Job, state: TrainState) -> dict[str, Any]:
         "config": to_dict(job.config),
         "contract": contract.to_dict(),
         "fingerprint": {"plan": job.plan.fingerprint},
+        "owes_measures": owes_measures,  # of this step, to whoever goes on from it
     }
 
 

@@ -40,14 +40,14 @@ def test_a_notice_whose_exception_is_lost_still_stops_the_run():
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         told.enter_loop(str)
-        assert told.to_stop(1)
+        assert told.to_stop()
     signal.raise_signal(signal.SIGTERM)
     with Notices() as told:
         told.enter_loop(str)
-        assert not told.to_stop(1)
+        assert not told.to_stop()
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
-        assert told.to_stop(1)
+        assert told.to_stop()
         told.leave_loop()
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) == before
@@ -59,7 +59,7 @@ def test_the_first_notice_is_answered_and_saves(number, capfd):
     with Notices() as told:
         told.enter_loop(str)
         signal.raise_signal(number)
-        assert told.to_stop(1)
+        assert told.to_stop()
         said, until = "", time.monotonic() + 20
         while not said and time.monotonic() < until:
             said = capfd.readouterr().err
@@ -73,7 +73,7 @@ def test_nohup_is_obeyed():
     with Notices() as told:
         told.enter_loop(str)
         signal.raise_signal(signal.SIGHUP)
-        assert not told.to_stop(1)
+        assert not told.to_stop()
 
 
 def test_a_second_ctrl_c_ends_a_long_step_at_once():

@@ -15,6 +15,7 @@ import towns
 
 from cosup_jax import main as main_lib
 from cosup_jax.checkpoint import Checkpointer
+from cosup_jax.held_out import Evaluator
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -153,6 +154,37 @@ def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     assert process.returncode == 0, err
     assert towns.metrics(workdir) == towns.metrics(unbroken)
     assert _digest(workdir) == _digest(unbroken)
+
+
+def test_a_notice_does_not_wait_for_an_evaluation(tiny, short, tmp_path, capsys, monkeypatch):
+    """Bugs: a preempted machine is gone before a long evaluation ends, and its steps with it; the
+    resumed run leaves the evaluation out, or writes another line for its step; a run that stops at
+    its last step is called done."""
+    workdir, score = tmp_path / "run", Evaluator._score
+    argv = [f"--config={tiny}", f"--workdir={workdir}", *SHORT]
+    shutil.copytree(short[0], workdir)
+    for name in ("checkpoints/4", "evaluation"):
+        shutil.rmtree(workdir / name)
+    for name in ("status.json", "report.html"):
+        (workdir / name).unlink()
+
+    def told(*args):
+        signal.raise_signal(signal.SIGTERM)
+        score(*args)
+        raise AssertionError("it was finished first")
+
+    monkeypatch.setattr(Evaluator, "_score", told)
+    assert main_lib.main(argv) == 0
+    assert "stopped at step 4 of 4" in capsys.readouterr().out
+    status = json.loads((workdir / "status.json").read_text())
+    assert status == {"state": "stopped", "step": 4} and _digest(workdir) == _digest(short[0])
+    assert not any(name.startswith("eval/") for name in towns.metrics(workdir)[4])
+    monkeypatch.undo()
+    assert main_lib.main(argv) == 0
+    assert "done: " in capsys.readouterr().out
+    assert towns.metrics(workdir) == towns.metrics(short[0])
+    read = lambda run: (run / "evaluation" / "answers.jsonl").read_text()
+    assert read(workdir) == read(short[0])
 
 
 def test_two_processes_equal_one(tiny, short, tmp_path):

@@ -21,6 +21,8 @@ from cosup_jax.model import attention
 from cosup_jax.model.transformer import Transformer
 from cosup_jax.towers import similarity_space
 
+TURN = 64  # tokens, after which the host is asked: a notice to stop must not wait for an answer
+
 
 class Status(enum.IntEnum):
     """What a row is doing; from EOS on it has ended, for that reason."""
@@ -98,16 +100,19 @@ def write(
     marks: Marks,
     config: Config,
 ) -> tuple[dict, Rows]:
-    """Tokens for all running rows, until `fewest` run, `patience` wait or one has no slot left."""
+    """Tokens for all running rows, until `fewest` run, `patience` wait or one has no slot left, and
+    at most TURN for each."""
 
     def goes_on(carry):
-        cache, rows = carry
+        cache, rows, turn = carry
         running_B, waiting_B = (rows.status_B == s for s in (Status.RUNNING, Status.WAITING))
         fits = jnp.max(jnp.where(running_B, rows.cached_B, 0)) < attention.slots(cache)
-        return (jnp.sum(running_B) > fewest) & (jnp.sum(waiting_B) < patience) & fits
+        return (
+            (jnp.sum(running_B) > fewest) & (jnp.sum(waiting_B) < patience) & fits & (turn < TURN)
+        )
 
-    step = lambda carry: advance(params, *carry, gen, marks, config)
-    return jax.lax.while_loop(goes_on, step, (cache, rows))
+    step = lambda carry: (*advance(params, *carry[:2], gen, marks, config), carry[2] + 1)
+    return jax.lax.while_loop(goes_on, step, (cache, rows, jnp.int32(0)))[:2]
 
 
 def advance(

@@ -23,6 +23,7 @@ from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.model import attention
 from cosup_jax.model.transformer import padded_vocab
+from cosup_jax.runtime.notices import safepoint
 from cosup_jax.towers import Towers
 
 TOGETHER = 4  # a quarter of the batch is served at once
@@ -136,6 +137,7 @@ class Decoder:
             cache = self._empty(self.rows, self._slots[0])
         waiting, finished, wanted = enumerate(prompts), {}, 0
         while wanted < len(prompts):
+            safepoint()
             batch.insert()
             finished |= batch.collect()
             finished |= batch.load(waiting)

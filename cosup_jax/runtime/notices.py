@@ -1,10 +1,11 @@
 """Being told to stop: by SIGTERM, by SIGHUP where it is not ignored (nohup), by Ctrl-C."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,6 +14,21 @@ from cosup_jax.runtime import processes
 
 ABANDONED_CODE = 130  # as shells report a process that Ctrl-C ended
 _STOPPING = "stopping: finishing this step, then saving (Ctrl-C again stops without saving)"
+_interruptible: "Notices | None" = None
+
+
+class Interrupted(Exception):
+    """Work was left at a safepoint; the resumed run does it anew."""
+
+
+def safepoint() -> None:
+    """Stands between the device calls of long work, such as evaluations, that changes no state.
+
+    Raises Interrupted where the run is to stop and has called for it by `Notices.interruptible`;
+    in several processes in all at the same call, so that all must make the same calls.
+    """
+    if _interruptible is not None and _interruptible.to_stop():
+        raise Interrupted
 
 
 class Notices:
@@ -24,7 +40,8 @@ class Notices:
     """
 
     def __init__(self):
-        self._asked = self._said = False
+        self._asked = self._said = self._agreed = False
+        self._calls = 0  # of to_stop
         self._abandon: Callable[[], str] | None = None  # set within the loop
         self._ends = os.pipe()
         os.set_blocking(self._ends[1], False)
@@ -66,11 +83,23 @@ class Notices:
             self._abandon = None
             signal.signal(signal.SIGINT, self._on_int)
 
-    def to_stop(self, step: int) -> bool:
-        """Whether to stop now; several processes all do at the same step, a little later."""
+    def to_stop(self) -> bool:
+        """Whether to stop now; several processes all do at the same call, a little later."""
         if jax.process_count() == 1:
             return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+        self._calls += 1  # JAX answers True once, at the call agreed on
+        self._agreed |= multihost_utils.reached_preemption_sync_point(self._calls)
+        return self._agreed
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within, `safepoint` asks `to_stop`."""
+        global _interruptible
+        _interruptible = self
+        try:
+            yield
+        finally:
+            _interruptible = None
 
     def _ask(self, number, frame) -> None:
         self._asked = True

@@ -82,6 +82,20 @@ class Recorder:
         self._pending = (step, dict(metrics))
         return written
 
+    def amend(self, step: int, metrics: Mapping[str, jax.Array | float]) -> None:
+        """Adds to the line of `step`, the last one on disk, which is replaced as a whole."""
+        if self._file is None:
+            return
+        values, finite = _floats(metrics)
+        with self._writing():
+            before, last = _lines_up_to(self._path, step - 1), {"step": step}
+            for line in _lines_up_to(self._path, step)[len(before) :]:
+                last |= json.loads(line)
+            self._file.close()
+            write_atomic(self._path, "".join(before) + json.dumps(last | finite) + "\n")
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            self._plot(step, values)
+
     def flush(self) -> Record | None:
         """Writes and returns what is pending, and makes all of it durable."""
         if self._file is None:
@@ -108,14 +122,16 @@ class Recorder:
             return None
         step, metrics = self._pending
         self._pending = None
-        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        values, finite = _floats(metrics)
         with self._writing():
-            scalars = [scalar(name, value).value[0] for name, value in values.items()]
-            self._draw(step, summary=Summary(value=scalars))
+            self._plot(step, values)
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
         return {"step": step, **finite}
+
+    def _plot(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [scalar(name, value).value[0] for name, value in values.items()]
+        self._draw(step, summary=Summary(value=scalars))
 
     def _draw(self, step: int, **what: Any) -> None:
         self._board.write_event(Event(wall_time=time.time(), step=step, **what))
@@ -230,6 +246,12 @@ class Throughput:
             "perf/step_s": seconds / steps,
             "perf/data_wait_share": waited_s / seconds,
         }
+
+
+def _floats(metrics: Mapping[str, jax.Array | float]) -> tuple[dict[str, float], Record]:
+    """As numbers, and as JSON has them."""
+    values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    return values, {name: v if math.isfinite(v) else None for name, v in values.items()}
 
 
 def _lines_up_to(path: Path, last_step: int) -> list[str]:

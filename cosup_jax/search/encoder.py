@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from cosup_jax import sharding
 from cosup_jax.config import Config
 from cosup_jax.data.pipeline import PackedPassages
+from cosup_jax.runtime.notices import safepoint
 from cosup_jax.towers import Towers, passage_vectors
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class Encoder:
         """
         vector_NxD = np.zeros((count, self._width), np.float32)
         for rows in packed:
+            safepoint()
             with jax.set_mesh(self._mesh):
                 vector_UxPxD = np.asarray(self._vectors(params, to_mesh(rows, self._mesh)))
             valid_UxP = rows.passage_valid_UxP

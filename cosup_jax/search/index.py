@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.notices import safepoint
 from cosup_jax.sharding import AXES
 
 BLOCK = 128  # rows of which the largest score is taken first
@@ -305,6 +306,7 @@ def ranks(query_QxD, corpus_NxD, gold_Q: np.ndarray, block: int = QUERIES) -> np
     """
     found, corpus_NxD = np.zeros(len(gold_Q), np.int64), jax.device_put(corpus_NxD)
     for start in range(0, len(gold_Q), block):
+        safepoint()
         rows = np.arange(start, start + block) % len(gold_Q)  # one compiled shape
         part = _ranks(np.asarray(query_QxD)[rows], corpus_NxD, gold_Q[rows])
         stop = min(start + block, len(gold_Q))
