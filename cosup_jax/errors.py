@@ -1,4 +1,6 @@
-"""The two exceptions that are no fault of ours: `main` prints either as one line."""
+"""The two exceptions that are no fault of ours, which `main` prints as one line; exit codes."""
+
+import os
 
 
 class UserError(Exception):
@@ -11,3 +13,9 @@ class LostProcess(Exception):
     """Another process of the run is gone or stuck: started again, the run goes on."""
 
     code = 75  # EX_TEMPFAIL
+
+
+def stopped_code(usual: int) -> int:
+    """Of what was told to stop and goes on when started again: as a scheduler wants it, or
+    `usual`."""
+    return int(os.environ.get("COSUP_STOPPED_CODE", usual))

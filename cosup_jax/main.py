@@ -3,17 +3,19 @@
 Whatever the user can get wrong here ends in one line on stderr and exit code 2, before JAX loads.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from cosup_jax import dependencies
-from cosup_jax.errors import LostProcess, UserError
+from cosup_jax.errors import LostProcess, UserError, stopped_code
 
 MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",
@@ -26,6 +28,14 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "preflight": "compile the step for --topology=..., without data: its memory, FLOPs and time",
     "benchmark": "the speed of training, its data, encoding, searching and answering, and peaks",
+}
+KEPT = {  # by a mode that is told to stop, and gone on from by the same command
+    "train": "the last checkpoint",
+    "prepare": "the tokens of finished sources",
+    "encode": "the finished shards",
+    "mine": "the vectors of finished shards",
+    "generate": "the answers written so far",
+    "evaluate": "the answers written so far",
 }
 OPTIONS = {  # flags of one mode: what they are called in its function, and int (0 or more) or str
     "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
@@ -69,10 +79,12 @@ _CONFIG_KEY = "--config."
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one mode; returns the exit code, 0 or 2. A fault of ours propagates."""
-    state = ""
+    """Runs one mode; returns the exit code. A fault of ours propagates."""
+    flags = {}
     try:
-        state = _run(parse_flags(argv))
+        flags = parse_flags(argv)
+        stopped = _run(flags) == "stopped"
+        return stopped_code(0) if stopped else 0
     except (UserError, LostProcess, ModuleNotFoundError) as error:
         absent = isinstance(error, ModuleNotFoundError)
         mistake = dependencies.missing(error) if absent else error
@@ -81,10 +93,21 @@ def main(argv: Sequence[str]) -> int:
         _tell_the_others(mistake, mistake.code, functools.partial(_print_error, mistake))
         return mistake.code
     except KeyboardInterrupt as error:
-        stopped = "stopped; the same command goes on from the last checkpoint"
-        _tell_the_others(error, LostProcess.code, functools.partial(print, stopped, flush=True))
-        state = "stopped"
-    return int(os.environ.get("COSUP_STOPPED_CODE", "0")) if state == "stopped" else 0
+        number = getattr(error, "number", 0)  # of a signal, which was answered when it came
+        line = "" if number else _stopped(flags) + "\n"
+        say = functools.partial(print, line, end="", file=sys.stderr, flush=True)
+        _tell_the_others(error, LostProcess.code, say)
+        trains = flags.get("--mode", "train") == "train"
+        return stopped_code(0 if trains else 128 + (number or signal.SIGINT))
+
+
+def _stopped(flags: Mapping[str, str]) -> str:
+    """What is said where a mode is told to stop."""
+    mode = flags.get("--mode", "train")
+    if mode == "generate" and "--questions" not in flags:
+        return "stopped"
+    kept = KEPT.get(mode)
+    return f"stopped; the same command {f'goes on from {kept}' if kept else 'starts anew'}"
 
 
 def _run(flags: Mapping[str, str]) -> str | None:
@@ -112,7 +135,11 @@ def _run(flags: Mapping[str, str]) -> str | None:
     given = dict(configs.leaves(configs.to_dict(config)))
     processes.agree("how it was started", processes.facts(mode, flags["--workdir"], given))
     run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
-    state = run(config, flags["--workdir"], **options)
+    told = contextlib.nullcontext()  # train has notices of its own, and a loop
+    if mode != "train":
+        told = importlib.import_module("cosup_jax.runtime.notices").Notices(_stopped(flags))
+    with told:
+        state = run(config, flags["--workdir"], **options)
     processes.finish()
     return state
 

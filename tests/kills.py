@@ -1,4 +1,5 @@
-"""Runs that die at a named place, for test_survival. Nothing in the product knows of it.
+"""Runs that die or are told to stop at a named place, for test_survival. Nothing in the product
+knows of it.
 
 `python tests/kills.py` reads a JSON task from each line of its input, runs it in a fork of itself
 as `python -m cosup_jax.main` would, and answers with a JSON line. The forks share what takes long
@@ -21,8 +22,18 @@ def _die(*_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _at_event(event: str, where: str, call: int = 1) -> None:
-    """Dies before the `call`-th system call that Python reports as `event` with such arguments."""
+def _tell(*_) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def _tell_all(*_) -> None:
+    """Until the others, which wait for us in this batch, have heard of it."""
+    _tell()
+    time.sleep(3)
+
+
+def _at_event(event: str, where: str, call: int = 1, do: Callable = _die) -> None:
+    """Calls `do` before the `call`-th system call that Python reports as such an event."""
     left = call
 
     def hook(name, args):
@@ -30,7 +41,7 @@ def _at_event(event: str, where: str, call: int = 1) -> None:
         if re.fullmatch(event, name) and re.search(where, repr(args)):
             left -= 1
             if left == 0:
-                _die()
+                do()
 
     sys.addaudithook(hook)
 
@@ -111,16 +122,22 @@ def _at_save(call: int, after: bool) -> None:
     _at_call(Checkpointer, "save", call, _die, after)
 
 
-def _at_encoder(call: int) -> None:
+def _at_encoder(call: int, do: Callable = _die) -> None:
     from cosup_jax.search.encoder import Encoder
 
-    _at_call(Encoder, "corpus", call, _die)
+    _at_call(Encoder, "corpus", call, do)
 
 
-def _at_held_out(call: int) -> None:
+def _at_held_out(call: int, do: Callable = _die) -> None:
     from cosup_jax.held_out import Evaluator
 
-    _at_call(Evaluator, "_score", call, _die)
+    _at_call(Evaluator, "_score", call, do)
+
+
+def _at_answer(call: int, do: Callable) -> None:
+    from cosup_jax.answer.decode import Decoder
+
+    _at_call(Decoder, "_read", call, do)
 
 
 _MOVED = "os.rename"
@@ -154,6 +171,14 @@ FAULTS = {  # phase: {where: how}; of a mode each
         "before the summary is there": lambda: _at_event(_MOVED, r"summary\.json'"),
         "before the report is there": lambda: _at_event(_MOVED, r"report\.html'"),
     },
+}
+NOTICES = {  # told to stop while that runs
+    "vectors": lambda: _at_encoder(2, _tell),
+    "held-out questions": lambda: _at_held_out(2, _tell),
+    "held-out questions, in one of several processes": lambda: _at_held_out(2, _tell_all),
+    "the last questions": lambda: _at_held_out(7, _tell),
+    "an answer": lambda: _at_answer(2, _tell),
+    "a file": lambda: _at_event(_MOVED, r"mined/.*\.jsonl'", 2, _tell),
 }
 MODES = {"step": "train", "checkpoint": "train", "encode": "encode", "evaluation": "evaluate"}
 
@@ -193,7 +218,7 @@ def _run(task: dict) -> None:
     _watch_litter(Path(task["workdir"]), log.with_suffix(".litter"))
     if task["fault"]:
         phase, where = task["fault"]
-        FAULTS[phase][where]()
+        {**FAULTS, "notice": NOTICES}[phase][where]()
     if task["event"]:  # the n-th of all that it does to files of the workdir
         _at_event(r"open|os\..*", re.escape(task["workdir"]), task["event"])
     sys.argv = ["main", f"--workdir={task['workdir']}", *task["argv"]]

@@ -1,5 +1,7 @@
 """Being told to stop."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +9,7 @@ import time
 
 import pytest
 
-from cosup_jax.runtime.notices import Notices
+from cosup_jax.runtime.notices import Interrupted, Notices, Stopped, safepoint
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A call into C that no handler of Python's interrupts, as a step is one.
@@ -19,6 +21,19 @@ with Notices() as told:
     told.enter_loop(lambda: "nothing is kept")
     print("in the loop", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000_000)
+"""
+
+
+# The same in a mode without a loop, where a notice may also come just before.
+STUCK = """
+import contextlib, hashlib, signal
+from cosup_jax.runtime import notices
+notices._PATIENCE_S = 1
+with notices.Notices("all is kept"):
+    for _ in range(3):
+        with contextlib.suppress(KeyboardInterrupt):
+            print("told", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000_000)
 """
 
 
@@ -51,6 +66,48 @@ def test_a_notice_whose_exception_is_lost_still_stops_the_run():
         told.leave_loop()
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_what_can_be_done_anew_is_left_at_a_safepoint():
+    """Bugs: an evaluation that outlasts the seconds which a preempted machine has; one that is left
+    where nobody waits for that."""
+    with Notices() as told:
+        told.enter_loop(str)
+        with told.interruptible():
+            safepoint()
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                safepoint()
+        safepoint()
+
+
+def test_a_mode_without_a_loop_stops_though_its_exception_is_lost(capfd):
+    """Bugs: SIGTERM that JAX swallows, or that comes while somebody is asked for a question, so
+    that the mode ends as if it were done; two lines for two notices."""
+    with pytest.raises(Stopped) as stopped, Notices("all is kept"):
+        for _ in range(2):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.number == signal.SIGTERM
+    assert capfd.readouterr().err == "all is kept\n"
+
+
+@pytest.mark.parametrize("environ", [{}, {"COSUP_STOPPED_CODE": "75"}])
+def test_a_mode_without_a_loop_does_not_wait_for_c(environ):
+    """Bugs: an encode that ends without a line, or minutes later, as a program is compiled; a
+    scheduler that is not told to start it again."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environ,
+    ) as process:
+        assert process.stdout.readline() == "told\n"
+        for _ in range(3):
+            process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=20)[1] == "all is kept\n"
+        assert process.returncode == int(environ.get("COSUP_STOPPED_CODE", 143))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

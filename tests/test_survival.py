@@ -211,6 +211,45 @@ def test_damage_and_a_full_disk_cost_steps_and_nothing_else(runs, unbroken, tmp_
 
 
 @pytest.mark.slow
+def test_told_to_stop_in_an_evaluation_or_a_mode_without_a_loop(runs, unbroken, tmp_path):
+    """Bugs: a preempted machine that is gone before its evaluation ends; one that is left out or
+    done twice; modes that end without a line, or half-written, or do again what is done."""
+    workdir = tmp_path / "run"
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(f'{{"question": "How many boats has {n}?"}}\n' for n in range(9)))
+    stops = (("vectors", 8), ("held-out questions", 16), ("the last questions", 64))
+    for where, step in (*stops, ("an answer", 64)):
+        ended = runs(workdir, fault=("notice", where))
+        assert ended.code == 0 and clean(ended), ended.said
+        status = json.loads((workdir / "status.json").read_text())
+        assert status == {"state": "stopped", "step": step} and newest(workdir) == step, where
+        measured = [
+            row["step"] for row in towns.metrics(workdir) if "eval/towns.dev/mrr_at_10" in row
+        ]
+        assert measured == list(range(0, step + (where == "an answer"), 8))
+    assert runs(workdir).code == 0
+    tells = {
+        "encode": "vectors",
+        "generate": "an answer",
+        "evaluate": "an answer",
+        "mine": "a file",
+    }
+    for mode, where in tells.items():
+        flags = [f"--questions={asked}"] if mode == "generate" else []
+        ended = runs(workdir, *flags, mode=mode, fault=("notice", where))
+        assert ended.code == 143 and clean(ended), ended.said
+        assert ended.said.count("stopped; the same command goes on from the ") == 1
+        assert not list(workdir.rglob("*.part"))
+        ended = runs(workdir, *flags, mode=mode)
+        assert ended.code == 0 and clean(ended), ended.said
+    assert (workdir / "answers" / "asked.jsonl").read_text().count("\n") == 9
+    assert (workdir / "mined" / "towns.jsonl").read_text().count("\n") == 160
+    for name in ("answers", "mined"):
+        shutil.rmtree(workdir / name)
+    assert_same(workdir, unbroken)
+
+
+@pytest.mark.slow
 def test_resumed_on_fewer_devices_and_another_mesh(runs, tmp_path):
     """Bugs: optimizer state, bank or moving average that is another after a change of mesh; a batch
     that depends on the devices. The curves differ by the order of sums in float32 alone."""
@@ -244,24 +283,37 @@ def test_resumed_on_fewer_devices_and_another_mesh(runs, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_step_and_go_on(config, tmp_path):
-    """Bugs: a preempted pod in which one host stops and the others wait for it; one that stops at
-    scheduled steps only; one that goes on from another state than it stopped in."""
+    """Bugs: a preempted pod in which one host stops, or leaves an evaluation, and the others wait
+    for it; one that stops at scheduled steps only; one that goes on from another state than it
+    stopped in."""
     environ = os.environ | ENVIRON | {"PYTHON": sys.executable}
+    where = "held-out questions, in one of several processes"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('JAX_PROCESS_ID') == '1':\n"
+        f"    import kills\n    kills.NOTICES[{where!r}]()\n"
+    )
     environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
 
-    def start(workdir):
+    def start(workdir, *paths):
         script = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2", "1", "--"]
         argv = [f"--config={config}", f"--workdir={workdir}", "--config.mesh.fsdp=2"]
         pipe, one = subprocess.PIPE, subprocess.STDOUT
+        told = environ | {"PYTHONPATH": ":".join(map(str, (ROOT, *paths)))}
         return subprocess.Popen(
-            [*script, *argv], cwd=ROOT, env=environ, stdout=pipe, stderr=one, text=True
+            [*script, *argv], cwd=ROOT, env=told, stdout=pipe, stderr=one, text=True
         )
 
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     first = start(whole)
     said, _ = first.communicate(timeout=900)
     assert first.returncode == 0, said
-    for last in (3, 12):
+    process = start(parted, ROOT / "tests", tmp_path)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert json.loads((parted / "status.json").read_text()) == {"state": "stopped", "step": 8}
+    assert not any(name.startswith("eval/") for name in towns.metrics(parted)[8])
+    for last in (10, 20):
         process, lines = start(parted), []
         while f"step {last}/" not in (lines or [""])[-1]:
             lines.append(process.stdout.readline())

@@ -52,6 +52,23 @@ def test_resume_cuts_back_to_the_restored_step(tmp_path):
     assert path.read_text() == ""
 
 
+def test_a_resumed_run_completes_the_line_that_a_stop_cut_short(tmp_path):
+    """Bugs: a second line for the step; the line, or those behind it, lost; done again by a run
+    that was killed before it saved."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 0.5}\n{"step": 2, "a": null}\n')
+    for _ in range(2):
+        recorder = Recorder(tmp_path, start_step=2)
+        recorder.amend(2, {"eval/known/recall_at_1": jnp.float32(0.25)})
+        recorder.record(3, {"a": 1.5})
+        recorder.close()
+        assert lines(tmp_path) == [
+            {"step": 1, "a": 0.5},
+            {"step": 2, "a": None, "eval/known/recall_at_1": 0.25},
+            {"step": 3, "a": 1.5},
+        ]
+
+
 def test_not_a_number_is_null(tmp_path):
     """Bug: a diverged run writes NaN, which is no JSON."""
     recorder = Recorder(tmp_path)

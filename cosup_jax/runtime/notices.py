@@ -2,17 +2,21 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
+from cosup_jax.errors import stopped_code
 from cosup_jax.runtime import processes
 
 ABANDONED_CODE = 130  # as shells report a process that Ctrl-C ended
+_PATIENCE_S = 5.0  # for what a process without a loop is in, which leaves nothing half-written
 _STOPPING = "stopping: finishing this step, then saving (Ctrl-C again stops without saving)"
 _interruptible: "Notices | None" = None
 
@@ -31,16 +35,29 @@ def safepoint() -> None:
         raise Interrupted
 
 
+class Stopped(KeyboardInterrupt):
+    """Work without a loop was told to stop."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 class Notices:
     """A signal, however often, asks the run to stop: by an exception, and within the loop, where it
     saves first, by `to_stop`. There a second Ctrl-C ends the process at once.
+
+    Work without a loop says at once what it keeps (`kept`), raises Stopped, also where the first
+    exception was lost, and is ended after a few seconds, whatever it waits for.
 
     Python's handlers wait for the call into C that runs, as for a step. What must not wait is done
     by a thread, which the signal itself wakes.
     """
 
-    def __init__(self):
-        self._asked = self._said = self._agreed = False
+    def __init__(self, kept: str = ""):
+        """`kept`: what a notice makes work without a loop say; such work never calls the rest."""
+        self._kept, self._asked = kept, 0  # by which signal
+        self._said = self._agreed = False
         self._calls = 0  # of to_stop
         self._abandon: Callable[[], str] | None = None  # set within the loop
         self._ends = os.pipe()
@@ -57,7 +74,7 @@ class Notices:
     def __enter__(self) -> "Notices":
         return self
 
-    def __exit__(self, *raised) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.leave_loop()
         self._abandon = None
         signal.signal(signal.SIGINT, self._on_int)
@@ -66,6 +83,8 @@ class Notices:
         self._thread.join()
         for end in self._ends:
             os.close(end)
+        if self._kept and self._asked and error is None:
+            raise Stopped(self._asked)
 
     def enter_loop(self, abandon: Callable[[], str]) -> None:
         """From here on nothing is raised; `abandon` says in a line what is left without saving."""
@@ -86,7 +105,7 @@ class Notices:
     def to_stop(self) -> bool:
         """Whether to stop now; several processes all do at the same call, a little later."""
         if jax.process_count() == 1:
-            return self._asked
+            return bool(self._asked)
         self._calls += 1  # JAX answers True once, at the call agreed on
         self._agreed |= multihost_utils.reached_preemption_sync_point(self._calls)
         return self._agreed
@@ -102,14 +121,16 @@ class Notices:
             _interruptible = None
 
     def _ask(self, number, frame) -> None:
-        self._asked = True
+        self._asked = number
         if self._abandon is None:
             self._handle(self._polite, signal.SIG_IGN)  # Python's exit would restore the default
-            raise KeyboardInterrupt
+            raise Stopped(number) if self._kept else KeyboardInterrupt
         processes.announce_preemption()
 
     def _listen(self) -> None:
         while number := ord(os.read(self._ends[0], 1)):
+            if self._kept and number in self._polite:
+                return self._end(number)
             if self._abandon is None or number not in (signal.SIGINT, *self._polite):
                 continue
             if not self._said:
@@ -119,6 +140,15 @@ class Notices:
                     _print(self._abandon())
                 finally:
                     os._exit(ABANDONED_CODE)
+
+    def _end(self, number: int) -> None:
+        """Says what is kept; ends the process if it does not itself, as C keeps it waiting."""
+        _print(self._kept)
+        end = time.monotonic() + _PATIENCE_S
+        while select.select([self._ends[0]], [], [], max(end - time.monotonic(), 0))[0]:
+            if os.read(self._ends[0], 1) == b"\0":
+                return
+        os._exit(stopped_code(128 + number))  # as shells report it
 
     def _say(self) -> None:
         self._said = True
