@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cosup_jax import checkpoint
 from cosup_jax.checkpoint import Checkpointer, check_readable, restore_params
 from cosup_jax.errors import UserError
 from cosup_jax.runtime import quiet
@@ -258,6 +260,15 @@ def test_any_damage_is_noticed_or_does_no_harm(tmp_path, devices, monkeypatch, c
     assert "Traceback" not in told and "Exception ignored" not in told
 
 
+def test_what_one_process_cannot_read_is_damaged_for_all(monkeypatch):
+    """Bug: of several processes one steps back, and the others go on from the newest."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    seen = lambda mine: np.stack([mine, np.asarray(False)])
+    monkeypatch.setattr(multihost_utils, "process_allgather", seen)
+    with pytest.raises(checkpoint._DamagedError, match="another process cannot read its part"):
+        checkpoint._agree_on(lambda: "sound")
+
+
 def test_a_changed_word_of_the_metadata_is_damage(tmp_path, devices):
     """Bug: a digit of the config, the contract or the plan that changed on the disk is believed."""
     mesh = make_mesh(devices, 1)
@@ -326,9 +337,9 @@ def test_full_disk_surfaces(tmp_path, devices, capfd):
     try:
         with pytest.raises(UserError, match=r"cannot save .* check permissions and free space"):
             checkpointer.save(2, state, META)
-            for _ in range(1000):  # steps, of which the first after the failure ends the run
-                checkpointer.check()
-                time.sleep(0.01)
+            while checkpointer._manager.is_saving_in_progress():
+                time.sleep(0.01)  # it fails within a step
+            checkpointer.check()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     gc.collect()
