@@ -175,7 +175,7 @@ FAULTS = {  # phase: {where: how}; of a mode each
 NOTICES = {  # told to stop while that runs
     "vectors": lambda: _at_encoder(2, _tell),
     "held-out questions": lambda: _at_held_out(2, _tell),
-    "held-out questions, in one of several processes": lambda: _at_held_out(2, _tell_all),
+    "held-out questions, in one of several processes": lambda: _at_held_out(1, _tell_all),
     "the last questions": lambda: _at_held_out(7, _tell),
     "an answer": lambda: _at_answer(2, _tell),
     "a file": lambda: _at_event(_MOVED, r"mined/.*\.jsonl'", 2, _tell),

@@ -292,9 +292,9 @@ def test_two_processes_stop_at_the_same_step_and_go_on(config, tmp_path):
         "import os\n"
         "if os.environ.get('JAX_PROCESS_ID') == '1':\n"
         "    import kills\n"
-        "    from cosup_jax.runtime import processes\n"
+        "    from cosup_jax.runtime.notices import Notices\n"
         f"    told = lambda *_: kills.NOTICES[{where!r}]()\n"
-        "    kills._at_call(processes, 'join', 1, told, after=True)\n"
+        "    kills._at_call(Notices, 'enter_loop', 1, told)\n"
     )
     environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
 
