@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -14,6 +15,7 @@ from cosup_jax.config import MeshConfig
 from cosup_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+LANES = 128  # of a TPU's vector registers
 
 # logical axis -> mesh axes. A dimension that its axes do not divide stays whole on every device.
 RULES = {
@@ -140,6 +142,41 @@ def gather(x: jax.Array, parts: Sequence[str | None], whole: Sequence[str | None
 gather.defvjp(
     lambda x, parts, whole: (constrain(x, *whole), None),
     lambda parts, whole, _, grad: (constrain(grad, *parts),),
+)
+
+
+def mlp_product(x: jax.Array, kernel: jax.Array, widens: bool) -> jax.Array:
+    """x [B, T, D] times [D, F], or back, x [B, T, F] times [F, D].
+
+    XLA for TPU makes a reduce-scatter of a gradient's sum over devices where the shape of the parts
+    suits it: of [D, F] often not, as with F = 11,008 = 2 x 43 x 128 on 64 devices; then every
+    device gets the whole sum. So the gradient is summed as [D, G, LANES], where `tensor` divides G.
+    """
+    spec, F = ("btd,df->btf", kernel.shape[1]) if widens else ("btf,fd->btd", kernel.shape[0])
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or F % (LANES * mesh.shape["tensor"]):
+        return jnp.einsum(spec, x, kernel)
+    return _product(x, kernel, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, kernel, spec: str) -> jax.Array:
+    return jnp.einsum(spec, x, kernel)
+
+
+def _product_back(spec: str, operands, grad):
+    x, kernel = operands
+    (grad_x,) = jax.linear_transpose(lambda x: jnp.einsum(spec, x, kernel), x)(grad)
+    thin_BxTxD, wide_BxTxF = (x, grad) if spec == "btd,df->btf" else (grad, x)
+    wide_BxTxGxL = wide_BxTxF.reshape(*wide_BxTxF.shape[:2], -1, LANES)
+    sum_DxGxL = jnp.einsum("btd,btgl->dgl", thin_BxTxD, wide_BxTxGxL)
+    sum_DxF = constrain(sum_DxGxL, "embed", "mlp", None).reshape(len(sum_DxGxL), -1)
+    return grad_x, sum_DxF if spec == "btd,df->btf" else sum_DxF.T
+
+
+_product.defvjp(
+    lambda x, kernel, spec: (jnp.einsum(spec, x, kernel), (x, kernel)),
+    _product_back,
 )
 
 

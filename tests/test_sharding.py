@@ -87,6 +87,31 @@ def test_gradient_of_a_gathered_array_comes_back_in_parts(devices):
     assert found.sharding.spec == rows.spec
 
 
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 4, 2)])
+@pytest.mark.parametrize("widens", [True, False])
+def test_gradient_of_the_mlp_is_that_of_a_plain_product(widens, sizes, devices):
+    """Bugs: a gradient that is transposed, or summed over one device's rows; one that every device
+    has whole."""
+    mesh = sharding.make_mesh(MeshConfig(*sizes), devices)
+    rng = np.random.default_rng(0)
+    thin, wide = (rng.normal(size=(8, 3, n)).astype(np.float32) for n in (16, 256))
+    x, weight = (thin, wide) if widens else (wide, thin)
+    kernel = rng.normal(size=(x.shape[2], weight.shape[2])).astype(np.float32)
+    place = sharding.leaf_sharding(mesh, kernel.shape, ("embed", "mlp")[:: 1 if widens else -1])
+
+    def loss(x, kernel):
+        return jnp.sum(sharding.mlp_product(x, kernel, widens) * weight)
+
+    with jax.set_mesh(mesh):
+        given = jax.device_put(x, sharding.rows(mesh)), jax.device_put(kernel, place)
+        whole = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        value, found = whole(*given)
+    assert found[1].sharding.is_equivalent_to(place, 2)
+    np.testing.assert_allclose(value, np.sum(x @ kernel * weight), rtol=1e-5)
+    np.testing.assert_allclose(found[0], weight @ kernel.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[1], np.einsum("bti,bto->io", x, weight), rtol=1e-4, atol=1e-4)
+
+
 def test_gather_is_nothing_without_a_mesh():
     """Bug: a tower that runs on one device only within a mesh."""
     x = jnp.arange(6.0).reshape(2, 3)
