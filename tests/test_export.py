@@ -11,15 +11,19 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from untrained import TINY
 
-from cosup_jax import assemble, export, train
+from cosup_jax import assemble, export, parity, train
 from cosup_jax import config as config_lib
+from cosup_jax import step as step_lib
 from cosup_jax.checkpoint import restore_params
 from cosup_jax.config import ArchConfig, replace_dotted
+from cosup_jax.data import tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 from cosup_jax.hf import saving
 from cosup_jax.model.transformer import Transformer
+from cosup_jax.parity import Ours
 
 TOWNS = ["ulm", "bonn", "kiel", "jena", "trier", "fulda", "worms", "celle"]
 RIVERS = ["danube", "rhine", "schwentine", "saale", "mosel", "fuld", "ried", "aller"]
@@ -245,6 +249,7 @@ def test_a_bad_export_leaves_the_old_one(run, monkeypatch, fault):
         return write(pieces, vocab_size) * 1.0005
 
     monkeypatch.setattr(saving, "_assemble", broken)
+    monkeypatch.setattr(parity, "missing", lambda *names: names)  # our own reading is enough
     message = {"a kernel": "nothing is exported", "the disk": "No space left"}[fault]
     with pytest.raises(UserError, match=message):
         export.export(config, str(home / "run"))
@@ -285,3 +290,22 @@ def test_a_file_in_the_way_is_one_line(run, tmp_path):
     with pytest.raises(UserError, match=r"export is no directory; move it away"):
         export.export(config, str(tmp_path))
     assert (tmp_path / "export").read_text() == "mine"
+
+
+def test_dtype_and_normalisation_reach_the_files(tmp_path):
+    """Bugs: config.export.dtype is ignored, or config.json names another; others norm the vectors
+    that training compares by dot product."""
+    keys = TINY | {"export.dtype": "bfloat16", "loss.normalize": False, "loss.temperature": 1.0}
+    config = assemble.resolve(freeze(config_lib.make(keys, {})))
+    tokens = tokenizer.train(["a passage"], 300)
+    tokenizers = assemble.Tokenizers(tokens, tokens)
+    towers = assemble.make_towers(config, tokenizers)
+    params = jax.jit(lambda key: step_lib.init_params(key, towers, config))(jax.random.key(0))
+    contract = assemble.embedding_contract(config, tokenizers, "weights")
+    export._write(tmp_path, Ours(towers, params, None, config), tokenizers, contract, config)
+    for name in ("gen", "ctx"):
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
+    modules = json.loads((tmp_path / "ctx/modules.json").read_text())
+    assert [m["type"].split(".")[-1] for m in modules] == ["Transformer", "Pooling"]
