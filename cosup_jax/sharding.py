@@ -16,6 +16,7 @@ from cosup_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 LANES = 128  # of a TPU's vector registers
+WIDENS, NARROWS = "btd,df->btf", "btf,fd->btd"
 
 # logical axis -> mesh axes. A dimension that its axes do not divide stays whole on every device.
 RULES = {
@@ -145,16 +146,15 @@ gather.defvjp(
 )
 
 
-def mlp_product(x: jax.Array, kernel: jax.Array, widens: bool) -> jax.Array:
-    """x [B, T, D] times [D, F], or back, x [B, T, F] times [F, D].
+def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """jnp.einsum; for the kernels of an MLP, WIDENS or NARROWS, with a gradient that scatters.
 
     XLA for TPU makes a reduce-scatter of a gradient's sum over devices where the shape of the parts
     suits it: of [D, F] often not, as with F = 11,008 = 2 x 43 x 128 on 64 devices; then every
     device gets the whole sum. So the gradient is summed as [D, G, LANES], where `tensor` divides G.
     """
-    spec, F = ("btd,df->btf", kernel.shape[1]) if widens else ("btf,fd->btd", kernel.shape[0])
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or F % (LANES * mesh.shape["tensor"]):
+    mesh, F = jax.sharding.get_abstract_mesh(), kernel.shape[1 if spec == WIDENS else 0]
+    if spec not in (WIDENS, NARROWS) or mesh.empty or F % (LANES * mesh.shape["tensor"]):
         return jnp.einsum(spec, x, kernel)
     return _product(x, kernel, spec)
 
@@ -167,11 +167,11 @@ def _product(x, kernel, spec: str) -> jax.Array:
 def _product_back(spec: str, operands, grad):
     x, kernel = operands
     (grad_x,) = jax.linear_transpose(lambda x: jnp.einsum(spec, x, kernel), x)(grad)
-    thin_BxTxD, wide_BxTxF = (x, grad) if spec == "btd,df->btf" else (grad, x)
+    thin_BxTxD, wide_BxTxF = (x, grad) if spec == WIDENS else (grad, x)
     wide_BxTxGxL = wide_BxTxF.reshape(*wide_BxTxF.shape[:2], -1, LANES)
     sum_DxGxL = jnp.einsum("btd,btgl->dgl", thin_BxTxD, wide_BxTxGxL)
     sum_DxF = constrain(sum_DxGxL, "embed", "mlp", None).reshape(len(sum_DxGxL), -1)
-    return grad_x, sum_DxF if spec == "btd,df->btf" else sum_DxF.T
+    return grad_x, sum_DxF if spec == WIDENS else sum_DxF.T
 
 
 _product.defvjp(

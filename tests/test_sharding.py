@@ -93,6 +93,7 @@ def test_gradient_of_the_mlp_is_that_of_a_plain_product(widens, sizes, devices):
     """Bugs: a gradient that is transposed, or summed over one device's rows; one that every device
     has whole."""
     mesh = sharding.make_mesh(MeshConfig(*sizes), devices)
+    spec = sharding.WIDENS if widens else sharding.NARROWS
     rng = np.random.default_rng(0)
     thin, wide = (rng.normal(size=(8, 3, n)).astype(np.float32) for n in (16, 256))
     x, weight = (thin, wide) if widens else (wide, thin)
@@ -100,7 +101,7 @@ def test_gradient_of_the_mlp_is_that_of_a_plain_product(widens, sizes, devices):
     place = sharding.leaf_sharding(mesh, kernel.shape, ("embed", "mlp")[:: 1 if widens else -1])
 
     def loss(x, kernel):
-        return jnp.sum(sharding.mlp_product(x, kernel, widens) * weight)
+        return jnp.sum(sharding.product(spec, x, kernel) * weight)
 
     with jax.set_mesh(mesh):
         given = jax.device_put(x, sharding.rows(mesh)), jax.device_put(kernel, place)

@@ -27,7 +27,7 @@ from cosup_jax.config import ArchConfig, LoraConfig
 from cosup_jax.model import attention
 from cosup_jax.model.families import FAMILIES
 from cosup_jax.model.rotary import rotate
-from cosup_jax.sharding import constrain, gather, mlp_product
+from cosup_jax.sharding import constrain, gather, product
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to it, so that any tensor axis up to 128 splits it
 _NEVER = -1e30  # logit of a padded vocabulary entry; finite, so that gradients stay finite
@@ -187,10 +187,7 @@ def _linear(module: nn.Module, name: str, x, spec: str, gain: float = 1.0, bias:
     over = inputs + outputs
     scale = math.prod(shape(inputs)) ** -0.5
     kernel = _param(module, name, shape(over), axes(over), normal(gain * scale))
-    if "f" in over:
-        y = mlp_product(x, kernel.astype(x.dtype), widens=outputs == "f")
-    else:
-        y = jnp.einsum(f"bt{inputs},{over}->bt{outputs}", x, kernel.astype(x.dtype))
+    y = product(f"bt{inputs},{over}->bt{outputs}", x, kernel.astype(x.dtype))
     if bias:
         bias = _param(module, f"{name}_bias", shape(outputs), axes(outputs), zeros)
         y += constrain(bias, *[None] * len(outputs)).astype(x.dtype)[None, None]
