@@ -25,7 +25,8 @@ from cosup_jax.contract import EmbeddingContract
 from cosup_jax.data import markup
 from cosup_jax.errors import UserError
 from cosup_jax.hf import saving, sentence
-from cosup_jax.model.transformer import Transformer, merge_adapters
+from cosup_jax.model.adapters import merge_adapters
+from cosup_jax.model.transformer import Transformer
 from cosup_jax.parity import Ours, Sample
 from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.towers import Towers

@@ -154,9 +154,10 @@ def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     device gets the whole sum. So the gradient is summed as [D, G, LANES], where `tensor` divides G.
     """
     mesh, F = jax.sharding.get_abstract_mesh(), kernel.shape[1 if spec == WIDENS else 0]
-    if spec not in (WIDENS, NARROWS) or mesh.empty or F % (LANES * mesh.shape["tensor"]):
-        return jnp.einsum(spec, x, kernel)
-    return _product(x, kernel, spec)
+    scatters = not mesh.empty and mesh.shape["fsdp"] > 1 and F % (LANES * mesh.shape["tensor"]) == 0
+    if spec in (WIDENS, NARROWS) and scatters:
+        return _product(x, kernel, spec)
+    return jnp.einsum(spec, x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -18,7 +18,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "hf.names",
     "hf.gguf",
     "hf.gguf_tokenizer",
-    "model.rotary model.attention",
+    "model.rotary model.attention model.adapters",
     "sharding data.* evaluation.* model.transformer optim runtime.telemetry runtime.observe"
     " contract report.tables hf.configs hf.sentence",
     "report.plots report.style answer.records",

@@ -121,7 +121,7 @@ def test_bad_flags(refused, argv, says):
 
 def test_every_flag_is_listed_once(refused):
     """Catches a flag of two modes that is listed twice, and a suggestion that is far from it."""
-    err = refused("--batch=3")
+    err = refused("--chunk=3")
     assert err.count("--steps") == 1 and "did you mean" not in err
 
 

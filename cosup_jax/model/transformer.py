@@ -21,7 +21,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cosup_jax.config import ArchConfig, LoraConfig
 from cosup_jax.model import attention
@@ -154,21 +153,6 @@ class Transformer:
 def padded_vocab(vocab_size: int) -> int:
     """Rows of the embedding table for a tokenizer of `vocab_size` entries."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def merge_adapters(params: dict, arch: ArchConfig) -> dict:
-    """The same function without adapters: their updates added to the kernels, in float32."""
-    flat = flatten_dict(params)
-    merged = {path: leaf for path, leaf in flat.items() if "_lora_" not in path[-1]}
-    for path, a in flat.items():
-        if path[-1].endswith("_lora_a"):
-            name = (*path[:-1], path[-1].removesuffix("_lora_a"))
-            kernel, b = merged[name], flat[(*name[:-1], f"{name[-1]}_lora_b")]
-            layers, rank = len(kernel), arch.lora.rank
-            update = a.reshape(layers, -1, rank) @ b.reshape(layers, rank, -1)
-            update = (arch.lora.alpha / rank) * update.reshape(kernel.shape)
-            merged[name] = kernel.astype(jnp.float32) + update
-    return unflatten_dict(merged)
 
 
 def _param(module: nn.Module, name: str, shape, axes, init) -> jax.Array:
