@@ -159,7 +159,8 @@ def _check(what: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) 
 
 
 def _in_float32(model: Transformer) -> Transformer:
-    return dataclasses.replace(model, arch=dataclasses.replace(model.arch, dtype="float32"))
+    arch = dataclasses.replace(model.arch, dtype="float32", attention="auto")  # cudnn has none
+    return dataclasses.replace(model, arch=arch)
 
 
 def _padded(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, ...]:

@@ -161,3 +161,19 @@ def test_a_check_of_parity_is_strict():
     check = lambda difference, largest: parity.Check("", difference, largest).passed
     assert check(0.9e-4, 0.1) and check(2.9e-4, 3.0)
     assert not check(1.1e-4, 0.1) and not check(3.1e-4, 3.0) and not check(float("nan"), 1.0)
+
+
+def test_a_comparison_sees_every_number():
+    """Bug: one wrong logit among many, NaN in one row, or a row too few counts as none."""
+    rows = [np.full((2, 3), 2.0), np.zeros((4, 3))]
+    ours = parity.Outputs(rows, np.zeros((2, 3)))
+
+    def check(change, count=2):
+        theirs = [row.copy() for row in rows]
+        theirs[0][1, 2] += change
+        return next(parity.compare("them", ours, logits=theirs[:count]))
+
+    assert check(0.5) == ("gen logits, them", 0.5, 2.0)
+    assert not check(np.nan).passed and check(0).passed
+    with pytest.raises(ValueError, match="zip"):
+        check(0, count=1)

@@ -33,13 +33,16 @@ def test_every_field_counts():
 
 
 def test_json_round_trip():
-    """Bug: a contract read back from JSON differs, or an older file's lacks a field unnoticed."""
+    """Bug: a contract read back from JSON differs, or another version's lacks a field, or has
+    one more, unnoticed."""
     stored = json.loads(json.dumps(CONTRACT.to_dict()))
     assert EmbeddingContract.from_dict(stored, "the index") == CONTRACT
     for name in ("pooling", "emb"):
         older = {key: value for key, value in stored.items() if key != name}
         with pytest.raises(UserError, match=f"the index: its embedding contract lacks .*'{name}'"):
             EmbeddingContract.from_dict(older, "the index")
+    with pytest.raises(UserError, match="has the unknown field 'newer'; rebuild it"):
+        EmbeddingContract.from_dict(stored | {"newer": 1}, "the index")
 
 
 def test_digest_ignores_the_mesh_and_nothing_else(devices):
@@ -54,10 +57,11 @@ def test_digest_ignores_the_mesh_and_nothing_else(devices):
     assert len(digests) == 1
     changed = w_8x4.copy()
     changed[7, 3] = np.nextafter(changed[7, 3], 0)
-    for w in (changed, w_8x4.reshape(4, 8), w_8x4.astype(np.float64), w_8x4.T):
+    double = w_8x4.astype(np.float64)
+    for w in (changed, w_8x4.reshape(4, 8), double, np.nextafter(double, 99), w_8x4.T):
         digests.add(weights_digest({"gen": {"w": w, "t": jnp.float32(0)}}))
     digests.add(weights_digest({"ctx": {"w": w_8x4, "t": jnp.float32(0)}}))
-    assert len(digests) == 6
+    assert len(digests) == 7
 
 
 def _single_changes(leaf):

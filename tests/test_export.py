@@ -1,5 +1,6 @@
 """Two unlike pretrained towers in, trained together, exported, and read back."""
 
+import dataclasses
 import json
 import shutil
 
@@ -24,6 +25,7 @@ from cosup_jax.freeze import freeze
 from cosup_jax.hf import saving
 from cosup_jax.model.transformer import Transformer
 from cosup_jax.parity import Ours
+from cosup_jax.towers import Towers
 
 TOWNS = ["ulm", "bonn", "kiel", "jena", "trier", "fulda", "worms", "celle"]
 RIVERS = ["danube", "rhine", "schwentine", "saale", "mosel", "fuld", "ried", "aller"]
@@ -309,3 +311,25 @@ def test_dtype_and_normalisation_reach_the_files(tmp_path):
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
     modules = json.loads((tmp_path / "ctx/modules.json").read_text())
     assert [m["type"].split(".")[-1] for m in modules] == ["Transformer", "Pooling"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_older_export_is_replaced(tmp_path, first):
+    """Bug: the older one, gigabytes of it, stays under another name."""
+    for name in (export.NEW,) if first else (export.NEW, export.OLD, "export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    export._put(tmp_path / export.NEW, tmp_path / "export", tmp_path / export.OLD)
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == [
+        *("export", f"export/{export.NEW}")
+    ]
+
+
+def test_what_cudnn_trained_is_compared_in_float32(devices):
+    """Bug: a run with arch.attention=cudnn, which has no float32, cannot be exported."""
+    params = {"gen": jax.jit(Transformer(LLAMA, 40).init)(jax.random.key(0))}
+    gen = Transformer(dataclasses.replace(LLAMA, attention="cudnn", dtype="bfloat16"), 40)
+    mesh = assemble.mesh_for(freeze(config_lib.make(TINY, {})), devices[:1])
+    ours = Ours(Towers(gen, gen, tied=True), params, mesh, None)
+    (logits,) = ours._logits([np.arange(5)])
+    assert logits.shape == (5, 40) and np.isfinite(logits).all() and logits.dtype == np.float32

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cosup_jax.config import ArchConfig
@@ -373,11 +374,16 @@ def test_written_in_several_files_and_read_again(tmp_path, devices, monkeypatch)
     assert hf.arch_from_hf(tmp_path / "out") == fields
     again = hf.load_gen(tmp_path / "out", abstract(devices, vocab=16))
     jax.tree.map(np.testing.assert_array_equal, params, again)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    total = 0
     for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, "np") as opened:
+            assert opened.metadata() == {"format": "pt"}  # transformers 4 asks for it
         for name, array in load_file(file).items():
+            total += array.nbytes
             assert len(array) == V or not name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
             assert index["weight_map"][name] == file.name
+    assert index["metadata"] == {"total_size": total}
 
 
 @pytest.mark.parametrize(
