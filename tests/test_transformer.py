@@ -97,6 +97,7 @@ class Gpu(NamedTuple):
         (Gpu(), (2, 64, 4, 64), "bfloat16", True),
         (Gpu("8.0"), (2, 64, 4, 128), "bfloat16", True),
         (Gpu("7.5"), (2, 64, 4, 64), "bfloat16", False),
+        (Gpu("gfx90a"), (2, 64, 4, 64), "bfloat16", False),
         (Gpu(), (2, 64, 4, 64), "float32", False),
         (Gpu(), (2, 63, 4, 64), "bfloat16", False),
         (Gpu(), (2, 64, 4, 60), "bfloat16", False),

@@ -37,7 +37,7 @@ _CHUNK_ROWS = 8192  # rows of the embedding read at a time for its statistics
 def resolve(source: str | Path, shape_only: bool = False) -> Path:
     """A directory or .gguf file as it is; a hub id downloaded, or from the cache if that is silent.
 
-    `shape_only` downloads config.json alone. Raises UserError in seconds if there is neither.
+    `shape_only` downloads no weights. Raises UserError in seconds if there is neither.
     """
     path = Path(source).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):

@@ -50,7 +50,8 @@ def _fuses(q_BxTxHxE: jax.Array, device: jax.Device) -> bool:
     _, T, _, E = q_BxTxHxE.shape
     if device.platform != "gpu" or q_BxTxHxE.dtype != jnp.bfloat16 or T % 2:
         return False
-    return float(getattr(device, "compute_capability", 0)) >= 8 and E % 8 == 0 and E <= 128
+    capability = str(getattr(device, "compute_capability", ""))  # of AMD's a name, as gfx90a
+    return capability[:1].isdigit() and float(capability) >= 8 and E % 8 == 0 and E <= 128
 
 
 def cache_mask(positions_BxT: jax.Array, slots: int, window: int = 0) -> jax.Array:
