@@ -325,11 +325,15 @@ def test_an_older_export_is_replaced(tmp_path, first):
     ]
 
 
-def test_what_cudnn_trained_is_compared_in_float32(devices):
-    """Bug: a run with arch.attention=cudnn, which has no float32, cannot be exported."""
-    params = {"gen": jax.jit(Transformer(LLAMA, 40).init)(jax.random.key(0))}
-    gen = Transformer(dataclasses.replace(LLAMA, attention="cudnn", dtype="bfloat16"), 40)
+def test_towers_are_compared_in_float32(devices):
+    """Bugs: a run of arch.dtype=bfloat16 is refused for its rounding; one with arch.attention=cudnn,
+    which has no float32, is not exported at all."""
+    plain = Transformer(LLAMA, 40)
+    params = {"gen": jax.jit(plain.init)(jax.random.key(0))}
+    fast = dataclasses.replace(LLAMA, attention="cudnn", dtype="bfloat16")
     mesh = assemble.mesh_for(freeze(config_lib.make(TINY, {})), devices[:1])
-    ours = Ours(Towers(gen, gen, tied=True), params, mesh, None)
-    (logits,) = ours._logits([np.arange(5)])
-    assert logits.shape == (5, 40) and np.isfinite(logits).all() and logits.dtype == np.float32
+    found, wanted = (
+        Ours(Towers(gen, gen, tied=True), params, mesh, None)._logits([np.arange(5)])[0]
+        for gen in (dataclasses.replace(plain, arch=fast), plain)
+    )
+    np.testing.assert_array_equal(found, wanted)
