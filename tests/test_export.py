@@ -326,7 +326,7 @@ def test_an_older_export_is_replaced(tmp_path, first):
 
 
 def test_towers_are_compared_in_float32(devices):
-    """Bugs: a run of arch.dtype=bfloat16 is refused for its rounding; one with arch.attention=cudnn,
+    """Bugs: a run of arch.dtype=bfloat16 is refused for its rounding; one of arch.attention=cudnn,
     which has no float32, is not exported at all."""
     plain = Transformer(LLAMA, 40)
     params = {"gen": jax.jit(plain.init)(jax.random.key(0))}
