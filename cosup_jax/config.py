@@ -61,7 +61,7 @@ class ArchConfig:
     freeze_embeddings: bool = False  # True: tables, new tokens' rows too, stay as they start
     remat: str = "none"  # recompute in the backward pass: none | dots (keep matmuls) | full
     scan_unroll: int = 1  # layers per scan iteration; = layers unrolls the loop
-    attention: str = "auto"  # auto | xla | cudnn (a GPU, bfloat16)
+    attention: str = "auto"  # auto | xla | cudnn (a GPU, bfloat16) | splash (a TPU)
 
 
 _ARCH = [field.name for field in dataclasses.fields(ArchConfig)]

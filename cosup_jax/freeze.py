@@ -32,7 +32,7 @@ _ARCH = {
     "dtype": ("float32", "bfloat16"),
     "frozen_dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
-    "attention": ("auto", "xla", "cudnn"),
+    "attention": ("auto", "xla", "cudnn", "splash"),
 }
 _CHOICES = {
     "compat": ("", "official"),

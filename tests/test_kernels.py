@@ -292,6 +292,26 @@ def test_attention_that_a_gpu_leaves_to_cudnn(suffix, mask, products, seen):
     assert kernel.products == (kernels.Product(2 * 8, 64, seen, 16, "bf16"),) * products
 
 
+SPLASH = """\
+HloModule toy
+
+ENTRY %main (a: s8[1], q: bf16[2,3,4,256,64], k: bf16[2,3,256,64]) -> bf16[2,3,4,256,64] {{
+  %a = s8[1]{{0}} parameter(0)
+  %q = bf16[2,3,4,256,64]{{4,3,2,1,0}} parameter(1)
+  %k = bf16[2,3,256,64]{{3,2,1,0}} parameter(2)
+  ROOT %splash_mqa_{part}_segmented_residuals.1 = bf16[2,3,4,256,64]{{4,3,2,1,0}} custom-call(%a, %a, %q, %k, %k), custom_call_target="tpu_custom_call"
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("part", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_attention_of_a_tpu(part, products):
+    """Bug: attention for nothing, as its kernel is no product; or the later half that a causal
+    kernel leaves out."""
+    (kernel,) = kernels.read(SPLASH.format(part=part)).kernels
+    assert kernel.products == (kernels.Product(2 * 3 * 4, 256, 128, 64, "bf16"),) * products
+
+
 def test_what_a_gpu_copies_beside_moves_a_layer_and_not_the_stack():
     """Bug: a layer taken out of a stack, or put into it, counted as all of the stack, and once
     more where it is collected: a predicted step of five times what it takes."""

@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import subprocess
-import sys
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +9,6 @@ import numpy as np
 import pytest
 from batches import ARCH, VOCAB, assert_close
 
-from cosup_jax.errors import UserError
-from cosup_jax.model import attention
 from cosup_jax.model.transformer import Transformer, padded_vocab
 
 MODEL = Transformer(ARCH, VOCAB)
@@ -84,66 +79,6 @@ def test_memory_options_change_no_number(params, option):
             jax.make_jaxpr(jax.grad(lambda p: m.hidden(p, *rows).sum()))(params)
         )
         assert lowered(other).count("remat") > lowered(MODEL).count("remat")
-
-
-class Gpu(NamedTuple):
-    compute_capability: str = "9.0"
-    platform: str = "gpu"
-
-
-@pytest.mark.parametrize(
-    ("device", "shape", "dtype", "fuses"),
-    [
-        (Gpu(), (2, 64, 4, 64), "bfloat16", True),
-        (Gpu("8.0"), (2, 64, 4, 128), "bfloat16", True),
-        (Gpu("7.5"), (2, 64, 4, 64), "bfloat16", False),
-        (Gpu("gfx90a"), (2, 64, 4, 64), "bfloat16", False),
-        (Gpu(), (2, 64, 4, 64), "float32", False),
-        (Gpu(), (2, 63, 4, 64), "bfloat16", False),
-        (Gpu(), (2, 64, 4, 60), "bfloat16", False),
-        (Gpu(), (2, 64, 4, 256), "bfloat16", False),
-        (jax.devices("cpu")[0], (2, 64, 4, 64), "bfloat16", False),
-    ],
-)
-def test_attention_is_fused_where_cudnn_has_a_kernel(device, shape, dtype, fuses):
-    """Bug: a run that ends in cuDNN's traceback; or all scores in memory where none need be."""
-    assert attention._fuses(jax.ShapeDtypeStruct(shape, dtype), device) == fuses
-
-
-def test_cudnn_without_a_kernel_is_told():
-    """Bug: a traceback out of JAX."""
-    model = Transformer(dataclasses.replace(ARCH, attention="cudnn"), VOCAB)
-    with pytest.raises(UserError, match="attention=cudnn needs a GPU"):
-        jax.eval_shape(model.init, jax.random.key(0))
-
-
-ON_A_GPU = """
-import jax, jax.numpy as jnp, numpy as np
-from cosup_jax.model import attention
-
-segments = np.ones((2, 64), np.int32) * np.repeat([0, 1, 2, 3, -3, 0], [4, 16, 13, 17, 4, 10])
-keys, seen = jax.random.split(jax.random.key(0), 4), jnp.asarray(segments != 0)[:, :, None, None]
-normal = lambda key, heads: jax.random.normal(key, (2, 64, heads, 64), jnp.bfloat16)
-q, k, v, back = (normal(key, heads) for key, heads in zip(keys, (4, 2, 2, 4)))
-for window in (0, 9):
-    mask, found = attention.mask(jnp.asarray(segments), True, window), {}
-    for kind in ("cudnn", "xla"):
-        out, vjp = jax.vjp(lambda *parts: attention.attend(*parts, mask, True, kind), q, k, v)
-        assert jnp.isfinite(out).all()
-        found[kind] = [np.asarray(x, np.float32) for x in (out * seen, *vjp(back * seen))]
-    for one, other in zip(*found.values()):
-        np.testing.assert_allclose(one, other, atol=2e-2 * np.abs(other).max())
-"""
-
-
-@pytest.mark.slow
-def test_cudnn_equals_xla():
-    """Bug: packed examples, windows or padding seen through, forwards or backwards."""
-    run = lambda code: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if run("import jax; print(jax.devices()[0].platform)").stdout.strip() != "gpu":
-        pytest.skip("no GPU")
-    done = run(ON_A_GPU)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_padded_vocabulary_never_wins(params):

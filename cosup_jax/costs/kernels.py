@@ -18,6 +18,7 @@ _FREE = {  # touches no data; no more than what ends in -done does
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "async-update"),
 }
 _GROUPS_BY_MESH = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}"
+_SPLASH = re.compile(r"splash_\w+?_(fwd|dq|dkv)")  # JAX's name for its kernels
 _MOVES = ("transpose", "copy", "broadcast")  # elements change their places
 
 
@@ -140,7 +141,9 @@ def _products(module: Module, one: Instruction) -> list[Product]:
     if one.opcode == "dot":
         dims = lambda side: one.numbers(rf"lhs_{side}_dims={{([\d,]*)}}")
     elif one.opcode == "custom-call" and "__cudnn$fmha" in one.attributes:
-        return _attention(module, one)
+        return _cudnn(module, one)
+    elif one.opcode == "custom-call" and (part := _SPLASH.match(one.name)):
+        return _splash(module, one, part[1])
     elif one.opcode == "custom-call" and re.search(r"gemm|matmul", one.attributes):
         dims = lambda side: one.numbers(rf'"lhs_{side}_dimensions":\[([\d,"]*)\]')
     else:
@@ -152,14 +155,23 @@ def _products(module: Module, one: Instruction) -> list[Product]:
     return [Product(batch, lhs.count // shared, rhs.count // shared, contracted, lhs.dtype)]
 
 
-def _attention(module: Module, one: Instruction) -> list[Product]:
-    """cuDNN's: scores and values; backwards the scores again and four gradients."""
+def _cudnn(module: Module, one: Instruction) -> list[Product]:
+    """Of cuDNN's attention: scores and values; backwards the scores again and four gradients."""
     shape = one.numbers(r'"intermediate_tensor_shape":\{"dimensions":\[([\d,"]*)\]')
     B, H, T, S = shape
     q = module.operands(one)[0].arrays[0]
     seen = S // 2 if "CAUSAL" in one.attributes else S  # it leaves the later half out
     product = Product(B * H, T, seen, q.count // (B * H * T), q.dtype)
     return [product] * (5 if "Backward" in one.attributes else 2)
+
+
+def _splash(module: Module, one: Instruction, part: str) -> list[Product]:
+    """Of a TPU's attention, causal: scores and values; scores and the query's gradient; or scores
+    and those of keys and values."""
+    q, k = (operand.arrays[0] for operand in module.operands(one)[2:4])
+    T, E = q.sizes[-2:]
+    product = Product(q.count // (T * E), T, k.sizes[-2] // 2, E, q.dtype)
+    return [product] * {"fwd": 2, "dq": 3, "dkv": 4}[part]
 
 
 def _convolution(module: Module, one: Instruction) -> Product:

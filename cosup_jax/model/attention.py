@@ -6,7 +6,7 @@ B rows, T tokens, S slots, H query heads, G kv heads, E features of a head, N la
 import jax
 import jax.numpy as jnp
 
-from cosup_jax.errors import UserError
+from cosup_jax.model import fused
 
 _NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row without anything to see stays so
 
@@ -22,36 +22,17 @@ def mask(segments_BxT: jax.Array, causal: bool = True, window: int = 0) -> jax.A
     return (same & (key_BxT > 0) & near[None])[:, None]
 
 
-def attend(q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT, causal: bool, kind: str) -> jax.Array:
-    """[B, T, H, E]; `kind` as config.gen.arch.attention names it.
+def attend(q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, seen, kind: str, window: int) -> jax.Array:
+    """[B, T, H, E]; `kind` as `fused.kernel` chooses it.
 
-    `causal`: the mask lets nobody see a later token. Raises UserError where cuDNN is asked for and
-    has no kernel.
+    `seen`: the mask [B, 1, T, T], for splash the segments [B, T].
     """
-    fuses = causal and _fuses(q_BxTxHxE, jax.devices()[0])
-    if kind == "cudnn" and not fuses:
-        raise UserError(
-            "arch.attention=cudnn needs a GPU of compute capability 8 or more, arch.dtype=bfloat16,"
-            " a causal family, rows of an even number of tokens and a head_dim that is a multiple "
-            "of 8 up to 128; set it to auto"
-        )
-    parts = q_BxTxHxE, k_BxTxGxE, v_BxTxGxE
-    if not fuses or kind == "xla":
-        return jax.nn.dot_product_attention(*parts, mask=mask_Bx1xTxT, implementation="xla")
-    # cuDNN takes the mask as a bias that all heads share, and may give NaN where nothing is seen.
-    mask_Bx1xTxT |= ~jnp.any(mask_Bx1xTxT, axis=-1, keepdims=True)
-    return jax.nn.dot_product_attention(
-        *parts, mask=mask_Bx1xTxT, is_causal=True, implementation="cudnn"
-    )
-
-
-def _fuses(q_BxTxHxE: jax.Array, device: jax.Device) -> bool:
-    """Whether cuDNN has a kernel that keeps no [T, T] of scores, by its own rules."""
-    _, T, _, E = q_BxTxHxE.shape
-    if device.platform != "gpu" or q_BxTxHxE.dtype != jnp.bfloat16 or T % 2:
-        return False
-    capability = str(getattr(device, "compute_capability", ""))  # of AMD's a name, as gfx90a
-    return capability[:1].isdigit() and float(capability) >= 8 and E % 8 == 0 and E <= 128
+    parts = (q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, seen)
+    if kind == "splash":
+        return fused.splash(*parts, window)
+    if kind == "cudnn":
+        return fused.cudnn(*parts)
+    return jax.nn.dot_product_attention(*parts[:3], mask=seen, implementation="xla")
 
 
 def cache_mask(positions_BxT: jax.Array, slots: int, window: int = 0) -> jax.Array:

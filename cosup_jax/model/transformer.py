@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from cosup_jax.config import ArchConfig, LoraConfig
-from cosup_jax.model import attention
+from cosup_jax.model import attention, fused
 from cosup_jax.model.families import FAMILIES
 from cosup_jax.model.rotary import rotate
 from cosup_jax.sharding import constrain, gather, product
@@ -75,9 +75,11 @@ class Transformer:
         marks padding that belongs to segment s: it sees the segment, and nothing sees it. What
         stands at segment 0 is meaningless and finite.
         """
-        causal = FAMILIES[self.arch.family].causal
-        mask_Bx1xTxT = attention.mask(segments_BxT, causal, self.arch.window)
-        return self._module().apply({"params": params}, tokens_BxT, mask_Bx1xTxT, positions_BxT)
+        a, causal = self.arch, FAMILIES[self.arch.family].causal
+        kind = fused.kernel(a, causal, *tokens_BxT.shape)
+        seen = segments_BxT if kind == "splash" else attention.mask(segments_BxT, causal, a.window)
+        module = self._module(kind=kind)
+        return module.apply({"params": params}, tokens_BxT, seen, positions_BxT)
 
     def cache(self, rows: int, slots: int) -> dict:
         """Room for the keys and values of `slots` tokens a row, in the compute dtype."""
@@ -142,8 +144,9 @@ class Transformer:
         kernel_VxD = self.unembedding(params).T.astype(hidden_BxD.dtype)
         return jnp.dot(kernel_VxD, hidden_BxD.T, preferred_element_type=jnp.float32)
 
-    def _module(self, stacked: bool = True) -> nn.Module:
-        return _Decoder(self.arch, padded_vocab(self.vocab_size), self.has_head, stacked)
+    def _module(self, stacked: bool = True, kind: str = "xla") -> nn.Module:
+        arch = dataclasses.replace(self.arch, attention=kind)
+        return _Decoder(arch, padded_vocab(self.vocab_size), self.has_head, stacked)
 
     def _boxed(self, key: jax.Array) -> dict:
         x = jnp.ones((1, 2), jnp.int32)
@@ -213,7 +216,7 @@ class _Attention(nn.Module):
     arch: ArchConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, mask_Bx1xTxS, positions_BxT, cache, layer):
+    def __call__(self, x_BxTxD, seen, positions_BxT, cache, layer):
         a, family = self.arch, FAMILIES[self.arch.family]
         linear = lambda name, *args: _linear(self, name, *args, bias=name in family.biases)
         # Attention starts almost uniform, so that [Ret] first reads all of its context alike: a
@@ -230,10 +233,10 @@ class _Attention(nn.Module):
             k_BxTxGxE = rotate(k_BxTxGxE, positions_BxT, a, slots)
         if cache is None:
             parts = (q_BxTxHxE, k_BxTxGxE, v_BxTxGxE)
-            out_BxTxHxE = attention.attend(*parts, mask_Bx1xTxS, family.causal, a.attention)
+            out_BxTxHxE = attention.attend(*parts, seen, a.attention, a.window)
         else:
             cache = attention.put(cache, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE)
-            out_BxTxHxE = attention.recall(q_BxTxHxE, cache, layer, mask_Bx1xTxS)
+            out_BxTxHxE = attention.recall(q_BxTxHxE, cache, layer, seen)
         return linear("o", out_BxTxHxE, "he->d", _branch(a)), cache
 
 
@@ -257,15 +260,18 @@ class _Block(nn.Module):
     arch: ArchConfig
 
     @nn.compact
-    def __call__(self, carry, layer, mask_Bx1xTxS, positions_BxT):
-        """`carry` is [B, T, D] and the stack's cache, or None; `layer` the number within it."""
+    def __call__(self, carry, layer, seen, positions_BxT):
+        """`carry` is [B, T, D] and the stack's cache, or None; `layer` the number within it.
+
+        `seen` is a mask [B, 1, T, T or slots], or what else the kernel wants of `attention.attend`.
+        """
         x_BxTxD, cache = carry
         a, kind = self.arch, FAMILIES[self.arch.family].block
         attn_norm, mlp_norm = _Norm(a, name="attn_norm"), _Norm(a, name="mlp_norm")
         attn, mlp = _Attention(a, name="attn"), _MLP(a, name="mlp")
         settle = lambda x: constrain(x, "batch", None, None)
         read_BxTxD = x_BxTxD if kind == "post" else attn_norm(x_BxTxD)
-        attended_BxTxD, cache = attn(read_BxTxD, mask_Bx1xTxS, positions_BxT, cache, layer)
+        attended_BxTxD, cache = attn(read_BxTxD, seen, positions_BxT, cache, layer)
         if kind == "post":
             x_BxTxD = settle(attn_norm(x_BxTxD + attended_BxTxD))
             x_BxTxD = mlp_norm(x_BxTxD + mlp(x_BxTxD))
@@ -284,7 +290,7 @@ class _Decoder(nn.Module):
     stacked: bool = True
 
     @nn.compact
-    def __call__(self, tokens_BxT, mask_Bx1xTxS, positions_BxT, cache=None):
+    def __call__(self, tokens_BxT, seen, positions_BxT, cache=None):
         """Final states; with a cache also the new cache."""
         a, family = self.arch, FAMILIES[self.arch.family]
         x_BxTxD = _Embedding(a, self.padded_vocab, name="embed")(tokens_BxT, positions_BxT)
@@ -294,7 +300,7 @@ class _Decoder(nn.Module):
             if not self.stacked:
                 for layer in (f"{name}_{i}" for i in range(layers)):
                     carry = (x_BxTxD, cache[layer])
-                    carry, _ = _Block(arch, name=layer)(carry, 0, mask_Bx1xTxS, positions_BxT)
+                    carry, _ = _Block(arch, name=layer)(carry, 0, seen, positions_BxT)
                     x_BxTxD, kept[layer] = carry
                 continue
             blocks = nn.scan(
@@ -308,7 +314,7 @@ class _Decoder(nn.Module):
             )(arch, name=name)
             number = None if cache is None else jnp.arange(layers)
             carry = (x_BxTxD, None if cache is None else cache[name])
-            (x_BxTxD, kept[name]), _ = blocks(carry, number, mask_Bx1xTxS, positions_BxT)
+            (x_BxTxD, kept[name]), _ = blocks(carry, number, seen, positions_BxT)
         if self.has_head and not a.tie_embeddings and self.is_initializing():
             _Table((a.width, self.padded_vocab), ("embed", "vocab"), "kernel", name="head")()
         if family.block != "post":
