@@ -157,7 +157,30 @@ def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     scatters = not mesh.empty and mesh.shape["fsdp"] > 1 and F % (LANES * mesh.shape["tensor"]) == 0
     if spec in (WIDENS, NARROWS) and scatters:
         return _product(x, kernel, spec)
+    return _narrow_first(x, kernel, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow_first(x, kernel, spec: str) -> jax.Array:
+    """An einsum. Of its kernel's gradient, x * grad, XLA for CPU transposes the first operand: here
+    the narrower one, and where queries, keys and values or gate and up read one x, once for all."""
     return jnp.einsum(spec, x, kernel)
+
+
+def _narrow_first_back(spec: str, operands, grad):
+    x, kernel = operands
+    (grad_x,) = jax.linear_transpose(lambda x: jnp.einsum(spec, x, kernel), x)(grad)
+    inputs, over, outputs = spec.replace("->", ",").split(",")
+    if x.size <= grad.size:
+        return grad_x, jnp.einsum(f"{inputs},{outputs}->{over}", x, grad)
+    turned = jnp.einsum(f"{outputs},{inputs}->{outputs[2:]}{inputs[2:]}", grad, x)
+    return grad_x, jnp.einsum(f"{outputs[2:]}{inputs[2:]}->{over}", turned)
+
+
+_narrow_first.defvjp(
+    lambda x, kernel, spec: (jnp.einsum(spec, x, kernel), (x, kernel)),
+    _narrow_first_back,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -87,7 +87,7 @@ def test_gradient_of_a_gathered_array_comes_back_in_parts(devices):
     assert found.sharding.spec == rows.spec
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 4, 2)])
 @pytest.mark.parametrize("widens", [True, False])
 def test_gradient_of_the_mlp_is_that_of_a_plain_product(widens, sizes, devices):
     """Bugs: a gradient that is transposed, or summed over one device's rows; one that every device

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from batches import ARCH, VOCAB, assert_close
 
+from cosup_jax.model import attention
 from cosup_jax.model.transformer import Transformer, padded_vocab
 
 MODEL = Transformer(ARCH, VOCAB)
@@ -79,6 +80,34 @@ def test_memory_options_change_no_number(params, option):
             jax.make_jaxpr(jax.grad(lambda p: m.hidden(p, *rows).sum()))(params)
         )
         assert lowered(other).count("remat") > lowered(MODEL).count("remat")
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_attention_in_chunks_equals_the_whole(window):
+    """Bugs: a chunk that misses keys of its own or of earlier ones; query heads beside another
+    group's keys; padding or a lone token that gives NaN; a gradient that stops at a chunk."""
+    segments = jnp.array([[1] * 5 + [2] * 4 + [-2, 0], [0, 1, *[2] * 9]])  # 11: the last is shorter
+    mask = attention.mask(segments, True, window)
+    normal = lambda seed, heads: jax.random.normal(jax.random.key(seed), (2, 11, heads, 8))
+    q, k, v, back = normal(0, 4), normal(1, 2), normal(2, 2), normal(3, 4)
+    seen = (segments != 0)[..., None, None]  # what stands at segment 0 is meaningless
+    kinds = (
+        lambda *parts: attention.attend(*parts, mask, "xla") * seen,
+        lambda *parts: jax.nn.dot_product_attention(*parts, mask=mask) * seen,
+    )
+    (ours, our_vjp), (whole, vjp) = (jax.vjp(kind, q, k, v) for kind in kinds)
+    for one, other in zip((ours, *our_vjp(back)), (whole, *vjp(back)), strict=True):
+        assert_close(one, other)
+
+
+def test_neither_scores_nor_activations_are_kept(params):
+    """Bug: memory of a step that grows by a row's length squared, or by three more [B, T, F]."""
+    T, F = 96, ARCH.mlp_width
+    keep = lambda params: jax.vjp(lambda p: MODEL.hidden(p, *_rows(1, T)), params)[1]
+    kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(keep, params))]
+    layers = ARCH.layers
+    assert kept.count((layers, 1, T, F)) == 2  # gate and up
+    assert not [shape for shape in kept if shape.count(T) > 1 and shape[0] == layers]
 
 
 def test_padded_vocabulary_never_wins(params):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from cosup_jax.model import fused
 
+_CHUNKS = 4  # of a row's queries: 5/8 of the scores are computed
 _NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row without anything to see stays so
 
 
@@ -22,17 +23,36 @@ def mask(segments_BxT: jax.Array, causal: bool = True, window: int = 0) -> jax.A
     return (same & (key_BxT > 0) & near[None])[:, None]
 
 
-def attend(q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, seen, kind: str, window: int) -> jax.Array:
+def attend(
+    q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, seen, kind: str, window: int = 0, causal: bool = True
+) -> jax.Array:
     """[B, T, H, E]; `kind` as `fused.kernel` chooses it.
 
-    `seen`: the mask [B, 1, T, T], for splash the segments [B, T].
+    `seen`: the mask [B, 1, T, T], for splash the segments [B, T]; `causal`: it has no later token.
     """
     parts = (q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, seen)
     if kind == "splash":
         return fused.splash(*parts, window)
     if kind == "cudnn":
         return fused.cudnn(*parts)
+    if causal:
+        return _causal(*parts)
     return jax.nn.dot_product_attention(*parts[:3], mask=seen, implementation="xla")
+
+
+@jax.checkpoint  # the backward pass computes the scores again
+def _causal(q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT) -> jax.Array:
+    """A chunk of queries at a time, over the keys up to its end: none of the others is seen."""
+    T = q_BxTxHxE.shape[1]
+    size = -(-T // _CHUNKS)
+    k_BxGxExT, v_BxGxTxE = k_BxTxGxE.transpose(0, 2, 3, 1), v_BxTxGxE.transpose(0, 2, 1, 3)
+
+    def chunk(start: int):
+        own, seen = slice(start, start + size), slice(start + size)
+        keys, values = k_BxGxExT[..., seen], v_BxGxTxE[:, :, seen]
+        return _mix(q_BxTxHxE[:, own], keys, values, mask_Bx1xTxT[:, :, own, seen])
+
+    return jnp.concatenate([chunk(start) for start in range(0, T, size)], axis=1)
 
 
 def cache_mask(positions_BxT: jax.Array, slots: int, window: int = 0) -> jax.Array:
@@ -83,22 +103,30 @@ def put(cache: dict, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE) -> dict:
 
 
 def recall(q_BxTxHxE, cache: dict, layer, mask_Bx1xTxS) -> jax.Array:
-    """[B, T, H, E]: attention over the slots of a layer that the mask lets through.
+    """[B, T, H, E]: attention over the slots of a layer that the mask lets through."""
+    return _mix(q_BxTxHxE, cache["k"][layer], cache["v"][layer], mask_Bx1xTxS)
+
+
+def _mix(q_BxTxHxE, k_BxGxExS, v_BxGxSxE, mask_Bx1xTxS) -> jax.Array:
+    """[B, T, H, E]: values, mixed by the softmax of the scores that the mask lets through.
 
     The query heads of a group, and their tokens, are the M rows of one matrix.
     """
     B, T, H, E = q_BxTxHxE.shape
-    G = cache["k"].shape[2]
-    q_BxGxhxTxE = q_BxTxHxE.reshape(B, T, G, H // G, E).transpose(0, 2, 3, 1, 4)
+    G = k_BxGxExS.shape[1]
+    q_BxGxMxE = q_BxTxHxE.reshape(B, T, G, H // G, E).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, E)
     score_BxGxMxS = jnp.einsum(
-        "bgme,bges->bgms",
-        q_BxGxhxTxE.reshape(B, G, -1, E),
-        cache["k"][layer],
-        preferred_element_type=jnp.float32,
+        "bgme,bges->bgms", q_BxGxMxE, k_BxGxExS, preferred_element_type=jnp.float32
     )
     score_BxGxhxTxS = score_BxGxMxS.reshape(B, G, H // G, T, -1) * E**-0.5
-    share_BxGxhxTxS = jax.nn.softmax(jnp.where(mask_Bx1xTxS[:, :, None], score_BxGxhxTxS, _NEVER))
+    score_BxGxhxTxS = jnp.where(mask_Bx1xTxS[:, :, None], score_BxGxhxTxS, _NEVER)
+    most_BxGxhxTx1 = jax.lax.stop_gradient(jnp.max(score_BxGxhxTxS, axis=-1, keepdims=True))
+    share_BxGxhxTxS = jnp.exp(score_BxGxhxTxS - most_BxGxhxTx1)
+    all_BxGxMx1 = jnp.sum(share_BxGxhxTxS, axis=-1).reshape(B, G, -1, 1)
     share_BxGxMxS = share_BxGxhxTxS.reshape(score_BxGxMxS.shape).astype(q_BxTxHxE.dtype)
-    out_BxGxMxE = jnp.einsum("bgms,bgse->bgme", share_BxGxMxS, cache["v"][layer])
+    out_BxGxMxE = jnp.einsum(
+        "bgms,bgse->bgme", share_BxGxMxS, v_BxGxSxE, preferred_element_type=jnp.float32
+    )
+    out_BxGxMxE = (out_BxGxMxE / all_BxGxMx1).astype(q_BxTxHxE.dtype)
     out_BxGxhxTxE = out_BxGxMxE.reshape(B, G, H // G, T, E)
     return out_BxGxhxTxE.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)

@@ -233,7 +233,7 @@ class _Attention(nn.Module):
             k_BxTxGxE = rotate(k_BxTxGxE, positions_BxT, a, slots)
         if cache is None:
             parts = (q_BxTxHxE, k_BxTxGxE, v_BxTxGxE)
-            out_BxTxHxE = attention.attend(*parts, seen, a.attention, a.window)
+            out_BxTxHxE = attention.attend(*parts, seen, a.attention, a.window, family.causal)
         else:
             cache = attention.put(cache, layer, positions_BxT, k_BxTxGxE, v_BxTxGxE)
             out_BxTxHxE = attention.recall(q_BxTxHxE, cache, layer, seen)
@@ -246,14 +246,16 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD):
         a, family = self.arch, FAMILIES[self.arch.family]
-        linear = lambda name, *args: _linear(self, name, *args, bias="m" in family.biases)
+        linear = lambda module, *args: _linear(module, *args, bias="m" in family.biases)
         activate = ACTIVATIONS[a.activation or family.activation]
-        if family.gated:
-            gate_BxTxF = activate(linear("gate", x_BxTxD, "d->f"))
-            inner_BxTxF = gate_BxTxF * linear("up", x_BxTxD, "d->f")
-        else:
-            inner_BxTxF = activate(linear("up", x_BxTxD, "d->f"))
-        return linear("down", inner_BxTxF, "f->d", 0.1 * _branch(a))
+        names = ("gate", "up") if family.gated else ("up",)
+
+        def down(module, first_BxTxF, *rest):
+            inner_BxTxF = math.prod(rest, start=activate(first_BxTxF))
+            return linear(module, "down", inner_BxTxF, "f->d", 0.1 * _branch(a))
+
+        # The backward pass computes the activation again, which costs less than to keep it.
+        return nn.remat(down)(self, *(linear(self, name, x_BxTxD, "d->f") for name in names))
 
 
 class _Block(nn.Module):
