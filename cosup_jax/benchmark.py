@@ -102,5 +102,5 @@ def _rate(what: str, run: Callable, tokens_of: Callable) -> list[Figure]:
     clock_s, cores_s = time.perf_counter(), core_s()
     count = tokens_of(run())
     clock_s, cores_s = time.perf_counter() - clock_s, core_s() - cores_s
-    more = f"{count:,} in {clock_s:.2f} s; {count / cores_s:,.0f}/s for each of its cores"
+    more = f"{count:,} in {clock_s:.2f} s; {count / cores_s:,.0f}/s of CPU time"
     return [Figure(what, count / clock_s, "tokens/s", more)]

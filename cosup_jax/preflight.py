@@ -219,9 +219,10 @@ def _print(found: dict[str, Any]) -> None:
         print(f"predicted step on {name}: {e['step_s']:.4g} s ({parts}); MFU {found['mfu']:.1%}")
     if "measured" in found:
         m, predicted = found["measured"], found["estimate"]["step_s"]
+        of_cores = " of its cores" if found["chip"]["name"] == "cpu" else ""
         print(
-            f"measured step: {m['step_s']:.4g} s ({m['clock_s']:.4g} s by the clock); MFU "
-            f"{m['mfu']:.1%}; predicted {predicted / m['step_s'] - 1:+.0%}"
+            f"measured step: {m['step_s']:.4g} s{of_cores} ({m['clock_s']:.4g} s by the clock); "
+            f"MFU {m['mfu']:.1%}; predicted {predicted / m['step_s'] - 1:+.0%}"
         )
     whole = sorted(found["replicated"], key=lambda leaf: -leaf["bytes"])
     size = sum(leaf["bytes"] for leaf in whole)

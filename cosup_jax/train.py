@@ -17,7 +17,7 @@ from cosup_jax import step as step_lib
 from cosup_jax.answer import records
 from cosup_jax.answer.sample import Sample
 from cosup_jax.assemble import Sources, Tokenizers
-from cosup_jax.checkpoint import Checkpointer, check_readable
+from cosup_jax.checkpoint import Checkpointer, Restored, check_readable
 from cosup_jax.config import Config, differing, to_dict
 from cosup_jax.contract import weights_digest
 from cosup_jax.data import pipeline, tokens
@@ -124,6 +124,7 @@ def _run(job: Job, given: dict[str, Any], told: Notices) -> tuple[int, bool]:
         )
     if restored:
         assemble.check_contract(config, job.tokenizers, restored.meta)
+        _check_unfinished(job, restored)
         _say_changes(restored.meta["config"], to_dict(config))
     job.workdir.write_json("config.json", to_dict(config))
     job.workdir.write_json(".given.json", given)
@@ -318,6 +319,20 @@ def _first_start(workdir: Workdir) -> float:
     if not path.is_file():
         workdir.write_text(".started", f"{time.time()}\n")
     return float(path.read_text()) if path.is_file() else time.time()
+
+
+def _check_unfinished(job: Job, restored: Restored) -> None:
+    """Raises UserError where other settings come to a run that has no step left to take."""
+    before, now = restored.meta["config"], to_dict(job.config)
+    changed = ", ".join(
+        f"config.{key}={v!r} (was {was!r})" for key, (was, v) in differing(before, now).items()
+    )
+    finished = job.workdir.read_status().get("state") == "finished"
+    if finished and restored.step == job.num_steps and changed:
+        raise UserError(
+            f"{job.workdir.path} is finished at step {restored.step}: no step is left for "
+            f"{changed}; raise config.num_steps to train on, or give another --workdir"
+        )
 
 
 def _say_changes(before: dict, now: dict) -> None:

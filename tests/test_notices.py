@@ -121,7 +121,7 @@ def test_the_first_notice_is_answered_and_saves(number, capfd):
         while not said and time.monotonic() < until:
             said = capfd.readouterr().err
             time.sleep(0.01)
-        assert said.startswith("stopping: finishing this step, then saving (Ctrl-C again")
+        assert said.startswith("stopping: finishing steps under way, then saving (Ctrl-C again")
 
 
 def test_nohup_is_obeyed():
@@ -142,7 +142,7 @@ def test_a_second_ctrl_c_ends_a_long_step_at_once():
     try:
         assert process.stdout.readline() == "in the loop\n"
         process.send_signal(signal.SIGHUP)
-        assert process.stderr.readline().startswith("stopping: finishing this step")
+        assert process.stderr.readline().startswith("stopping: finishing steps")
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[1] == "nothing is kept\n"
         assert process.returncode == 130

@@ -103,6 +103,17 @@ def test_metrics_are_on_disk_before_their_checkpoint(short):
     assert seen == [(3, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4])]
 
 
+def test_other_settings_are_no_settings_of_a_finished_run(tiny, short, capsys):
+    """Bug: config.json tells of a learning rate that no step was taken with."""
+    workdir, _ = short
+    before = (workdir / "config.json").read_bytes()
+    flags = [f"--config={tiny}", f"--workdir={workdir}", *SHORT]
+    assert main_lib.main([*flags, "--config.optim.gen_learning_rate=0.5"]) == 2
+    err = capsys.readouterr().err
+    assert "no step is left for config.optim.gen_learning_rate=0.5 (was 0.0" in err
+    assert (workdir / "config.json").read_bytes() == before
+
+
 def test_a_finished_run_left_everything(tiny, unbroken, capsys):
     """Bug: a step logged twice or never; a second invocation that trains again."""
     rows = towns.metrics(unbroken)

@@ -17,7 +17,7 @@ from cosup_jax.runtime import processes
 
 ABANDONED_CODE = 130  # as shells report a process that Ctrl-C ended
 _PATIENCE_S = 5.0  # for what a process without a loop is in, which leaves nothing half-written
-_STOPPING = "stopping: finishing this step, then saving (Ctrl-C again stops without saving)"
+_STOPPING = "stopping: finishing steps under way, then saving (Ctrl-C again stops without saving)"
 _interruptible: "Notices | None" = None
 
 

@@ -92,7 +92,7 @@ def search_speed(vectors: int, width: int, k: int = 10) -> list[Figure]:
     for Q in SEARCHED_FOR:
         multiply_s, search_s = 2 * Q * vectors * width / flops, median_s["search", Q]
         alone_s, bound = max((read_s, "reading"), (multiply_s, "multiplying"))
-        more = f"{search_s * 1e3:.0f} ms; {bound} alone {alone_s * 1e3:.0f} ms"
+        more = f"{search_s * 1e3:.3g} ms; {bound} alone {alone_s * 1e3:.3g} ms"
         share = f"{more}: {alone_s / search_s:.0%} of the roofline"
         found.append(
             Figure(f"  {counted(Q, 'query', 'queries')} at once", Q / search_s, "queries/s", share)
@@ -126,9 +126,9 @@ def answer_speed(
 
     taken = in_turn({"": answer})[""]
     tokens = sum(one.written for one in found)
-    retrievals = sum(len(one.retrieved) for one in found)
+    retrievals, rows = sum(len(one.retrieved) for one in found), min(decoder.rows, len(asked))
     more = (
-        f"{len(asked)} of them, {decoder.rows} at once in {config.generate.context_tokens} tokens "
+        f"{len(asked)} of them, {rows} at once in {config.generate.context_tokens} tokens "
         f"of context, {retrievals / len(asked):.1f} passages and {tokens / len(asked):.0f} tokens "
         f"each, median of {ROUNDS}; {len(decoder.compiled)} compiled shapes"
     )

@@ -120,7 +120,7 @@ def shares(trainer: Trainer, state: TrainState, batch: Batch) -> list[Figure]:
     }
     if "with bank" in taken:
         parts["bank"] = taken["with bank"] - taken["step"]
-    more = f"of {whole:.3g} s a step, medians in turn"
+    more = f"of {whole:.3g} s, one step alone; medians of programs run in turn, and differences"
     return [
         Figure(f"  {name}", 100 * seconds / whole, "%", f"{seconds:.3g} s {more}")
         for name, seconds in parts.items()
