@@ -198,6 +198,7 @@ def test_a_notice_does_not_wait_for_an_evaluation(tiny, short, tmp_path, capsys,
     assert read(workdir) == read(short[0])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tiny, short, tmp_path):
     """Bugs: a host that reads the other's rows, a loss per host, files written twice."""
     one, two = short[0], tmp_path / "two"
