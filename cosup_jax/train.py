@@ -327,7 +327,7 @@ def _check_unfinished(job: Job, restored: Restored) -> None:
     changed = ", ".join(
         f"config.{key}={v!r} (was {was!r})" for key, (was, v) in differing(before, now).items()
     )
-    finished = job.workdir.read_status().get("state") == "finished"
+    finished = (job.workdir.read_status() or {}).get("state") == "finished"
     if finished and restored.step == job.num_steps and changed:
         raise UserError(
             f"{job.workdir.path} is finished at step {restored.step}: no step is left for "

@@ -15,7 +15,7 @@ _NEEDS = {
     "cudnn": "a GPU of compute capability 8 or more, arch.dtype=bfloat16, rows of an even number "
     "of tokens and a head_dim that is a multiple of 8 up to 128",
     "splash": "a TPU, rows of a multiple of 128 tokens, a head_dim of 64 or a multiple of 128, "
-    "and kv_heads that mesh.tensor divides",
+    "kv_heads that mesh.tensor divides and rows that the rest of the mesh does",
 }
 
 

@@ -108,7 +108,7 @@ class _Watch:
         while time.monotonic() < end:
             time.sleep(2 * self.beat_s)
             now = self._counts()
-            if now and all(now[process] != count for process, count in before.items()):
+            if before and now and all(now[process] != count for process, count in before.items()):
                 return
 
     def _counts(self) -> dict[int, str]:

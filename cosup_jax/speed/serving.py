@@ -92,7 +92,7 @@ def search_speed(vectors: int, width: int, k: int = 10) -> list[Figure]:
     for Q in SEARCHED_FOR:
         multiply_s, search_s = 2 * Q * vectors * width / flops, median_s["search", Q]
         alone_s, bound = max((read_s, "reading"), (multiply_s, "multiplying"))
-        more = f"{search_s * 1e3:.3g} ms; {bound} alone {alone_s * 1e3:.3g} ms"
+        more = f"{search_s * 1e3:.4g} ms; {bound} alone {alone_s * 1e3:.4g} ms"
         share = f"{more}: {alone_s / search_s:.0%} of the roofline"
         found.append(
             Figure(f"  {counted(Q, 'query', 'queries')} at once", Q / search_s, "queries/s", share)
