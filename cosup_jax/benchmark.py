@@ -16,6 +16,7 @@ from cosup_jax.costs import roofline
 from cosup_jax.data import pipeline, tokens
 from cosup_jax.data.batch import Batch
 from cosup_jax.data.plan import Plan
+from cosup_jax.rehearsal import Rehearsal
 from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.speed import curves as curves_lib
 from cosup_jax.speed import serving, training
@@ -76,14 +77,16 @@ def benchmark(
             for _ in range(2):  # starts Grain and its workers, and compiles what it needs
                 batch = jax.block_until_ready(next(reader))
             show(_rate(f"reading {batches} batches", lambda: sum(map(_tokens, reader)), int))
-        trainer = training.Trainer(config, mesh, tokenizers)
+        job = Rehearsal(config, mesh, tokenizers)
+        if steps or passages or answers:
+            state = assemble.initial_state(config, job.towers, tokenizers, job.tx, job.state)
         if steps:
-            figures, trainer.state = training.step_speed(trainer, plan, steps, chip)
+            figures, state = training.step_speed(job, state, plan, steps, chip)
             show(figures)
             batch = pipeline.batch_at(store, plan, config, rows, rows, 0)
-            show(training.shares(trainer, trainer.state, batch))
-        first, towers, params = data.train[0][0], trainer.towers, trainer.state.params
-        served = (tokenizers, towers, config, mesh, params)
+            show(training.shares(job, state, batch))
+        if passages or answers:
+            first, served = data.train[0][0], (tokenizers, job.towers, config, mesh, state.params)
         if passages:
             show(serving.encode_speed(first, passages, *served, directory.path / "data"))
         if vectors:

@@ -1,4 +1,4 @@
-"""The real train step without data: on abstract state and batch, or on random ones."""
+"""The step that training would compile, without a workdir: what it is made of, and runs of it."""
 
 import re
 import time
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from cosup_jax import assemble, optim, sharding
 from cosup_jax import step as step_lib
+from cosup_jax.assemble import Tokenizers
 from cosup_jax.config import Config
 from cosup_jax.costs import roofline
 from cosup_jax.data import tokenizer
@@ -21,28 +22,35 @@ from cosup_jax.towers import Towers
 
 
 class Rehearsal:
-    """The step that training would compile.
+    """The step of a config on a mesh.
 
     Attributes:
       state, batch: shapes, dtypes and shardings.
       parameters: how many.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
-        self.config, self.mesh = config, mesh
-        self.towers = assemble.make_towers(config, vocabularies(config))
+    def __init__(self, config: Config, mesh: Mesh, tokenizers: Tokenizers | None = None):
+        """`tokenizers`: None where there is no data to make them of."""
+        tokenizers = tokenizers or vocabularies(config)
+        self.config, self.mesh, self.pad_id = config, mesh, tokenizers.gen.pad
+        self.towers = assemble.make_towers(config, tokenizers)
         self.tx = optim.make(config, config.num_steps or 1, 1)
         self.state = assemble.abstract_state(config, self.towers, self.tx, mesh)
         self.batch = abstract_batch(config, mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
+    def step(self, config: Config | None = None):
+        """The step under jit, or that of another config of the same towers."""
+        config = config or self.config
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        places = places if config.bank.kind != "off" else places.replace(bank=None)
+        parts = {"towers": self.towers, "tx": self.tx, "config": config, "pad_id": self.pad_id}
+        return step_lib.compile_step(self.mesh, places, **parts)
+
     def compile(self):
         """The compiled step, or None and what the compiler says about memory."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        parts = {"towers": self.towers, "tx": self.tx, "config": self.config}
-        step = step_lib.compile_step(self.mesh, places, **parts)
         with jax.set_mesh(self.mesh):
-            lowered = step.lower(self.state, self.batch)
+            lowered = self.step().lower(self.state, self.batch)
             try:
                 return lowered.compile(), ""
             except jax.errors.JaxRuntimeError as error:
@@ -76,9 +84,10 @@ class Vocabulary(NamedTuple):
     """All that the towers ask of a tokenizer."""
 
     vocab_size: int
+    pad: int = 0
 
 
-def vocabularies(config: Config) -> assemble.Tokenizers:
+def vocabularies(config: Config) -> Tokenizers:
     """Gen's and Ctx's, without data: a BPE is taken to become as large as it may.
 
     Raises UserError if a pretrained tokenizer cannot be had.
@@ -92,7 +101,7 @@ def vocabularies(config: Config) -> assemble.Tokenizers:
 
     gen = size(config.gen.init)
     shared = config.ctx.init in ("gen", config.gen.init) or config.tie_ctx_to_gen
-    return assemble.Tokenizers(gen, gen if shared else size(config.ctx.init))
+    return Tokenizers(gen, gen if shared else size(config.ctx.init))
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:

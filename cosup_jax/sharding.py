@@ -146,62 +146,44 @@ gather.defvjp(
 )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """jnp.einsum; for the kernels of an MLP, WIDENS or NARROWS, with a gradient that scatters.
-
-    XLA for TPU makes a reduce-scatter of a gradient's sum over devices where the shape of the parts
-    suits it: of [D, F] often not, as with F = 11,008 = 2 x 43 x 128 on 64 devices; then every
-    device gets the whole sum. So the gradient is summed as [D, G, LANES], where `tensor` divides G.
-    """
-    mesh, F = jax.sharding.get_abstract_mesh(), kernel.shape[1 if spec == WIDENS else 0]
-    scatters = not mesh.empty and mesh.shape["fsdp"] > 1 and F % (LANES * mesh.shape["tensor"]) == 0
-    if spec in (WIDENS, NARROWS) and scatters:
-        return _product(x, kernel, spec)
-    return _narrow_first(x, kernel, spec)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _narrow_first(x, kernel, spec: str) -> jax.Array:
-    """An einsum. Of its kernel's gradient, x * grad, XLA for CPU transposes the first operand: here
-    the narrower one, and where queries, keys and values or gate and up read one x, once for all."""
-    return jnp.einsum(spec, x, kernel)
-
-
-def _narrow_first_back(spec: str, operands, grad):
-    x, kernel = operands
-    (grad_x,) = jax.linear_transpose(lambda x: jnp.einsum(spec, x, kernel), x)(grad)
-    inputs, over, outputs = spec.replace("->", ",").split(",")
-    if x.size <= grad.size:
-        return grad_x, jnp.einsum(f"{inputs},{outputs}->{over}", x, grad)
-    turned = jnp.einsum(f"{outputs},{inputs}->{outputs[2:]}{inputs[2:]}", grad, x)
-    return grad_x, jnp.einsum(f"{outputs[2:]}{inputs[2:]}->{over}", turned)
-
-
-_narrow_first.defvjp(
-    lambda x, kernel, spec: (jnp.einsum(spec, x, kernel), (x, kernel)),
-    _narrow_first_back,
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x, kernel, spec: str) -> jax.Array:
+    """jnp.einsum, with a gradient of the kernel that is made the way XLA does best."""
     return jnp.einsum(spec, x, kernel)
 
 
 def _product_back(spec: str, operands, grad):
     x, kernel = operands
     (grad_x,) = jax.linear_transpose(lambda x: jnp.einsum(spec, x, kernel), x)(grad)
+    mesh, F = jax.sharding.get_abstract_mesh(), kernel.shape[1 if spec == WIDENS else 0]
+    scatters = not mesh.empty and mesh.shape["fsdp"] > 1 and F % (LANES * mesh.shape["tensor"]) == 0
+    if scatters and spec in (WIDENS, NARROWS):
+        return grad_x, _scattered(spec, x, grad)
+    return grad_x, _narrow_first(spec, x, grad)
+
+
+def _scattered(spec: str, x, grad) -> jax.Array:
+    """An MLP's: XLA for TPU makes a reduce-scatter of a sum over devices where the shape of the
+    parts suits it: of [D, F] often not, as with F = 11,008 = 2 x 43 x 128 on 64 devices; then every
+    device gets the whole sum. So it is summed as [D, G, LANES], where `tensor` divides G."""
     thin_BxTxD, wide_BxTxF = (x, grad) if spec == WIDENS else (grad, x)
     wide_BxTxGxL = wide_BxTxF.reshape(*wide_BxTxF.shape[:2], -1, LANES)
     sum_DxGxL = jnp.einsum("btd,btgl->dgl", thin_BxTxD, wide_BxTxGxL)
     sum_DxF = constrain(sum_DxGxL, "embed", "mlp", None).reshape(len(sum_DxGxL), -1)
-    return grad_x, sum_DxF if spec == WIDENS else sum_DxF.T
+    return sum_DxF if spec == WIDENS else sum_DxF.T
 
 
-_product.defvjp(
-    lambda x, kernel, spec: (jnp.einsum(spec, x, kernel), (x, kernel)),
-    _product_back,
-)
+def _narrow_first(spec: str, x, grad) -> jax.Array:
+    """Of x * grad XLA for CPU transposes the first: here the narrower one, and where queries, keys
+    and values or gate and up read one x, once for all."""
+    inputs, over, outputs = spec.replace("->", ",").split(",")
+    if x.size <= grad.size:
+        return jnp.einsum(f"{inputs},{outputs}->{over}", x, grad)
+    turned = jnp.einsum(f"{outputs},{inputs}->{outputs[2:]}{inputs[2:]}", grad, x)
+    return jnp.einsum(f"{outputs[2:]}{inputs[2:]}->{over}", turned)
+
+
+product.defvjp(lambda spec, x, kernel: (jnp.einsum(spec, x, kernel), (x, kernel)), _product_back)
 
 
 def check_rows(mesh: Mesh, name: str, count: int, micro_batches: int) -> None:

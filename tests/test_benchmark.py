@@ -10,11 +10,11 @@ import pytest
 from test_validate import rows, write
 
 from cosup_jax import benchmark
-from cosup_jax.config import replace_dotted
+from cosup_jax.config import Config, replace_dotted
 from cosup_jax.costs.roofline import Chip
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.errors import UserError
-from cosup_jax.speed import clock, curves, serving, training
+from cosup_jax.speed import clock, curves, serving
 from cosup_jax.speed.clock import Figure
 
 CHIP = Chip("toy", 2e12, 1e12, 1e9, ((2.0**20, 1e10), (2.0**24, 5e9)), 0.0)
@@ -65,10 +65,12 @@ def table(tmp_path_factory):
 @pytest.mark.slow
 def test_rates_of_a_step_are_of_the_same_step(table):
     """Bug: rates of other seconds than the step's, or from its compilation on; padding that
-    counts what is read."""
+    counts what is read; tokens of other batches than those trained on."""
     config, found = table
     shape, step_s = batch_shape(config), found["train step"].value
     read = found["tokens trained"].value * step_s
+    in_batches = int(found["reading 3 batches"].more.partition(" ")[0].replace(",", ""))
+    assert read == pytest.approx(in_batches / 3, rel=1e-6)  # each has all of this small set
     padding = 1 - read / (shape.B * shape.T + shape.U * shape.L)
     assert found["padding"].value == pytest.approx(100 * padding, abs=0.2)
     examples = found["examples trained"].value * step_s
@@ -123,7 +125,7 @@ def test_a_slope_is_that_of_the_logarithms(monkeypatch):
         return 3.0 * (config.batch_size / 8) ** 0.5 * (len(devices) / devices_there)
 
     monkeypatch.setattr(curves, "_seconds", cost)
-    config = dataclasses.replace(training.assemble.Config(), num_steps=1)
+    config = dataclasses.replace(Config(), num_steps=1)
     found = list(curves.curves(["batch", "bank", "devices"], config))
     assert [round(figure.value, 6) for figure in found] == [0.5, 0.0, 1.0]
     assert seen[:3] == [(B, B, "off", devices_there) for B in (8, 16, 32)]
@@ -136,7 +138,7 @@ def test_one_device_has_no_slope(monkeypatch):
     """Bug: a fit through one point."""
     monkeypatch.setattr(curves, "_seconds", lambda *_: 1.0)
     monkeypatch.setattr(curves.jax, "device_count", lambda: 1)
-    (found,) = curves.curves(["devices"], training.assemble.Config())
+    (found,) = curves.curves(["devices"], Config())
     assert math.isnan(found.value) and "nothing to compare" in found.more
 
 

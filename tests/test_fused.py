@@ -69,6 +69,19 @@ def test_where_splash_has_a_kernel(monkeypatch, causal, rows, tokens, kv_heads, 
     assert fused.kernel(plain, causal, rows, tokens) == "xla"
 
 
+def test_a_cpu_mesh_beside_a_gpu_takes_no_kernel_of_the_gpu(monkeypatch, devices):
+    """Bug: towers on the CPU of a GPU's host that are compiled for cuDNN."""
+    mesh = sharding.make_mesh(MeshConfig(8, 1, 1), devices)
+    monkeypatch.setattr(fused.jax, "devices", lambda: [Gpu()])
+    arch = dataclasses.replace(ARCH, dtype="bfloat16", head_dim=64)
+    with jax.set_mesh(mesh):
+        assert fused.kernel(arch, True, 8, 64) == "xla"
+    described = SimpleNamespace(empty=False, abstract_device=SimpleNamespace(platform="gpu"))
+    monkeypatch.setattr(fused.jax.sharding, "get_abstract_mesh", lambda: described)
+    assert fused.kernel(arch, True, 8, 64) == "cudnn"
+    assert fused.kernel(arch, False, 8, 64) == "xla"
+
+
 @pytest.mark.parametrize(("kind", "needs"), [("cudnn", "a GPU"), ("splash", "a TPU")])
 def test_a_kernel_that_is_not_there_is_told(kind, needs):
     """Bug: a traceback out of JAX; or another kernel than the one asked for."""

@@ -136,15 +136,16 @@ def _kernel(module: Module, instruction: Instruction, times: int, channels: set[
 
 def _products(module: Module, one: Instruction) -> list[Product]:
     """Its matrix products: a dot, a TPU's convolution, or what a GPU's library is called for."""
+    calls = one.opcode == "custom-call"
     if one.opcode == "convolution":
         return [_convolution(module, one)]
+    if calls and "__cudnn$fmha" in one.attributes:
+        return _cudnn(module, one)
+    if calls and (part := _SPLASH.match(one.name)):
+        return _splash(module, one, part[1])
     if one.opcode == "dot":
         dims = lambda side: one.numbers(rf"lhs_{side}_dims={{([\d,]*)}}")
-    elif one.opcode == "custom-call" and "__cudnn$fmha" in one.attributes:
-        return _cudnn(module, one)
-    elif one.opcode == "custom-call" and (part := _SPLASH.match(one.name)):
-        return _splash(module, one, part[1])
-    elif one.opcode == "custom-call" and re.search(r"gemm|matmul", one.attributes):
+    elif calls and re.search(r"gemm|matmul", one.attributes):
         dims = lambda side: one.numbers(rf'"lhs_{side}_dimensions":\[([\d,"]*)\]')
     else:
         return []
@@ -157,8 +158,7 @@ def _products(module: Module, one: Instruction) -> list[Product]:
 
 def _cudnn(module: Module, one: Instruction) -> list[Product]:
     """Of cuDNN's attention: scores and values; backwards the scores again and four gradients."""
-    shape = one.numbers(r'"intermediate_tensor_shape":\{"dimensions":\[([\d,"]*)\]')
-    B, H, T, S = shape
+    B, H, T, S = one.numbers(r'"intermediate_tensor_shape":\{"dimensions":\[([\d,"]*)\]')
     q = module.operands(one)[0].arrays[0]
     seen = S // 2 if "CAUSAL" in one.attributes else S  # it leaves the later half out
     product = Product(B * H, T, seen, q.count // (B * H * T), q.dtype)

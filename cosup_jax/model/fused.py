@@ -25,13 +25,14 @@ def kernel(arch: ArchConfig, causal: bool, rows: int, tokens: int) -> str:
     Raises UserError where a kernel is named that there is none of.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
+    described = None if mesh.empty else mesh.abstract_device
+    platform = described.platform if described is not None else jax.default_backend()
     there = {"xla"}
-    if causal and device is not None and device.platform == "tpu":
+    if causal and platform == "tpu" and not mesh.empty:
         splits = rows % row_parts(mesh) == 0 and arch.kv_heads % mesh.shape["tensor"] == 0
         fits = tokens % 128 == 0 and (arch.head_dim == 64 or arch.head_dim % 128 == 0)
         there |= {"splash"} if splits and fits else set()
-    elif causal and has_cudnn(arch, tokens, jax.devices()[0]):
+    elif causal and platform != "cpu" and has_cudnn(arch, tokens, jax.devices()[0]):
         there.add("cudnn")
     if arch.attention == "auto":
         return next((kind for kind in ("splash", "cudnn") if kind in there), "xla")
@@ -54,12 +55,10 @@ def has_cudnn(arch: ArchConfig, tokens: int, device: jax.Device) -> bool:
 
 def cudnn(q_BxTxHxE, k_BxTxGxE, v_BxTxGxE, mask_Bx1xTxT) -> jax.Array:
     """[B, T, H, E]. The mask becomes a bias that all heads share."""
-    mask_Bx1xTxT |= ~jnp.any(
-        mask_Bx1xTxT, axis=-1, keepdims=True
-    )  # else NaN, where nothing is seen
+    blind_Bx1xTx1 = ~jnp.any(mask_Bx1xTxT, axis=-1, keepdims=True)  # else NaN there
     parts = q_BxTxHxE, k_BxTxGxE, v_BxTxGxE
     return jax.nn.dot_product_attention(
-        *parts, mask=mask_Bx1xTxT, is_causal=True, implementation="cudnn"
+        *parts, mask=mask_Bx1xTxT | blind_Bx1xTx1, is_causal=True, implementation="cudnn"
     )
 
 

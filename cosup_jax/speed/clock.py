@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from cosup_jax.runtime.observe import device_memory
+
 K = TypeVar("K", bound=Hashable)
 ROUNDS = 5  # of which medians are taken
 
@@ -45,8 +47,7 @@ def core_s() -> float:
 
 def peak_gib() -> tuple[float, str]:
     """What this process held at most, of the fullest device's memory or else of the host's."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    on_device = max(found.get("peak_bytes_in_use", 0) for found in stats)
-    if on_device:
-        return on_device / 2**30, "of the fullest device"
+    found = device_memory().get("perf/memory_peak_gib")
+    if found is not None:
+        return found, "of the fullest device"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "of the host"

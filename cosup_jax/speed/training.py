@@ -6,55 +6,27 @@ import time
 import jax
 import jax.numpy as jnp
 
-from cosup_jax import assemble, cosup, optim, sharding
+from cosup_jax import cosup, sharding
 from cosup_jax import step as step_lib
-from cosup_jax.assemble import Tokenizers
-from cosup_jax.config import Config
 from cosup_jax.costs import roofline
 from cosup_jax.costs.roofline import Chip
 from cosup_jax.data import pipeline
 from cosup_jax.data.batch import Batch
 from cosup_jax.data.plan import Plan
-from cosup_jax.rehearsal import model_flops
+from cosup_jax.rehearsal import Rehearsal, model_flops
 from cosup_jax.runtime.telemetry import Throughput
 from cosup_jax.speed.clock import Figure, in_turn, peak_gib
 from cosup_jax.step import TrainState
 
 
-class Trainer:
-    """A run without a workdir: its state of step 0 and its compiled step."""
-
-    def __init__(self, config: Config, mesh, tokenizers: Tokenizers):
-        """Reads pretrained weights where the config names them, and compiles."""
-        self.config, self.mesh = config, mesh
-        self.towers = assemble.make_towers(config, tokenizers)
-        self.tx = optim.make(config, config.num_steps or 1, 1)
-        self._pad_id = tokenizers.gen.pad
-        abstract = assemble.abstract_state(config, self.towers, self.tx, mesh)
-        self.flops = model_flops(config, self.towers, abstract)
-        self.state = assemble.initial_state(config, self.towers, tokenizers, self.tx, abstract)
-        self._places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-    def step(self, config: Config | None = None):
-        """The compiled step, of this run or of another config's."""
-        config = config or self.config
-        places = self._places if config.bank.kind != "off" else self._places.replace(bank=None)
-        parts = {"towers": self.towers, "tx": self.tx, "config": config, "pad_id": self._pad_id}
-        return step_lib.compile_step(self.mesh, places, **parts)
-
-    def objective(self, trained: dict, state: TrainState, batch: Batch, config: Config):
-        """As `step.objective`."""
-        return step_lib.objective(trained, state, batch, self.towers, config, self._pad_id)
-
-
 def step_speed(
-    trainer: Trainer, plan: Plan, steps: int, chip: Chip
+    job: Rehearsal, state: TrainState, plan: Plan, steps: int, chip: Chip
 ) -> tuple[list[Figure], TrainState]:
     """Trains `steps` steps as a run does. Returns what it saw, and the state."""
-    config, mesh, store = trainer.config, trainer.mesh, plan.store
+    config, mesh, store = job.config, job.mesh, plan.store
     rows, shape = sharding.rows(mesh), plan.shape
     stream = pipeline.batches(store, plan, config, rows, rows, 0, steps + 1)
-    step_fn, state, batch = trainer.step(), trainer.state, next(stream)
+    step_fn, batch = job.step(), next(stream)
     begun = time.perf_counter()
     state, metrics = step_fn(state, batch)
     jax.block_until_ready(metrics)
@@ -62,12 +34,14 @@ def step_speed(
     clock, read = Throughput(), 0
     for number, batch in enumerate(clock.waits_for(stream), 1):
         state, metrics = step_fn(state, batch)
-        clock.queued(metrics["skipped/in_a_row"], *plan.volume(number))
-        read += plan.volume(number)[0]
+        tokens, examples = plan.volume(number)
+        clock.queued(metrics["skipped/in_a_row"], tokens, examples)
+        read += tokens
     jax.block_until_ready((state, metrics))
     found = {key.removeprefix("perf/"): value for key, value in clock.lap().items()}
     step_s, dtype = found["step_s"], config.gen.arch.dtype
-    used, peak = roofline.utilisation(trainer.flops / mesh.size / step_s, chip, dtype)
+    flops = model_flops(config, job.towers, job.state) / mesh.size
+    used, peak = roofline.utilisation(flops / step_s, chip, dtype)
     held_gib, where = peak_gib()
     room = steps * (shape.B * shape.T + shape.U * shape.L)
     return [
@@ -81,9 +55,9 @@ def step_speed(
     ], state
 
 
-def shares(trainer: Trainer, state: TrainState, batch: Batch) -> list[Figure]:
+def shares(job: Rehearsal, state: TrainState, batch: Batch) -> list[Figure]:
     """What the parts of a step take, as differences of programs that do more and more of it."""
-    config, towers, mesh = trainer.config, trainer.towers, trainer.mesh
+    config, towers, mesh = job.config, job.towers, job.mesh
     alone = dataclasses.replace(config, bank=dataclasses.replace(config.bank, kind="off"))
     mute = dataclasses.replace(alone, loss=dataclasses.replace(alone.loss, ntp_weight=0.0))
     bare = state.replace(bank=None)
@@ -96,7 +70,8 @@ def shares(trainer: Trainer, state: TrainState, batch: Batch) -> list[Figure]:
         live = cosup.condense(towers.ctx_params(params), batch, state.step, towers, mute)
         return asked.vector_QxD, live.vector_KxCxD
 
-    loss = lambda trained: trainer.objective(trained, bare, batch, alone)[0]
+    how = (towers, alone, job.pad_id)
+    loss = lambda trained: step_lib.objective(trained, bare, batch, *how)[0]
     places = jax.tree.map(lambda leaf: leaf.sharding, trained)  # as the optimizer takes them
     grads = jax.jit(jax.grad(loss), out_shardings=places)
     programs = {"towers": jax.jit(read), "loss": jax.jit(loss), "grads": grads}
@@ -107,9 +82,9 @@ def shares(trainer: Trainer, state: TrainState, batch: Batch) -> list[Figure]:
             return programs[name](given[name])
 
     ways = {name: lambda name=name: within(name) for name in programs}
-    ways["step"] = _steps(trainer.step(alone), bare, batch)
+    ways["step"] = _steps(job.step(alone), bare, batch)
     if config.bank.kind != "off":
-        ways["with bank"] = _steps(trainer.step(), state, batch)
+        ways["with bank"] = _steps(job.step(), state, batch)
     taken = in_turn(ways)
     whole = taken.get("with bank", taken["step"])
     parts = {
