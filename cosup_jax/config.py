@@ -206,6 +206,7 @@ class EvalConfig:
     """Held-out evaluation, during training and by --mode=evaluate."""
 
     every_steps: int = 100  # steps between evaluations; step 0 and the last are always evaluated
+    seed: int = 0  # of questions and distractors, so the same ones whatever the run's own seed
     examples: int = 400  # questions per evaluation set, drawn once by seed
     answers: int = 0  # training: questions per set that are answered and scored, drawn by seed
     answers_every_steps: int = 100  # training: steps between answering them; also at the last
@@ -283,7 +284,7 @@ class LogConfig:
 class Config:
     """The whole run. Exactly one of num_steps and num_epochs is positive."""
 
-    seed: int = 0  # parameters, data order, everything random
+    seed: int = 0  # parameters, data order, everything random but what eval and generate draw
     num_steps: int = 0  # optimizer steps
     num_epochs: int = 0  # passes over the training examples
     batch_size: int = 16  # Gen rows of the global batch; packing off: one example a row

@@ -55,7 +55,7 @@ _MAY_BE_ZERO = {
     *("loss.sigmoid_bias", "loss.margin", "loss.tile_mib", "bank.start_step", "bank.ema_decay"),
     *("generate.examples", "generate.max_retrievals", "generate.seed", "generate.temperature"),
     *("index.mine_margin", "generate.ret_threshold", "log.probe_every_steps", "data.dev_fraction"),
-    *("eval.answers", "eval.questions"),
+    *("eval.seed", "eval.answers", "eval.questions"),
     *("log.profile_from", "log.hang_seconds"),
     *("optim.warmup_steps", "optim.final_fraction", "optim.weight_decay", "optim.clip_norm"),
     *("optim.gen_learning_rate", "optim.ctx_learning_rate"),

@@ -70,7 +70,7 @@ def held_out_sets(
     train: TokenStore,
     left_out: np.ndarray,
 ) -> list[HeldOut]:
-    """Every held-out split, at most eval.examples questions of each, drawn by the seed.
+    """Every held-out split, at most eval.examples questions of each, drawn by eval.seed.
 
     Args:
       tokenizers: with `gen` and `ctx`.
@@ -101,7 +101,7 @@ def asked_sets(
     train: TokenStore,
     left_out: np.ndarray,
 ) -> list[HeldOut]:
-    """Every held-out split, to be answered: eval.questions of each, in the order in which the seed
+    """Every held-out split, to be answered: eval.questions of each, in the order in which eval.seed
     draws them, however long. Not packed, as nothing of their answers is read.
 
     Args and errors as those of `held_out_sets`.
@@ -109,7 +109,7 @@ def asked_sets(
     found = []
     for name, (dataset, split) in eval_sets(datasets).items():
         rows = dataset.splits[split]
-        order = np.random.default_rng(config.seed).permutation(len(rows))
+        order = np.random.default_rng(config.eval.seed).permutation(len(rows))
         chosen = rows[order[: config.eval.questions or None]]
         part = dataclasses.replace(dataset, splits={split: chosen})
         store = tokens.tokenize([(part, 1.0)], *tokenizers, config, directory, split=split)
@@ -128,7 +128,7 @@ def _ask(
     None if there is no such question.
     """
     rows, wanted = dataset.splits[split], config.eval.examples
-    order = rows[np.random.default_rng(config.seed).permutation(len(rows))]
+    order = rows[np.random.default_rng(config.eval.seed).permutation(len(rows))]
     unfit = np.zeros(0, rows.dtype)
     while True:
         chosen = np.sort(order[~np.isin(order, unfit)][:wanted])

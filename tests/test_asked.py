@@ -27,15 +27,15 @@ def towns(tmp_path_factory):
     examples += [ask(10, "test", "copy"), ask(11, "test", "p0")]
     examples.append(dataclasses.replace(ask(12, "test"), evidence=(), answer_groups=(("a", "b"),)))
     dataset = Dataset.of("towns", "1", examples, passages)
-    c = assemble.resolve(config(data__max_gen_tokens=48, data__max_ctx_tokens=20))
+    c = assemble.resolve(config(data__max_gen_tokens=160, data__max_ctx_tokens=20))
     bpe = tokenizer.train([passage.text for passage in passages], 280)
     both = assemble.Tokenizers(bpe, bpe)
     store = tokens.tokenize([(dataset, 1.0)], *both, c, directory)
 
-    def sets(**changed):
-        changed = dataclasses.replace(c, eval=dataclasses.replace(c.eval, **changed))
+    def sets(make=held_out.asked_sets, run_seed=0, **changed):
+        changed = dataclasses.replace(c, seed=run_seed, eval=dataclasses.replace(c.eval, **changed))
         none = np.zeros(0, np.int32)
-        (found,) = held_out.asked_sets([dataset], both, changed, directory, store, none)
+        (found,) = make([dataset], both, changed, directory, store, none)
         return found
 
     return sets
@@ -49,6 +49,21 @@ def test_fewer_questions_are_the_first_of_more(towns):
     )
     assert few == more[:4] and more == every[:9]
     assert len(set(every)) == 13 and every != sorted(every)
+
+
+def test_questions_are_not_drawn_by_the_seed_of_the_run(towns):
+    """Bugs: seeds of training compared on other questions, or over other distractors, so that the
+    spread between them is that of the draw; a draw that nothing changes."""
+    for make, key in ((held_out.asked_sets, "questions"), (held_out.held_out_sets, "examples")):
+        ids = lambda make=make, key=key, **seeds: [
+            example.id for example in towns(make, **seeds, **{key: 4}).examples
+        ]
+        assert ids() == ids(run_seed=1) != ids(seed=1)
+    part = towns(questions=0)
+    rows = lambda **seeds: asked.arms(part, config(eval__corpus_sizes="12", **seeds))[
+        1
+    ].rows.tolist()
+    assert rows() == rows(seed=1) != rows(eval__seed=1)
 
 
 def test_what_is_known_of_a_question(towns):

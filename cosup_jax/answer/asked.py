@@ -36,7 +36,7 @@ def arms(held_out: HeldOut, config: Config) -> list[Arm]:
         searched = passages if name in ("corpus", "bm25") else None
         found.append(Arm(name, ARMS[name], searched))
         if name == "corpus":
-            for rows in subsets(held_out, config.eval.sizes, config.seed):
+            for rows in subsets(held_out, config.eval.sizes, config.eval.seed):
                 found.append(Arm(f"corpus_{len(rows)}", ARMS[name], len(rows), rows))
     return found
 

@@ -21,7 +21,7 @@ _GROUNDING = ("citation_rec", "citation_prec")  # behind the judge's prefix
 
 
 class Sample:
-    """The same questions of every set each time, drawn by the seed; compiled once."""
+    """The same questions of every set each time, drawn by eval.seed; compiled once."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Sample:
         return found
 
     def _answers(self, part: HeldOut, params: dict, vector_NxD: np.ndarray) -> list[Record]:
-        order = np.random.default_rng(self._config.seed).permutation(len(part.examples))
+        order = np.random.default_rng(self._config.eval.seed).permutation(len(part.examples))
         questions = order[: self._each].tolist()
         facts = [asked.about(part, question) for question in questions]
         arm = Arm("corpus", ARMS["corpus"], len(part.corpus))
