@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cosup_jax.config import differing
+from cosup_jax.dotted import differing
 from cosup_jax.errors import UserError
 from cosup_jax.runtime import quiet
 

@@ -6,11 +6,12 @@ the dataclasses below, which are hashable and safe to close over in jit.
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
+from cosup_jax.dotted import leaves
 from cosup_jax.errors import UserError
 
 
@@ -348,36 +349,6 @@ def unknown_key(dotted: str) -> UserError:
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain dict, as written to config.json."""
     return dataclasses.asdict(config)
-
-
-def leaves(group: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a nested dict, with their values."""
-    for name, value in group.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def differing(was: Mapping, now: Mapping) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys that two nested dicts share, with both values where they are unlike."""
-    before = dict(leaves(was))
-    return {k: (before[k], value) for k, value in leaves(now) if before.get(k, value) != value}
-
-
-def get_dotted(config: Config, dotted: str) -> Any:
-    """`config.a.b` for dotted = "a.b"."""
-    for name in dotted.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def replace_dotted(config: Config, dotted: str, value: Any) -> Config:
-    """A copy of a frozen config with one dotted key changed."""
-    head, _, rest = dotted.partition(".")
-    if rest:
-        value = replace_dotted(getattr(config, head), rest, value)
-    return dataclasses.replace(config, **{head: value})
 
 
 def sources(text: str) -> list[tuple[str, float]]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import ml_collections
 
-from cosup_jax.config import Config, leaves, make, set_dotted, to_dict, unknown_key
+from cosup_jax.config import Config, make, set_dotted, to_dict, unknown_key
+from cosup_jax.dotted import leaves
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 

@@ -6,16 +6,8 @@ from typing import Any
 
 import ml_collections
 
-from cosup_jax.config import (
-    ARMS,
-    SHAPE,
-    TEMPERATURE_RANGE,
-    Config,
-    RopeScaling,
-    get_dotted,
-    replace_dotted,
-    sources,
-)
+from cosup_jax.config import ARMS, SHAPE, TEMPERATURE_RANGE, Config, RopeScaling, sources
+from cosup_jax.dotted import get_dotted, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.model.families import FAMILIES, KERNELS
 

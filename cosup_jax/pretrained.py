@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 
-from cosup_jax.config import SHAPE, ArchConfig, Config, LoraConfig, replace_dotted
+from cosup_jax.config import SHAPE, ArchConfig, Config, LoraConfig
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.hf import sentence, weights
 from cosup_jax.model.families import FAMILIES

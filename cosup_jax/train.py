@@ -18,11 +18,12 @@ from cosup_jax.answer import records
 from cosup_jax.answer.sample import Sample
 from cosup_jax.assemble import Sources, Tokenizers
 from cosup_jax.checkpoint import Checkpointer, Restored, check_readable
-from cosup_jax.config import Config, differing, to_dict
+from cosup_jax.config import Config, to_dict
 from cosup_jax.contract import weights_digest
 from cosup_jax.data import pipeline, tokens
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.plan import Plan
+from cosup_jax.dotted import differing
 from cosup_jax.errors import UserError
 from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.probe import Probe

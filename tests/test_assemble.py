@@ -7,9 +7,10 @@ from flax.traverse_util import flatten_dict
 from pretrained_files import WORDS, write_llama
 
 from cosup_jax import assemble, optim, parity
-from cosup_jax.config import replace_dotted, to_dict
+from cosup_jax.config import to_dict
 from cosup_jax.contract import check_match
 from cosup_jax.data import tokenizer
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.hf import weights as hf
 

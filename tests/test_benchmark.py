@@ -10,9 +10,10 @@ import pytest
 from test_validate import rows, write
 
 from cosup_jax import benchmark
-from cosup_jax.config import Config, replace_dotted
+from cosup_jax.config import Config
 from cosup_jax.costs.roofline import Chip
 from cosup_jax.data.batch import batch_shape
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.speed import clock, curves, serving
 from cosup_jax.speed.clock import Figure

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cosup_jax import config_files
-from cosup_jax.config import get_dotted, make, replace_dotted, set_dotted, to_dict
+from cosup_jax.config import make, set_dotted, to_dict
+from cosup_jax.dotted import get_dotted, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import OFFICIAL, freeze
 

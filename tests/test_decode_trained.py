@@ -16,8 +16,8 @@ from cosup_jax import assemble, config_files, train
 from cosup_jax.answer.decode import Decoder
 from cosup_jax.answer.library import Library
 from cosup_jax.answer.retrieve import Search
-from cosup_jax.config import replace_dotted
 from cosup_jax.data import markup
+from cosup_jax.dotted import replace_dotted
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = 64

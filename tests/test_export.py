@@ -18,8 +18,9 @@ from cosup_jax import assemble, export, parity, train
 from cosup_jax import config as config_lib
 from cosup_jax import step as step_lib
 from cosup_jax.checkpoint import restore_params
-from cosup_jax.config import ArchConfig, replace_dotted
+from cosup_jax.config import ArchConfig
 from cosup_jax.data import tokenizer
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 from cosup_jax.hf import saving

@@ -14,8 +14,9 @@ from batches import config
 from safetensors.numpy import load_file
 
 from cosup_jax import cosup, official
-from cosup_jax.config import ArchConfig, replace_dotted
+from cosup_jax.config import ArchConfig
 from cosup_jax.data.batch import BatchShape, empty_batch
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.model.transformer import Transformer, padded_vocab
 from cosup_jax.towers import Towers
 

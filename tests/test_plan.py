@@ -13,10 +13,11 @@ import pytest
 from files import full_disk
 from lengths import FIVE_BLOCKS, assert_equal, lengths_from, random_lengths
 
-from cosup_jax.config import Config, DataConfig, replace_dotted
+from cosup_jax.config import Config, DataConfig
 from cosup_jax.data import plan as lookup
 from cosup_jax.data.blocks import Builder, PlanSettings
 from cosup_jax.data.plan import Plan, settings_of
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 
 CONFIG = Config(

@@ -10,8 +10,8 @@ from files import full_disk
 from test_validate import rows, write
 
 from cosup_jax import assemble, prepare
-from cosup_jax.config import replace_dotted
 from cosup_jax.data import prepared, sources, tokens
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 
 

@@ -54,6 +54,24 @@ def test_tfds_world_takes_size_and_place_from_the_config(tmp_path, monkeypatch):
     assert asked == [(123, "here")]
 
 
+def test_a_corpus_is_read_as_texts_to_learn(tmp_path, monkeypatch):
+    """Bug: questions and answers of the source leak into what should be its bare passages; or a
+    link to the same file counts as another corpus."""
+    write(tmp_path, "a")
+    (tmp_path / "a.passages.jsonl").write_text(
+        '{"id": "p", "title": "Ulm", "text": "On the Danube."}\n{"id": "q", "text": "Bare."}'
+    )
+    monkeypatch.chdir(tmp_path)
+    dataset, problems = sources.load("corpus:a.jsonl", DataConfig(), tmp_path / "data")
+    told = [(e.question, e.output, e.answers, e.evidence) for e in dataset.rows("train")]
+    texts = [("Ulm", "On the Danube."), (sources.TITLE, "Bare.")]
+    assert told == [(*text, (), ()) for text in texts]
+    assert list(dataset.splits) == ["train"] and list(dataset.passages) == ["p", "q"]
+    assert dataset.name == "a_corpus" and not problems.errors
+    assert sources.expand("corpus:*.jsonl") == ["corpus:a.jsonl"]
+    assert sources.identity("corpus:a.jsonl") == sources.identity("corpus:./a.jsonl")
+
+
 @pytest.mark.parametrize("source", ["x.json", "x.passages.jsonl", "world", "hf:squad", ""])
 def test_an_unknown_source_is_refused_with_the_list(tmp_path, source):
     """Catches a typo that reads nothing, or reads passages as if they were examples."""

@@ -11,10 +11,11 @@ import threading
 import numpy as np
 import pytest
 
-from cosup_jax.config import make, replace_dotted
+from cosup_jax.config import make
 from cosup_jax.data import markup, pipeline, tokenizer, tokens
 from cosup_jax.data.batch import BatchShape
 from cosup_jax.data.schema import Dataset, Example, Passage
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 

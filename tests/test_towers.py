@@ -11,8 +11,9 @@ from batches import ARCH, VOCAB, assert_close, config, random_batch
 from flax.traverse_util import flatten_dict
 
 from cosup_jax import optim, step
-from cosup_jax.config import LoraConfig, replace_dotted
+from cosup_jax.config import LoraConfig
 from cosup_jax.data.batch import batch_shape
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.model.adapters import merge_adapters
 from cosup_jax.model.transformer import Transformer
 from cosup_jax.towers import Towers, passage_vectors

@@ -7,12 +7,12 @@ import pytest
 from batches import config
 
 from cosup_jax import assemble, main, validate
-from cosup_jax.config import replace_dotted
 from cosup_jax.data import tokenizer
 from cosup_jax.data.near import NearDuplicates, shingles, similarity
 from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.rows import parse
 from cosup_jax.data.schema import Dataset, Example, Passage
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 
 TOWNS = ("Lima", "Quito", "Bogota", "Caracas", "Santiago", "Asuncion", "Montevideo", "Brasilia")

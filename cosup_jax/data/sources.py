@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from cosup_jax.data.formats import alce, jsonl, kilt, official, passages, selfra
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems, printable
-from cosup_jax.data.schema import Dataset
+from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.storage import share_of
 from cosup_jax.errors import UserError
 
@@ -24,8 +24,9 @@ FORMATS = {"jsonl": jsonl, "official": official, "selfrag": selfrag, "kilt": kil
 KNOWN = (
     "DIR/x.jsonl[.gz] with its passages in DIR/x.passages.jsonl, tfds:world, tfds:NAME, "
     "prepared:DIR, official:DIR/x.pickle, selfrag:DIR/x.jsonl, kilt:DIR/x.jsonl::KNOWLEDGE, "
-    "alce:DIR/x.json"
+    "alce:DIR/x.json; corpus:SOURCE, its passages as texts to learn"
 )
+TITLE = "A text without a title"  # what asks for it
 _REVISIONS = {"selfrag": 2}  # raise it whenever the same file gives as many, but other rows
 _LONGEST_NAME = 160  # bytes; file systems take 255, of which we need some
 
@@ -55,9 +56,29 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
         # KILT tells task and split by a file's name.
         version = f"{kind}{_REVISIONS.get(kind, '')}-{Path(where.split('::')[0]).name}-{version}"
         return ingest(name, version, lambda p: format.read(where, p), directory, where)
+    if kind == "corpus":
+        dataset, problems = load(where, data, directory)
+        return _as_texts(dataset, directory), problems
     if kind == "prepared":
         return prepared.load(*where.rsplit("::", 1), directory), Problems()
     raise UserError(f"unknown data source {source!r}; known are {KNOWN}")
+
+
+def _as_texts(dataset: Dataset, directory: Path) -> Dataset:
+    """The passages of a data set as examples without evidence: a title asks for its text."""
+    name = f"{dataset.name}_corpus"
+
+    def read(problems: Problems) -> Iterator[tuple[str, Passage | Example]]:
+        yield from ((passage.id, passage) for passage in dataset.passages.values())
+        for passage in dataset.passages.values():
+            asked = {
+                "task": "long_form",
+                "question": passage.title or TITLE,
+                "output": passage.text,
+            }
+            yield passage.id, Example(id=passage.id, answers=(), evidence=(), **asked)
+
+    return ingest(name, f"{dataset.version}-texts", read, directory)[0]
 
 
 def load_corpus(where: str, directory: Path) -> tuple[Dataset, Problems]:
@@ -77,6 +98,8 @@ def expand(source: str) -> list[str]:
     Raises UserError if there is none.
     """
     kind, where = _kind(source)
+    if kind == "corpus":
+        return [f"corpus:{name}" for name in expand(where)]
     if kind == "prepared" and "::" not in where:
         return [f"{source}::{name}" for name in prepared.manifest(where)["sources"]]
     if (
@@ -107,6 +130,8 @@ def identity(source: str) -> tuple[str, ...]:
     Raises UserError if its files are not there.
     """
     kind, where = _kind(source)
+    if kind == "corpus":
+        return kind, *identity(where)
     if kind in FORMATS:
         return kind, *map(os.path.realpath, FORMATS[kind].files(where))
     directory, _, name = where.rpartition("::")
@@ -171,7 +196,7 @@ def eval_sets(datasets: Iterable[Dataset]) -> dict[str, tuple[Dataset, str]]:
 def _kind(source: str) -> tuple[str, str]:
     """`kilt:a::b` -> ("kilt", "a::b"); a path has no prefix."""
     prefix, colon, where = source.partition(":")
-    if colon and prefix in (*FORMATS, "tfds", "prepared"):
+    if colon and prefix in (*FORMATS, "tfds", "prepared", "corpus"):
         return prefix, where
     name = source.removesuffix(".gz")
     if name.endswith(".jsonl") and not name.endswith(".passages.jsonl"):

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from cosup_jax import assemble
-from cosup_jax.config import Config, replace_dotted
+from cosup_jax.config import Config
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.rehearsal import Rehearsal
 from cosup_jax.speed.clock import Figure
