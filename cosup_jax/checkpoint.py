@@ -110,7 +110,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return _complete_steps(self._directory)
+        return complete_steps(self._directory)
 
     def restore(
         self, abstract_state: Any, fingerprint: Mapping[str, Any], config: Mapping | None = None
@@ -129,7 +129,7 @@ class Checkpointer:
           UserError: another fingerprint, a leaf that does not fit, or all checkpoints damaged.
         """
         damaged = []
-        steps = _complete_steps(self._directory)
+        steps = complete_steps(self._directory)
         for step in reversed(steps):
             try:
                 run = {"config": config or {}, "fingerprint": fingerprint}
@@ -176,8 +176,7 @@ def check_readable(directory: str | Path) -> int | None:
     Cheap, and needs no devices: for before anything is loaded or compiled. Raises UserError if
     there are checkpoints and none of them can be read.
     """
-    directory = _located(directory)
-    steps = _complete_steps(directory)
+    directory, steps = _located(directory), complete_steps(directory)
     for step in reversed(steps):
         try:
             _read_meta(directory / str(step))
@@ -189,29 +188,30 @@ def check_readable(directory: str | Path) -> int | None:
     return None
 
 
-def restore_params(directory: str | Path, abstract_params: Any) -> Restored:
-    """Only the parameters, of the newest checkpoint; the others' bytes are not read.
+def restore_params(directory: str | Path, abstract_params: Any, step: int = -1) -> Restored:
+    """Only the parameters, of one checkpoint; the others' bytes are not read.
 
     Args:
       directory: a run's checkpoints.
       abstract_params: `params` of the train state or part of it, as in `Checkpointer.restore`.
+      step: of the checkpoint; -1 is the newest.
 
     Raises:
       UserError: no checkpoint, a damaged one (only a resume may step back), or one of another
         shape.
     """
-    directory = _located(directory)
-    steps = _complete_steps(directory)
+    directory, steps = _located(directory), complete_steps(directory)
     if not steps:
         raise UserError(f"{directory} holds no checkpoint; give the checkpoints/ of a trained run")
-    path = directory / str(steps[-1])
+    step = steps[-1] if step < 0 else step
+    path = directory / str(step)
     try:
         params, meta = _load(path, abstract_params, "params/", None)
     except _DamagedError as error:
         raise UserError(
             f"checkpoint {path} is damaged ({error}); move it away to use the one before it"
         ) from error
-    return Restored(steps[-1], params, meta)
+    return Restored(step, params, meta)
 
 
 class _DamagedError(Exception):
@@ -312,9 +312,10 @@ def _is_complete(entry: epath.Path) -> bool:
     return "://" not in str(entry) or (entry / "commit_success.txt").exists()
 
 
-def _complete_steps(directory: epath.Path) -> list[int]:
+def complete_steps(directory: str | Path) -> list[int]:
+    """Steps of complete checkpoints, oldest first. Raises UserError if it cannot be read."""
     try:
-        entries = [e for e in directory.iterdir() if e.name.isdecimal() and e.is_dir()]
+        entries = [e for e in _located(directory).iterdir() if e.name.isdecimal() and e.is_dir()]
         names = [entry.name for entry in entries if _is_complete(entry)]
     except FileNotFoundError:
         return []

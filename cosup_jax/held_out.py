@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,15 +208,27 @@ class Evaluator:
             found |= {f"eval/{held_out.name}/{key}": value for key, value in scores.items()}
         return found
 
-    def _score(self, params: dict, held_out: HeldOut, corpus_NxD: np.ndarray) -> dict[str, float]:
-        nats = weight = right = 0.0
-        queries, rets = [], []
+    def queries(self, params: dict, held_out: HeldOut) -> tuple[np.ndarray, np.ndarray]:
+        """[Q, D] the query at every [Ret] of a set, and [Q] which row of `store.ret_passages` each
+        asks for."""
+        parts = [(query_QxD, rets_Q) for *_, query_QxD, rets_Q in self._parts(params, held_out)]
+        query_QxD, rets_Q = map(np.concatenate, zip(*parts, strict=True))
+        return query_QxD, rets_Q
+
+    def _parts(self, params: dict, held_out: HeldOut) -> Iterator[tuple]:
+        """Of each packed batch: summed nats, supervised tokens, and its part of `queries`."""
         for batch, index_BxR in held_out.questions:
             safepoint()
             with jax.set_mesh(self._mesh):
                 part = jax.device_get(self._read(params, to_mesh(batch, self._mesh)))
-            nats, weight = nats + float(part[0]), weight + float(part[1])
-            query_QxD, asked = part[2][batch.ret_valid_BxR], index_BxR[batch.ret_valid_BxR]
+            asked = batch.ret_valid_BxR
+            yield float(part[0]), float(part[1]), part[2][asked], index_BxR[asked]
+
+    def _score(self, params: dict, held_out: HeldOut, corpus_NxD: np.ndarray) -> dict[str, float]:
+        nats = weight = right = 0.0
+        queries, rets = [], []
+        for part_nats, part_weight, query_QxD, asked in self._parts(params, held_out):
+            nats, weight = nats + part_nats, weight + part_weight
             queries.append(query_QxD)
             rets.append(asked)
             rows = held_out.corpus.row_of[held_out.store.ret_passages[asked]]

@@ -45,6 +45,9 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "mine answer.library",
     "generate",
     "evaluate",
+    "studies.run",
+    "studies.geometry studies.gradients studies.evidence",
+    "studies.spaces",
     "study",
     "main",
 )

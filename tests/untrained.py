@@ -39,7 +39,7 @@ def config_of(home: Path, **flags):
     return config_files.frozen(str(home / "config.py"), keys)
 
 
-def save_checkpoint(home: Path, seed: int = 0, step: int = 1) -> None:
+def save_checkpoint(home: Path, seed: int = 0, step: int = 1, keep: int = 1) -> None:
     """home/run, with the random weights of a seed."""
     config = config_of(home)
     mesh, data = assemble.mesh_for(config), assemble.read_sources(config, home / "run/data")
@@ -51,6 +51,6 @@ def save_checkpoint(home: Path, seed: int = 0, step: int = 1) -> None:
     make = lambda: step_lib.init_params(jax.random.key(seed), towers, config)
     params = jax.jit(make, out_shardings=places)()
     contract = assemble.embedding_contract(config, tokenizers, weights_digest(params)).to_dict()
-    checkpointer = Checkpointer(home / "run/checkpoints", keep=1)
+    checkpointer = Checkpointer(home / "run/checkpoints", keep)
     checkpointer.save(step, {"params": params}, {"config": to_dict(config), "contract": contract})
     checkpointer.close()

@@ -246,6 +246,11 @@ def find_answer(answers: Sequence[str], text: str) -> str:
     return next((match[0] for match in found if match), "")
 
 
+def replace_answer(answer: str, other: str, text: str) -> str:
+    """The text with `other` wherever `answer` stands, as it is spelt, as whole words."""
+    return _whole_words(answer, re.NOFLAG).sub(lambda _: other, text)
+
+
 def _whole_words(answer: str, flags: re.RegexFlag) -> re.Pattern:
     before = f"(?<!{_WORD})" if re.match(_WORD, answer) else ""
     after = f"(?!{_WORD})" if re.match(_WORD, answer[-1:]) else ""

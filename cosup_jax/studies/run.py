@@ -1,0 +1,153 @@
+"""A trained run as the measures of a study read it: its models, its held-out sets, its past."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cosup_jax import assemble, held_out
+from cosup_jax.assemble import Trained
+from cosup_jax.checkpoint import complete_steps, restore_params
+from cosup_jax.config import Config
+from cosup_jax.data import tokens
+from cosup_jax.data.batch import batch_shape
+from cosup_jax.data.pipeline import pack_passages
+from cosup_jax.data.plan import left_out
+from cosup_jax.data.schema import Passage
+from cosup_jax.held_out import Evaluator, HeldOut
+from cosup_jax.runtime.workdir import checkpoints
+from cosup_jax.search.encoder import Encoder
+from cosup_jax.towers import Towers
+
+# Held-out set ("" = of none) -> metric -> item -> value. An item is the id of a question, or
+# SOURCE/ID of a passage; a number of the whole run, or of a whole set, has the one item "".
+Scores = dict[str, dict[str, dict[str, float]]]
+
+PASSAGES = 500  # that every run of a study is measured on
+_SEED = 0  # by which they are drawn: of the measure, not of the run
+
+
+class Run(NamedTuple):
+    """One checkpoint of a run, and what is asked of it."""
+
+    trained: Trained
+    workdir: Path
+    sets: list[HeldOut]  # packed, as `held_out_sets` makes them
+    store: tokens.TokenStore  # what it was trained on
+
+
+class Asked(NamedTuple):
+    """The [Ret]s of a held-out set, in packed order."""
+
+    ids: list[str]  # of each one's question
+    query_QxD: np.ndarray  # float32, as compared with passages
+    passage_Q: np.ndarray  # the passage it asks for, by its row in the set's store
+
+
+class Sample(NamedTuple):
+    """Passages of all held-out sources together."""
+
+    ids: list[str]  # SOURCE/ID
+    passages: list[Passage]
+    tokens: list[np.ndarray]  # int32 [n], as Ctx reads them
+
+
+def opened(config: Config, workdir: Path) -> Run:
+    """The newest checkpoint of a locked workdir. Raises UserError as `assemble.trained` does."""
+    trained = assemble.trained(config, workdir)
+    config, directory = trained.config, workdir / "data"
+    store = tokens.tokenize(trained.data.train, *trained.tokenizers, config, directory)
+    sets = held_out.held_out_sets(
+        *(trained.data.held_out, trained.tokenizers, config, directory, store),
+        left_out(store, config),
+    )
+    return Run(trained, workdir, sets, store)
+
+
+def over_training(run: Run) -> Iterator[Run]:
+    """The run at each of its kept checkpoints, oldest first; `run` itself is one of them.
+
+    Raises UserError for a damaged one.
+    """
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    abstract, saved = jax.tree.map(place, run.trained.params), checkpoints(run.workdir)
+    for step in complete_steps(saved):
+        if step == run.trained.step:
+            yield run
+            continue
+        found = restore_params(saved, abstract, step)
+        now = run.trained._replace(params=found.state, step=step, meta=found.meta)
+        yield run._replace(trained=now)
+
+
+def asked(run: Run, part: HeldOut) -> Asked:
+    """The queries of a set's [Ret]s; of a set without any, none."""
+    evaluator = _evaluator(run.trained.mesh, run.trained.towers, run.trained.config)
+    query_QxD, rets_Q = evaluator.queries(run.trained.params, part)
+    question_Q = np.searchsorted(part.store.ret_offsets, rets_Q, side="right") - 1
+    ids = [part.examples[question].id for question in question_Q]
+    return Asked(ids, query_QxD, part.store.ret_passages[rets_Q])
+
+
+def sample(run: Run, most: int = PASSAGES) -> Sample:
+    """`most` distinct passages, the same for every run over the same sources."""
+    sources = list({part.dataset.version: part for part in run.sets}.values())
+    drawn, first = _drawn(sum(len(part.dataset.passages) for part in sources), most), 0
+    found = Sample([], [], [])
+    for part in sources:
+        passages = part.dataset.passages
+        here = drawn[(drawn >= first) & (drawn < first + len(passages))] - first
+        for row in passages.by_id()[here]:
+            found.passages.append(passages.at(int(row)))
+            found.ids.append(f"{part.dataset.name}/{found.passages[-1].id}")
+            found.tokens.append(part.store.ctx[int(row)])
+        first += len(passages)
+    return found
+
+
+def vectors(run: Run, passages: Sequence[np.ndarray]) -> np.ndarray:
+    """[N, D] float32 vectors of passages given as the tokens that Ctx reads."""
+    trained = run.trained
+    encoder = _encoder(trained.mesh, trained.towers, trained.config)
+    packed = pack_passages(passages, batch_shape(trained.config))
+    return encoder.corpus(trained.params, packed, len(passages))
+
+
+def corpus_vectors(run: Run, part: HeldOut) -> np.ndarray:
+    """[N, D] float32 vectors of a set's corpus, by its rows."""
+    trained = run.trained
+    encoder = _encoder(trained.mesh, trained.towers, trained.config)
+    return encoder.corpus(trained.params, part.corpus, len(part.corpus))
+
+
+def by_item(ids: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """{id: value}; of an id that comes several times, as of a question's two [Ret], the mean."""
+    found: dict[str, list[float]] = {}
+    for id, value in zip(ids, values, strict=True):
+        found.setdefault(id, []).append(float(value))
+    return {id: float(np.mean(given)) for id, given in found.items()}
+
+
+def whole(**values: float) -> dict[str, dict[str, float]]:
+    """Metrics that have no items but the whole."""
+    return {name: {"": float(value)} for name, value in values.items()}
+
+
+def _drawn(count: int, most: int) -> np.ndarray:
+    """int64, rising: `most` of the numbers below `count`, or all."""
+    return np.sort(np.random.default_rng(_SEED).permutation(count)[:most])
+
+
+# Programs are compiled once for all checkpoints of a run, and for all runs of one config.
+@functools.lru_cache(maxsize=2)
+def _evaluator(mesh: Mesh, towers: Towers, config: Config) -> Evaluator:
+    return Evaluator(mesh, towers, config)
+
+
+@functools.lru_cache(maxsize=2)
+def _encoder(mesh: Mesh, towers: Towers, config: Config) -> Encoder:
+    return Encoder(mesh, towers, config)

@@ -1,0 +1,341 @@
+"""What a study measures on a run, each against a plain computation of the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from flax.traverse_util import flatten_dict
+from towns import write_data
+from untrained import config_of, save_checkpoint, write_config
+
+from cosup_jax import cosup, sharding
+from cosup_jax.data import markup, pipeline
+from cosup_jax.data.plan import Plan
+from cosup_jax.data.schema import Example, Passage
+from cosup_jax.studies import run as run_lib
+from cosup_jax.studies.evidence import conflict, conflicts, evidence, relation
+from cosup_jax.studies.geometry import drift, geometry, rotation, spread, unit
+from cosup_jax.studies.gradients import gradients
+from cosup_jax.studies.spaces import (
+    mutual_nearest,
+    nearest_passages,
+    neighbours,
+    overlap,
+    spaces,
+)
+
+SET = "towns.dev"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Step 2 of a workdir whose step 1 has other random weights."""
+    home = tmp_path_factory.mktemp("measures")
+    data = str(write_data(home))
+    write_config(
+        home,
+        **{"data__train": data, "data__eval": data, "data__vocab_size": 400, "batch_size": 8},
+        **{"gen__arch__layers": 2, "gen__arch__tie_embeddings": False, "eval__examples": 12},
+        **{"data__max_gen_tokens": 192, "data__max_ctx_tokens": 80, "data__ctx_row_tokens": 160},
+        **{"loss__ntp_weight": 3.0, "loss__nsp_weight": 0.0},
+    )
+    save_checkpoint(home, seed=0, step=1, keep=2)
+    save_checkpoint(home, seed=1, step=2, keep=2)
+    return run_lib.opened(config_of(home), home / "run")
+
+
+def hidden(run, tower, tokens):
+    """[n, D] states of one text alone, in float64."""
+    row = jnp.asarray(tokens)[None]
+    place = jnp.arange(row.shape[1])[None]
+    states = _hidden(getattr(run.trained.towers, tower), run.trained.params[tower], row, place)
+    return np.asarray(states[0], np.float64)
+
+
+@jax.jit(static_argnums=0)
+def _hidden(tower, params, row, place):
+    return tower.hidden(params, row, jnp.ones_like(row), place)
+
+
+def training_text(run, example, passages):
+    tokenizer, most = run.trained.tokenizers.gen, run.trained.config.data.max_ctx_tokens
+    return markup.encode([markup.pieces(example, passages)], tokenizer, most)[0]
+
+
+def state_at_ret(run, example):
+    marked = training_text(run, example, run.sets[0].dataset.passages)
+    return hidden(run, "gen", marked.tokens)[marked.ret_positions[0]]
+
+
+def vector(run, passage):
+    trained = run.trained
+    most = trained.config.data.max_ctx_tokens
+    ((tokens, _),) = markup.ctx_tokens(
+        [passage], trained.tokenizers.ctx, trained.config.ctx.pooling, most
+    )
+    return hidden(run, "ctx", tokens)[-1]
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def test_spread_equals_loops():
+    """Bugs: a pair counted twice or with itself, a distance for its square, the singular values'
+    squares for themselves."""
+    x = unit(np.random.default_rng(0).normal(size=(7, 3)) + 0.5)
+    pairs = [(x[i], x[j]) for i in range(7) for j in range(i)]
+    found = spread(x)
+    kernel = [np.exp(-2 * np.sum((a - b) ** 2)) for a, b in pairs]
+    assert found["uniformity"] == pytest.approx(np.log(np.mean(kernel)))
+    assert found["anisotropy"] == pytest.approx(np.mean([a @ b for a, b in pairs]))
+    for name, y in (("effective_rank", x), ("effective_rank_centred", x - x.mean(0))):
+        singular = np.sqrt(np.linalg.eigvalsh(y.T @ y))
+        p = singular / singular.sum()
+        assert found[name] == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+    one_point = spread(np.ones((4, 1)))
+    assert (one_point["uniformity"], one_point["anisotropy"]) == (0, 1)
+    assert spread(np.eye(5))["effective_rank"] == pytest.approx(5)
+
+
+def test_a_rotation_is_no_drift():
+    """Bugs: the transpose of the rotation; a scale or a shift that is fitted too; a step compared
+    with itself, or with one before it."""
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(2, 60, 5))
+    turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    past = {4: unit(x), 8: unit(x @ turn), 9: unit(x @ turn + 0.3 * noise)}
+    found = drift(past, [f"p{i}" for i in range(60)])
+    mean = {name: np.mean(list(values.values())) for name, values in found.items()}
+    kinds = [f"to_{to}{how}" for to in ("next", "last") for how in ("", "_rotated", "_shuffled")]
+    assert mean.keys() == {f"drift/{kind}/step_{step}" for kind in kinds for step in (4, 8)}
+    assert mean["drift/to_next_rotated/step_4"] == pytest.approx(1)
+    assert mean["drift/to_next/step_4"] < 0.7 and mean["drift/to_next_shuffled/step_4"] < 0.5
+    best = scipy.linalg.orthogonal_procrustes(past[4], past[9])[0]
+    np.testing.assert_allclose(rotation(past[4], past[9]), best, atol=1e-12)
+    assert found["drift/to_last_rotated/step_4"]["p7"] == pytest.approx(
+        past[4][7] @ best @ past[9][7]
+    )
+    assert found["drift/to_last/step_8"]["p7"] == pytest.approx(past[8][7] @ past[9][7])
+
+
+def test_neighbours_equal_loops(monkeypatch):
+    """Bugs: a vector among its own neighbours; an overlap that counts places; a passage whose
+    nearest query is another one; vocabulary counted as passages."""
+    monkeypatch.setattr("cosup_jax.studies.spaces.NEIGHBOURS", 4)
+    rng = np.random.default_rng(0)
+    x, y = (unit(rng.normal(size=(20, 3))) for _ in range(2))
+    near = [
+        [
+            sorted((j for j in range(20) if j != i), key=lambda j, i=i, z=z: -(z[i] @ z[j]))[:4]
+            for i in range(20)
+        ]
+        for z in (x, y)
+    ]
+    np.testing.assert_array_equal(neighbours(x), near[0])
+    shared = [len(set(a) & set(b)) / 4 for a, b in zip(*near, strict=True)]
+    np.testing.assert_allclose(overlap(neighbours(x), neighbours(y)), shared)
+    queries, gold = unit(x[:12] + 0.5 * y[:12]), np.array([*range(8), 3, 3, 15, 16])
+    queries[8] = x[3]  # nearer to passage 3 than query 3 is
+    expected = [
+        np.argmax(x @ q) == g and np.argmax(queries @ x[g]) == i
+        for i, (q, g) in enumerate(zip(queries, gold, strict=True))
+    ]
+    found = mutual_nearest(queries, x, gold)
+    assert found.tolist() == expected and found[8] and not found[3] and 2 < sum(found) < 10
+    is_passage = nearest_passages(queries, x[:9], y)
+    for q, row in zip(queries, is_passage, strict=True):
+        order = np.argsort(-np.concatenate([x[:9] @ q, y @ q]))[:4]
+        assert row.tolist() == (order < 9).tolist()
+
+
+@pytest.mark.slow
+def test_geometry_of_a_run(run):
+    """Bugs: a query with another question's passage; a checkpoint read as the newest; passages
+    that differ from run to run; what is compared is not of length 1."""
+    (part,), found = run.sets, geometry(run)
+    example = part.examples[5]
+    passage = part.dataset.passages[example.evidence[0]]
+    at_ret = state_at_ret(run, example)
+    assert found[SET]["alignment"].keys() == {one.id for one in part.examples}
+    assert found[SET]["alignment"][example.id] == pytest.approx(
+        2 - 2 * cosine(at_ret, vector(run, passage)), rel=1e-4
+    )
+    past = list(run_lib.over_training(run))
+    assert [at.trained.step for at in past] == [1, 2] and past[1] is run
+    before, after = (vector(at, passage) for at in past)
+    moved = found[""]["drift/to_last/step_1"]
+    assert len(moved) == 40 and moved == found[""]["drift/to_next/step_1"]
+    assert moved[f"towns/{passage.id}"] == pytest.approx(cosine(before, after), abs=1e-4)
+    every = unit(np.stack([vector(run, one) for one in part.dataset.passages.values()]))
+    for name, value in spread(every).items():
+        assert found[""][f"passages/{name}"][""] == pytest.approx(value, rel=1e-3)
+    few = run_lib.sample(run, 9)
+    assert few.ids == run_lib.sample(past[0], 9).ids and len(set(few.ids)) == 9
+    assert [f"towns/{one.id}" for one in few.passages] == few.ids
+
+
+@pytest.mark.slow
+def test_spaces_of_a_run(run):
+    """Bugs: states before the last norm; control tokens or padding among the likeliest; the title
+    of another passage, or a shuffled one that is its own; a hidden state of the wrong tower."""
+    (part,), found, tokenizer = run.sets, spaces(run), run.trained.tokenizers.gen
+    kernel = np.asarray(run.trained.params["gen"]["head"]["kernel"], np.float64)
+    text = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.control]
+
+    def share(state, passage):
+        logits = state @ kernel
+        top = sorted(text, key=lambda i: -logits[i])[:50]
+        title = set(tokenizer.encode(passage.title))
+        return len(title & set(top)) / len(title)
+
+    for example in part.examples[:4]:
+        passage = part.dataset.passages[example.evidence[0]]
+        at_ret = state_at_ret(run, example)
+        assert found[SET]["title_at_ret"][example.id] == pytest.approx(share(at_ret, passage))
+        in_vector = found[""]["title_in_vector"][f"towns/{passage.id}"]
+        assert in_vector == pytest.approx(share(vector(run, passage), passage))
+    assert found[SET]["passages_in_index"][""] == pytest.approx(40 / (40 + len(text)))
+    assert found[SET]["mutual_nearest_most"] == {"": 1}
+    endings = ("", "_shuffled", "_centred", "_centred_shuffled")
+    for name in ("title_in_vector", "mutual_knn10"):
+        assert all(len(found[""][f"{name}{ending}"]) == 40 for ending in endings)
+    chance = np.mean(list(found[""]["mutual_knn10_shuffled"].values()))
+    assert chance == pytest.approx(10 / 39, abs=0.08)
+    table = np.asarray(run.trained.params["gen"]["embed"]["table"], np.float64)
+    passages = list(part.dataset.passages.values())
+    means = [table[tokenizer.encode(markup.passage_text(p))].mean(0) for p in passages]
+    own, tokens = (
+        neighbours(unit(np.stack(x))) for x in ([vector(run, p) for p in passages], means)
+    )
+    for p, value in zip(passages, overlap(own, tokens), strict=True):
+        assert found[""]["mutual_knn10"][f"towns/{p.id}"] == pytest.approx(value)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_run(run):
+    """Bugs: layers mixed up, or the first layer's cosine for all; weights, or a loss that the run
+    does not train, in a gradient; a cosine where NSP's gradient is zero."""
+    found, trained = gradients(run)[""], run.trained
+    config = trained.config
+    loss = dataclasses.replace(config.loss, nsp_weight=1.0)
+    rows = sharding.rows(trained.mesh)
+    batch = pipeline.batch_at(run.store, Plan(run.store, config), config, rows, rows, 3)
+    config = dataclasses.replace(config, loss=loss)
+
+    @jax.jit
+    def gradient(params, ntp):
+        terms = lambda p: cosup.terms(p, batch, None, 3, trained.towers, config)
+        return jax.grad(lambda p: jnp.where(ntp, terms(p).ntp, terms(p).nsp))(params)["gen"]
+
+    ntp, nsp = (jax.device_get(gradient(trained.params, which)) for which in (True, False))
+    layer = lambda tree, i: {"/".join(p): x[i] for p, x in flatten_dict(tree["blocks"]).items()}
+    parts = {f"layer_{i}": (layer(ntp, i), layer(nsp, i)) for i in range(2)}
+    parts |= {"embed": (ntp["embed"], nsp["embed"]), "gen": (ntp, nsp)}
+    parts["final_norm"] = ntp["final_norm"], nsp["final_norm"]
+    assert found.keys() == {f"gradient_cosine/{name}" for name in parts}
+    for name, trees in parts.items():
+        a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in trees)
+        values = found[f"gradient_cosine/{name}"]
+        assert list(values) == [f"step_{step}" for step in range(2, 6)]
+        assert values["step_3"] == pytest.approx(cosine(a, b), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_evidence_of_a_run(run):
+    """Bugs: a target off by one; a neighbour in the row that is seen; a swapped passage that is
+    not what was meant; nats that count [Ret] or the passage; a probability of control tokens."""
+    (part,), found, tokenizer = run.sets, evidence(run)[SET], run.trained.tokenizers.gen
+    kernel = np.asarray(run.trained.params["gen"]["head"]["kernel"], np.float64)
+    padding = range(tokenizer.vocab_size, kernel.shape[1])
+    turned, skipped = conflicts(part, tokenizer, run.trained.config)
+    assert len(turned) == 12 and not skipped and found["questions"] == {"": 12}
+
+    def nats(example, said, passage=None):
+        """Of the text that training would make of a question that is answered so."""
+        output = f"[Ret:{passage.id}]{said}[Ce]" if passage else said
+        given = {passage.id: passage} if passage else {}
+        marked = training_text(run, dataclasses.replace(example, output=output), given)
+        tokens = marked.tokens.tolist()
+        begin = tokens.index(tokenizer.cs) + 1 if passage else marked.roles.tolist().index(1)
+        end = tokens.index(tokenizer.ce if passage else tokenizer.eos)
+        logits = hidden(run, "gen", tokens) @ kernel
+        logits[:, [*padding, *(tokenizer.control - {tokens[end]})]] = -np.inf
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return -sum(log_p[i - 1, tokens[i]] for i in range(begin, end + 1)), end + 1 - begin
+
+    for one in turned[::4]:
+        example, id = one.example, one.example.id
+        for name, passage in (("without", None), ("with", one.passage)):
+            total, count = nats(example, one.answer, passage)
+            value = found[f"answer_nats_{name}_evidence"][id]
+            assert value == pytest.approx(total / count, rel=1e-4)
+        for name, passage in (("original", one.passage), ("swapped", one.swapped)):
+            answer, swap = (nats(example, said, passage)[0] for said in (one.answer, one.swap))
+            value = found[f"{name}/swap_over_answer_nats"][id]
+            assert value == pytest.approx(answer - swap, abs=1e-3)
+            assert found[f"{name}/swap_wins"][id] == (answer > swap)
+            share = np.exp(-answer) / (np.exp(-answer) + np.exp(-swap))
+            assert found[f"{name}/p_answer"][id] == pytest.approx(share, rel=1e-3)
+
+
+PASSAGES = {
+    "o": Passage("o", "Oslo", "Oslo lies in Norway. Norway is north. Norwayan, Asia."),
+    "l": Passage("l", "Luxembourg", "Its capital is Luxembourg."),
+}
+
+
+def ask(evidence="o", answers=("Norway",), kind="span", **more):
+    evidence = tuple(evidence)
+    return Example("o.country.open_qa.0", "open_qa", "Where?", answers, evidence, kind=kind, **more)
+
+
+def test_a_passage_is_turned_around():
+    """Bugs: a word that begins as the answer does is changed; an answer that stays somewhere; a
+    swap that the passage says already, or that is an answer too."""
+    pool = ["Asia", "Norway", "Noreg", "Peru", "Oslo"]
+    made = conflict(ask(answers=("Norway", "Noreg")), PASSAGES, pool)
+    assert (made.answer, made.swap) == ("Norway", "Peru")
+    assert made.swapped.text == "Oslo lies in Peru. Peru is north. Norwayan, Asia."
+    assert made.swapped.title == "Oslo" and made.passage == PASSAGES["o"]
+    drawn = {
+        conflict(dataclasses.replace(ask(), id=f"{i}"), PASSAGES, ["Peru"] * 3 + ["Fiji"]).swap
+        for i in range(30)
+    }
+    assert drawn == {"Peru", "Fiji"}
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (ask("ol"), "no_span"),
+        (ask(""), "no_span"),
+        (ask(kind="label"), "no_span"),
+        (ask(output="[Ret:o]Norway[Ce]"), "no_span"),
+        (ask(answers=("Asian",)), "not_in_text"),
+        (ask("l", ("Luxembourg",)), "in_title"),
+        (ask(), "no_other"),
+    ],
+)
+def test_what_cannot_be_turned_around_is_counted(example, reason):
+    """Bugs: a question without a conflict scored all the same, or dropped in silence; a passage
+    about Luxembourg made one about Peru."""
+    assert conflict(example, PASSAGES, ["Asia"] if reason == "no_other" else ["Peru"]) == reason
+
+
+@pytest.mark.slow
+def test_what_fits_no_row_is_counted(run):
+    """Bug: a passage that is cut, perhaps before its answer, or a row that does not hold it."""
+    c = run.trained.config
+    for limit in ({"max_ctx_tokens": 9}, {"max_gen_tokens": 40}):
+        short = dataclasses.replace(c, data=dataclasses.replace(c.data, **limit))
+        assert conflicts(run.sets[0], run.trained.tokenizers.gen, short) == ([], {"too_long": 12})
+
+
+def test_a_relation_is_what_is_asked():
+    """Bug: a latitude in place of a country."""
+    assert relation("world", ask()) == "country"
+    assert relation("towns", ask()) == "open_qa span" != relation("towns", ask(kind="label"))
