@@ -65,17 +65,21 @@ class Trained(NamedTuple):
     meta: dict[str, Any]  # as saved with it
 
 
-def trained(config: Config, workdir: Path) -> Trained:
+def trained(config: Config, workdir: Path, kept: Path | None = None) -> Trained:
     """A run's models as they were trained; of a locked workdir, for it may read data anew.
 
-    Raises UserError without a sound checkpoint of this config.
+    Args:
+      kept: where its data sets are kept, if the workdir is another run's, which is only read.
+
+    Raises:
+      UserError: no sound checkpoint of this config.
     """
     mesh, saved = mesh_for(config), checkpoints(workdir)
     if check_readable(saved) is None:  # before data is read, which can take minutes
         raise UserError(f"{saved} holds no checkpoint; train first, or give another --workdir")
-    data = read_sources(config, workdir / "data")
+    data = read_sources(config, kept or workdir / "data")
     config = resolve(config)
-    tokenizers = read_tokenizers(config, workdir, data)
+    tokenizers = read_tokenizers(config, workdir, data, only_read=kept is not None)
     towers = make_towers(config, tokenizers)
     abstract = abstract_state(config, towers, optim.make(config, 1, 1), mesh)
     step, params, meta = restore_params(saved, abstract.params)
@@ -177,15 +181,19 @@ def refuse_all_bad(data: Sources) -> None:
             )
 
 
-def read_tokenizers(config: Config, workdir: Path, data: Sources) -> Tokenizers:
+def read_tokenizers(
+    config: Config, workdir: Path, data: Sources, only_read: bool = False
+) -> Tokenizers:
     """Pretrained ones as they come; for scratch one BPE, trained once and kept in the workdir, or
     that of prepared data.
 
-    Raises UserError if prepared data was tokenised otherwise.
+    Raises UserError if prepared data was tokenised otherwise, or the workdir is `only_read` and
+    lacks one.
     """
-    gen = _tokenizer("gen", config, workdir, data)
+    find = lambda tower: _tokenizer(tower, config, workdir, data, only_read)
+    gen = find("gen")
     shared = config.ctx.init in ("gen", config.gen.init) or config.tie_ctx_to_gen
-    tokenizers = Tokenizers(gen, gen if shared else _tokenizer("ctx", config, workdir, data))
+    tokenizers = Tokenizers(gen, gen if shared else find("ctx"))
     for directory in dict.fromkeys(filter(None, map(prepared_directory, data.problems))):
         prepared.check_settings(directory, token_settings(config, tokenizers))
     return tokenizers
@@ -290,7 +298,18 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
     return saved
 
 
-def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Tokenizer:
+def check_same_tokens(ours: Tokenizers, theirs: Tokenizers) -> None:
+    """Raises UserError if a text of our Gen's is another one to theirs."""
+    if theirs.gen.fingerprint != ours.gen.fingerprint:
+        raise UserError(
+            "its Gen has another tokenizer, so that it cannot read what this one writes; give a "
+            "run of the same config.gen.init and, from scratch, config.data.train and vocab_size"
+        )
+
+
+def _tokenizer(
+    tower: str, config: Config, workdir: Path, data: Sources, only_read: bool
+) -> Tokenizer:
     init = getattr(config, tower).init
     if init != "scratch":
         rows = weights.arch_from_hf(weights.resolve(init))["vocab_size"]
@@ -301,6 +320,10 @@ def _tokenizer(tower: str, config: Config, workdir: Path, data: Sources) -> Toke
     given = [config.data.vocab_size, markup.VERSION, *(d.version for d, _ in data.train)]
     key = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
     directory = workdir / "tokenizer" / key  # other settings or data never meet an old one
+    if only_read and not directory.is_dir():
+        raise UserError(
+            f"{directory} is not there: the data have changed since it was trained; restore them"
+        )
     make = lambda: tokenizer.train(_texts(data), config.data.vocab_size).save(directory)
     if jax.process_index() == 0 and not directory.is_dir():
         make()

@@ -200,6 +200,7 @@ ARMS = {  # of --mode=evaluate: where passages come from at [Ret]
     "wrong": "wrong passage",
     "none": "no retrieval",
 }
+BY_QUERY = ("corpus", "candidates")  # of these: where Gen's query decides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +240,7 @@ class GenerateConfig:
     retrieval: str = (
         "corpus"  # corpus | candidates | gold | bm25 | wrong | none, as ARMS names them
     )
+    retriever: str = ""  # workdir of another run, whose Gen and Ctx retrieve; empty = the own ones
     passages: int = 1  # that are inserted at a [Ret], the best first
     keep_passages: bool = True  # False: dropped behind [Ce], their spans stay (ctx_truncate)
     retrieve_first: bool = False  # True: every answer begins with a [Ret]

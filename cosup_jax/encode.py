@@ -45,15 +45,19 @@ def encode(config: Config, workdir: str) -> None:
         processes.barrier("encoded")
 
 
-def index(dataset: Dataset, trained: Trained, workdir: Path) -> tuple[Corpus, Vectors]:
-    """The distinct passages of a data set, and their vectors, encoded where they are not yet."""
+def index(
+    dataset: Dataset, trained: Trained, workdir: Path, place: str = "index"
+) -> tuple[Corpus, Vectors]:
+    """The distinct passages of a data set, and their vectors, encoded where they are not yet.
+
+    `place` is where in the workdir they are.
+    """
     config = trained.config
     store = tokenize_passages(dataset, trained.tokenizers.ctx, config, workdir / "data")
     corpus = Corpus(dataset, store, batch_shape(config))
     encoder = Encoder(trained.mesh, trained.towers, config)
-    place = workdir / "index" / dataset.name
-    made = encode_to_disk(place, corpus, encoder, trained.params, trained.contract, config.index)
-    return corpus, made
+    made_by = (encoder, trained.params, trained.contract)
+    return corpus, encode_to_disk(workdir / place / dataset.name, corpus, *made_by, config.index)
 
 
 def datasets(trained: Trained, workdir: Path) -> list[Dataset]:

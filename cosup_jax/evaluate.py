@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from tqdm import tqdm
 
 from cosup_jax import assemble, encode, held_out
 from cosup_jax.answer import asked
+from cosup_jax.answer import pair as pair_lib
 from cosup_jax.answer.answering import RECORD, Answering, bm25_rankings
 from cosup_jax.answer.asked import Arm
 from cosup_jax.answer.library import Library
+from cosup_jax.answer.pair import Pair
 from cosup_jax.answer.records import Answers, Record
 from cosup_jax.assemble import Trained
 from cosup_jax.config import Config, to_dict
@@ -50,6 +52,7 @@ def evaluate(config: Config, workdir: str) -> None:
 
     Raises UserError without a checkpoint of this config, or without the judge that it names.
     """
+    pair_lib.check(config, config.eval.arm_names)
     if jax.process_count() > 1:
         raise UserError("--mode=evaluate runs in one process; start it on one host")
     judge = judge_named(config.eval.judge)
@@ -72,6 +75,7 @@ class _Evaluation:
         self._prefix = getattr(judge, "prefix", "")
         self._code = processes.code_digest()
         self._libraries: dict[str, Library] = {}  # by the version of the source
+        self._pair = Pair.of(trained, workdir)
         self._answering = Answering(
             trained.mesh, trained.towers, trained.config, trained.tokenizers.gen
         )
@@ -104,6 +108,7 @@ class _Evaluation:
                 "weights": trained.contract.weights,
                 "data": {part.name: part.dataset.version for part in sets},
                 "index": {part.name: self._library(part).version for part in sets},
+                **({"retriever": self._pair.contract.weights} if self._pair else {}),
             },
             "contract": trained.contract.to_dict(),
         }
@@ -114,7 +119,8 @@ class _Evaluation:
         facts = [asked.about(part, question) for question in range(len(part.examples))]
         correct = scoring.judged_by(part.split_sample())
         answers = self._answers(part, facts, correct)
-        trained = answers["corpus"][1] if "corpus" in answers else []
+        by_own = "corpus" in answers and not self._pair
+        trained = answers["corpus"][1] if by_own else []
         seen = [fact["seen"] for fact in facts if fact["seen"] is not None]
         return {
             "name": part.name,
@@ -155,7 +161,7 @@ class _Evaluation:
                 shown = {"desc": f"{part.name} {arm.name}", "unit": " questions", "leave": False}
                 bar = tqdm(total=len(facts), initial=len(facts) - len(todo), disable=None, **shown)
                 with bar:
-                    asks = (params, part, todo, arm, library.vectors, bm25)
+                    asks = (params, part, todo, arm, *self._searched(part, arm), bm25)
                     for record in self._answering.answers(*asks):
                         answers.add(record | {"code": self._code})
                         bar.update()
@@ -223,6 +229,12 @@ class _Evaluation:
             self._libraries[version] = Library([(part.dataset, *made)])
         return self._libraries[version]
 
+    def _searched(self, part: HeldOut, arm: Arm) -> tuple[Any, Callable | None]:
+        """Vectors of a set's passages, and another pair's queries, where that retrieves."""
+        if self._pair and arm.by_query:
+            return self._pair.vectors(part.dataset, part.corpus), self._pair.queries
+        return self._library(part).vectors, None
+
     def _run(self, part: HeldOut, arm: Arm) -> str:
         """A digest of all that an arm's answers depend on, the questions aside."""
         config = to_dict(self._trained.config)
@@ -231,6 +243,7 @@ class _Evaluation:
         rows = None if arm.rows is None else hashlib.sha256(arm.rows.tobytes()).hexdigest()
         told = [self._trained.contract.to_dict(), {name: config[name] for name in _DEPENDS_ON}]
         told += [self._library(part).version, part.name, part.dataset.version, arm.name, rows]
+        told += [self._pair.decides] if self._pair and arm.by_query else []
         return _digest(told)[:16]
 
 

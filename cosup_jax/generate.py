@@ -21,9 +21,11 @@ from tqdm import tqdm
 
 from cosup_jax import assemble
 from cosup_jax.answer import cited, records
+from cosup_jax.answer import pair as pair_lib
 from cosup_jax.answer.decode import Budget, Decoder, Retriever
 from cosup_jax.answer.library import Library
-from cosup_jax.answer.retrieve import Candidates, Gold, Lexical, Search, Wrong
+from cosup_jax.answer.pair import Pair
+from cosup_jax.answer.retrieve import Candidates, Gold, Lexical, Search, Separate, Wrong
 from cosup_jax.assemble import Trained
 from cosup_jax.config import Config, GenerateConfig
 from cosup_jax.data import markup
@@ -36,7 +38,7 @@ from cosup_jax.runtime.workdir import Workdir, writing
 from cosup_jax.wording import counted
 
 BY_QUESTION = ("candidates", "gold", "wrong")  # arms that need more of it than its words
-NO_DIFFERENCE = ("examples", "batch_size", "chunk_tokens")  # settings that change no answer
+NO_DIFFERENCE = ("examples", "batch_size", "chunk_tokens", "retriever")  # change no answer as such
 FIELDS = (*(f.name for f in dataclasses.fields(Example)), "max_tokens", "max_retrievals")
 UNDERLINED = ("\033[4m", "\033[0m")  # in a terminal
 
@@ -53,6 +55,7 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
       UserError: no checkpoint of this config, a bad line, or an output of something else.
     """
     arm = config.generate.retrieval
+    pair_lib.check(config, [arm])
     if jax.process_count() > 1:
         raise UserError("--mode=generate runs in one process; start it on one host")
     if output and not questions:
@@ -62,8 +65,11 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
     asked = read_questions(questions, config.generate) if questions else []
     with Workdir(workdir, begun=True) as directory:
         trained = assemble.trained(config, directory.path)
-        library = None if arm == "none" else Library.of(trained, directory.path)
-        writer = Writer(trained, library, most=0 if questions else 1)
+        most = 0 if questions else 1
+        pair = Pair.of(trained, directory.path, most)
+        shelved = pair.library if pair else lambda: Library.of(trained, directory.path)
+        library = None if arm == "none" else shelved()
+        writer = Writer(trained, library, most, pair)
         if questions:
             default = directory.path / "answers" / f"{Path(questions).stem}.jsonl"
             _answer_file(Path(output) if output else default, asked, writer)
@@ -123,9 +129,15 @@ def _limit(row: Row, name: str, least: int, settings: GenerateConfig) -> int:
 class Writer:
     """Records of answers, by one arm."""
 
-    def __init__(self, trained: Trained, library: Library | None, most: int = 0):
-        """`most` questions at once instead of generate.batch_size."""
-        self.trained, self.library = trained, library
+    def __init__(
+        self,
+        trained: Trained,
+        library: Library | None,
+        most: int = 0,
+        pair: Pair | None = None,
+    ):
+        """`most` questions at once instead of generate.batch_size; `pair` has made `library`."""
+        self.trained, self.library, self.pair = trained, library, pair
         self._settings, self._tokenizer = trained.config.generate, trained.tokenizers.gen
         parts = (trained.mesh, trained.towers, trained.config, self._tokenizer)
         self.decoder = Decoder(*parts, most)
@@ -142,12 +154,13 @@ class Writer:
             yield cited.record(example, answer, passages, self._tokenizer, longest)
 
     def _retriever(self, examples: Sequence[Example]) -> Retriever | None:
-        library, arm = self.library, self._settings.retrieval
+        library, arm, pair = self.library, self._settings.retrieval, self.pair
         named = lambda field: [library.rows(example, field) for example in examples]
         if arm == "none":
             return None
         if arm == "candidates":
-            return Candidates(library.passages, library.vectors, named("candidates"))
+            own = Candidates(library.passages, library.vectors, named("candidates"))
+            return Separate(pair.queries, own) if pair else own
         if arm == "gold":
             return Gold(library.passages, named("evidence"))
         if arm == "wrong":
@@ -155,7 +168,8 @@ class Writer:
         if arm == "bm25":
             words, each = [e.question for e in examples], self._settings.passages
             return Lexical(library.passages, library.bm25, words, each)
-        return Search(library.passages, library.vectors, self.trained.mesh)
+        own = Search(library.passages, library.vectors, self.trained.mesh)
+        return Separate(pair.queries, own) if pair else own
 
 
 def _answer_file(path: Path, asked: Sequence[Question], writer: Writer) -> None:
@@ -196,6 +210,8 @@ def _run(asked: Sequence[Question], writer: Writer) -> str:
         "passages": library.version if library else "",
         "questions": [dataclasses.asdict(example) for example in asked],
     }
+    if writer.pair:
+        decides["retriever"] = writer.pair.decides
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -47,7 +47,8 @@ class ByHand:
             self.gaps[question] = self._gap
             logits, query = self._last(tokens)
             if tokens[-1] == t.ret:
-                (best,) = self._search(query[None], [question], [len(found)], settings.passages)
+                turns, k = [len(found)], settings.passages
+                (best,) = self._search(query[None], [question], turns, k, [tokens])
                 passages = [self._search.passages[one.row] for one in best]
                 put_in = markup.insertion(passages, t, self._config.data.max_ctx_tokens)
                 if len(tokens) + len(put_in) >= self._slots:

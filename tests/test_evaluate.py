@@ -227,14 +227,18 @@ def test_goes_on_after_a_kill_and_starts_anew(home, summary, monkeypatch):
 
 
 def test_what_an_answer_depends_on():
-    """Bugs: answers over another part of the corpus, or by another model, taken for these; all
-    answered anew for another batch size or number of questions."""
+    """Bugs: answers over another part of the corpus, by another model or by another retriever taken
+    for these; all answered anew for another batch size or number of questions, or those of an arm
+    that the retriever has no part in."""
 
-    def run(version="v", weights="w", name="a.test", data="1", arm="corpus", rows=None, **keys):
+    def run(
+        version="v", weights="w", name="a.test", data="1", arm="corpus", rows=None, pair="", **keys
+    ):
         told = SimpleNamespace(to_dict=lambda: {"weights": weights})
         given = SimpleNamespace(
             _trained=SimpleNamespace(config=config(**keys), contract=told),
             _library=lambda part: SimpleNamespace(version=version),
+            _pair=pair and SimpleNamespace(decides={"weights": pair}),
         )
         part = SimpleNamespace(name=name, dataset=SimpleNamespace(version=data))
         return evaluate._Evaluation._run(given, part, Arm(arm, "", 9, rows))
@@ -244,7 +248,9 @@ def test_what_an_answer_depends_on():
     others = [run(version="x"), run(weights="x"), run(name="x"), run(data="x"), run(arm="gold")]
     others += [run(rows=np.arange(2)), run(rows=np.arange(1, 3))]
     others += [run(seed=1), run(generate__max_tokens=5)]
-    assert len({run(), *others}) == 10
+    others += [run(pair="p"), run(pair="q"), run(pair="p", rows=np.arange(2), arm="corpus_2")]
+    assert len({run(), *others}) == 13
+    assert run(pair="p", arm="gold") == run(arm="gold")
 
 
 def test_answers_are_scored_once(tmp_path, monkeypatch):
@@ -294,7 +300,7 @@ def test_an_arm_searches_its_own_passages():
 
     def found(name, rows=None, k=1):
         arm, bm25 = Arm(name, "", 6, rows), BM25([passage.text for passage in passages])
-        ranked = answering.Answering._retriever(given, part, [0], arm, vector_NxD, bm25)
+        ranked = answering.Answering._retriever(given, part, [0], arm, vector_NxD, None, bm25)
         shown = ranked(query_QxD, [0], [0], k)
         first = [ranked.passages[one.row].id for one in shown[0]]
         return first, [ranked.passages[row].id for row in ranked.ranking(0)]
@@ -304,7 +310,7 @@ def test_an_arm_searches_its_own_passages():
     assert found("candidates") == (["p1"], ["p1", "p3", "p5"])
     assert found("gold") == (["p2"], ["p2"]) and found("bm25")[0] == ["p4"]
     assert found("bm25", k=2)[0] == ["p4", "p0"] and found("wrong")[0] != ["p2"]
-    none = answering.Answering._retriever(given, part, [0], Arm("none", "", None), None, None)
+    none = answering.Answering._retriever(given, part, [0], Arm("none", "", None), None, None, None)
     assert none is None
 
 
@@ -337,7 +343,7 @@ def test_ranking_takes_turns():
     class Fixed:
         passages, limit = (), None
 
-        def __call__(self, query_QxD, questions, turns, k):
+        def __call__(self, query_QxD, questions, turns, k, texts):
             orders = ([3, 1, 2], [4, 3])
             return [[Found(row, 0.0) for row in orders[turn]][:k] for turn in turns]
 

@@ -62,8 +62,8 @@ def test_a_file_of_questions(home, capsys, monkeypatch):
     assert path.read_text() == whole
 
 
-def _without_decoder(self, trained, library, most):
-    self.trained, self.library, self.decoder = trained, library, None
+def _without_decoder(self, trained, library, most, pair):
+    self.trained, self.library, self.decoder, self.pair = trained, library, None, pair
     self.answers = lambda examples: iter(())
 
 
@@ -73,20 +73,22 @@ def test_what_an_answer_depends_on():
     another batch size."""
     asked = generate.Question("1", "open_qa", "Where?", (), (), budget=Budget(9, 2))
 
-    def run(asked=asked, version="v", contract="c", dtype="float32", **changed):
+    def run(asked=asked, version="v", contract="c", dtype="float32", pair="", **changed):
         settings = dataclasses.replace(GenerateConfig(), **changed)
         told = SimpleNamespace(to_dict=lambda: {"weights": contract})
         gen = TowerConfig(arch=ArchConfig(dtype=dtype))
         trained = SimpleNamespace(config=Config(generate=settings, gen=gen), contract=told)
         writer = SimpleNamespace(trained=trained, library=SimpleNamespace(version=version))
+        writer.pair = pair and SimpleNamespace(decides={"weights": pair})
         return generate._run([asked], writer)
 
     assert run() == run(batch_size=3, chunk_tokens=5, examples=0)
+    assert run(pair="p") == run(pair="p", retriever="runs/p") != run(pair="q")
     others = [run(version="w"), run(contract="d"), run(seed=7), run(retrieval="gold")]
     others += [run(dtype="bfloat16")]
     others += [run(dataclasses.replace(asked, question="Who?"))]
-    others += [run(dataclasses.replace(asked, budget=Budget(9, 1)))]
-    assert len({run(), *others}) == 8
+    others += [run(dataclasses.replace(asked, budget=Budget(9, 1))), run(pair="p")]
+    assert len({run(), *others}) == 9
 
 
 def test_at_a_prompt(home, capsys, monkeypatch):

@@ -43,6 +43,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "speed.*",
     "train benchmark validate prepare export preflight encode",
     "mine answer.library",
+    "answer.pair",
     "generate",
     "evaluate",
     "studies.run",

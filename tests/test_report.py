@@ -295,7 +295,7 @@ def test_table_of_answers_is_aligned():
     assert note.startswith("R-prec is the share ")
     assert len({len(line) for line in lines}) == 1
     assert domain == (
-        "in-domain, mean over the 1 set whose source training reads, by trained retrieval: "
+        "in-domain, mean over the 1 set whose source training reads, by trained <retrieval>: "
         "acc_substring 0.700"
     )
     end = lines[0].index("correct") + len("correct")

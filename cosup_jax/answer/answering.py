@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,19 +52,21 @@ class Answering:
         questions: Sequence[int],
         arm: Arm,
         vectors: np.ndarray | index.Corpus,
+        queries: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None,
         bm25: BM25 | None = None,
     ) -> Iterator[Record]:
         """A record for each question, in their order, as soon as it is there.
 
-        `vectors` are those of the set's corpus, in memory or on disk; `bm25` has indexed it, for
-        the arm of that name.
+        `vectors` are those of the set's corpus, in memory or on disk. Where another pair retrieves
+        they are its own, and `queries` makes its [Q, D] of texts that end in [Ret], as token ids.
+        `bm25` has indexed the corpus, for the arm of that name.
 
         Beside the fields of `cited.record`: `answer`, the short one that KILT's scores compare,
         and `ranking`, ids of passages in the order in which they were found.
         """
         if not questions:
             return
-        ranked = self._retriever(held_out, questions, arm, vectors, bm25)
+        ranked = self._retriever(held_out, questions, arm, vectors, queries, bm25)
         examples = [held_out.examples[question] for question in questions]
         prompts = [markup.prompt(example, self._tokenizer) for example in examples]
         passages = ranked.passages if ranked else held_out.corpus.passages
@@ -78,7 +80,13 @@ class Answering:
             }
 
     def _retriever(
-        self, held_out: HeldOut, questions: Sequence[int], arm: Arm, vectors: Any, bm25: BM25 | None
+        self,
+        held_out: HeldOut,
+        questions: Sequence[int],
+        arm: Arm,
+        vectors: Any,
+        queries: Callable | None,
+        bm25: BM25 | None,
     ) -> "_Ranked | None":
         """Of an arm, for some questions, numbered as they stand here."""
         passages = held_out.corpus.passages
@@ -95,12 +103,14 @@ class Answering:
             return _RankedByWords(retrieve.Lexical(passages, bm25, words, each), bm25, words)
         if arm.name == "candidates":
             rows = [held_out.rows(example.candidates) for example in examples]
-            return _Ranked(retrieve.Candidates(passages, vectors, rows), deeper=True)
+            own = retrieve.Candidates(passages, vectors, rows)
+            return _Ranked(retrieve.Separate(queries, own) if queries else own, deeper=True)
         if arm.rows is not None:
             passages = Chosen(passages.__getitem__, arm.rows)
             in_memory = isinstance(vectors, np.ndarray)
             vectors = vectors[arm.rows] if in_memory else vectors.take(arm.rows)
-        return _Ranked(retrieve.Search(passages, vectors, self._mesh), deeper=True)
+        own = retrieve.Search(passages, vectors, self._mesh)
+        return _Ranked(retrieve.Separate(queries, own) if queries else own, deeper=True)
 
 
 def short_answer(parts: Sequence[cited.Part]) -> str:
@@ -133,8 +143,8 @@ class _Ranked:
         self._retriever, self._depth = retriever, RANKED if deeper else 1
         self._found: dict[int, list[list[int]]] = collections.defaultdict(list)
 
-    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
-        found = self._retriever(query_QxD, questions, turns, max(k, self._depth))
+    def __call__(self, query_QxD, questions, turns, k: int, texts=()) -> list[list[Found]]:
+        found = self._retriever(query_QxD, questions, turns, max(k, self._depth), texts)
         for question, ranked in zip(questions, found, strict=True):
             self._found[question].append([one.row for one in ranked])
         return [ranked[:k] for ranked in found]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cosup_jax.config import ARMS, Config
+from cosup_jax.config import ARMS, BY_QUERY, Config
 from cosup_jax.data import markup
 from cosup_jax.evaluation import scoring
 from cosup_jax.held_out import HeldOut
@@ -21,8 +21,13 @@ class Arm(NamedTuple):
 
     @property
     def subset(self) -> bool:
-        """Whether this is the trained retrieval over a part of the corpus."""
+        """Whether a part of the corpus is searched."""
         return self.rows is not None
+
+    @property
+    def by_query(self) -> bool:
+        """Whether Gen's query decides, or that of the pair which retrieves instead."""
+        return self.subset or self.name in BY_QUERY
 
 
 def arms(held_out: HeldOut, config: Config) -> list[Arm]:
@@ -34,11 +39,19 @@ def arms(held_out: HeldOut, config: Config) -> list[Arm]:
         if name in ("gold", "wrong") and not any(e.evidence for e in held_out.examples):
             continue
         searched = passages if name in ("corpus", "bm25") else None
-        found.append(Arm(name, ARMS[name], searched))
+        label = _label(name, config)
+        found.append(Arm(name, label, searched))
         if name == "corpus":
             for rows in subsets(held_out, config.eval.sizes, config.eval.seed):
-                found.append(Arm(f"corpus_{len(rows)}", ARMS[name], len(rows), rows))
+                found.append(Arm(f"corpus_{len(rows)}", label, len(rows), rows))
     return found
+
+
+def _label(name: str, config: Config) -> str:
+    retriever = config.generate.retriever
+    if not retriever or name not in BY_QUERY:
+        return ARMS[name]
+    return f"retrieval by {retriever}" if name == "corpus" else f"{ARMS[name]}, by {retriever}"
 
 
 def subsets(held_out: HeldOut, sizes: Sequence[int], seed: int) -> list[np.ndarray]:

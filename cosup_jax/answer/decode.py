@@ -53,7 +53,12 @@ class Retriever(Protocol):
         ...
 
     def __call__(
-        self, query_QxD: np.ndarray, questions: Sequence[int], turns: Sequence[int], k: int
+        self,
+        query_QxD: np.ndarray,
+        questions: Sequence[int],
+        turns: Sequence[int],
+        k: int,
+        texts: Sequence[np.ndarray],
     ) -> list[list[Found]]:
         """For each query at least one passage and at most k, best first.
 
@@ -61,6 +66,7 @@ class Retriever(Protocol):
           query_QxD: Gen's vectors.
           questions: of which prompt each is.
           turns: how often that question has asked before.
+          texts: token ids of all that stands there, up to and including [Ret].
         """
         ...
 
@@ -256,7 +262,8 @@ class _Batch:
         k, questions = self._config.generate.passages, self._question[asking]
         if not np.isfinite(rows.query_BxD[asking]).all():
             raise UserError("Gen's vectors at [Ret] are no numbers: this model has diverged")
-        answers = self._retriever(rows.query_BxD[asking], questions.tolist(), turns, k)
+        texts = [rows.tokens_BxS[row, : rows.known_B[row]] for row in asking]
+        answers = self._retriever(rows.query_BxD[asking], questions.tolist(), turns, k, texts)
         for row, found in zip(asking, answers, strict=True):
             tokens, known = self._insertion(found), rows.known_B[row]
             if known + len(tokens) >= rows.tokens_BxS.shape[1]:

@@ -14,6 +14,7 @@ from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.storage import locate
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation.baselines import BM25
+from cosup_jax.search import index
 from cosup_jax.search.corpus import Corpus
 from cosup_jax.search.index import Stored
 from cosup_jax.search.vectors import Vectors
@@ -32,9 +33,7 @@ class Library:
         self.passages: Sequence[Passage] = _Chained([corpus.passages for _, corpus, _ in shelves])
         self._starts = list(itertools.accumulate((len(c) for _, c, _ in shelves), initial=0))
         self.version = " ".join(vectors.key for *_, vectors in shelves)
-        chained = _ChainedVectors([vectors for *_, vectors in shelves])
-        small = 4 * len(chained) * chained.width <= IN_MEMORY_BYTES
-        self.vectors = _whole(chained) if small else chained
+        self.vectors = searched(_ChainedVectors([vectors for *_, vectors in shelves]))
 
     @classmethod
     def of(cls, trained: Trained, workdir: Path) -> "Library":
@@ -65,8 +64,10 @@ class Library:
         )
 
 
-def _whole(vectors: "_ChainedVectors") -> np.ndarray:
-    """[N, D] float32."""
+def searched(vectors: index.Corpus) -> np.ndarray | index.Corpus:
+    """[N, D] float32 in memory, where that is large enough for them; others as they are."""
+    if 4 * len(vectors) * vectors.width > IN_MEMORY_BYTES:
+        return vectors
     found = np.zeros((len(vectors), vectors.width), np.float32)
     first = 0
     for stored in vectors.chunks(2**16):

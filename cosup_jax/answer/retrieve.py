@@ -1,15 +1,16 @@
 """Where passages come from at [Ret]: the arms that an evaluation compares.
 
 All but `Search` and `Candidates` ignore Gen's query, and so score what the trained retrieval adds.
+`Separate` alone reads the text itself.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
-from cosup_jax.answer.decode import Found
+from cosup_jax.answer.decode import Found, Retriever
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.evaluation.baselines import BM25
@@ -37,7 +38,7 @@ class Search:
         """As often as the budget allows."""
         return ALWAYS if len(self.passages) else 0
 
-    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+    def __call__(self, query_QxD, questions, turns, k: int, texts=()) -> list[list[Found]]:
         """By `index.search`."""
         scores, rows = index.search(query_QxD, self._corpus, k, self._mesh)
         return [_found(*pair) for pair in zip(rows, scores, strict=True)]
@@ -60,7 +61,7 @@ class Candidates:
         """None without candidates."""
         return ALWAYS if len(self._candidates[question]) else 0
 
-    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+    def __call__(self, query_QxD, questions, turns, k: int, texts=()) -> list[list[Found]]:
         """Best first, equal scores by row."""
         found = []
         for query_D, question in zip(query_QxD, questions, strict=True):
@@ -71,6 +72,19 @@ class Candidates:
             best = np.argsort(-score_n, kind="stable")[:k]
             found.append(_found(rows[best], score_n[best]))
         return found
+
+
+class Separate:
+    """`Search` or `Candidates` by another Gen's queries, over vectors of its own Ctx."""
+
+    def __init__(self, queries: Callable[[Sequence[np.ndarray]], np.ndarray], retriever: Retriever):
+        """`queries` makes [Q, D] of texts; `retriever` holds the vectors that go with them."""
+        self.passages, self.limit = retriever.passages, retriever.limit
+        self._queries, self._retriever = queries, retriever
+
+    def __call__(self, query_QxD, questions, turns, k: int, texts) -> list[list[Found]]:
+        """As `retriever` ranks; Gen's own query counts for nothing."""
+        return self._retriever(self._queries(texts), questions, turns, k, texts)
 
 
 class Gold:
@@ -84,7 +98,7 @@ class Gold:
         """Once for each passage."""
         return len(self._evidence[question])
 
-    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+    def __call__(self, query_QxD, questions, turns, k: int, texts=()) -> list[list[Found]]:
         """Unscored."""
         pairs = zip(questions, turns, strict=True)
         return [[Found(int(self._evidence[question][turn]), None)] for question, turn in pairs]
@@ -107,7 +121,7 @@ class Lexical:
         """As often as there is another passage."""
         return -(-len(self.passages) // self._each)
 
-    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+    def __call__(self, query_QxD, questions, turns, k: int, texts=()) -> list[list[Found]]:
         """Best first, equal scores by row."""
         found = []
         for question, turn in zip(questions, turns, strict=True):
@@ -149,7 +163,7 @@ class Wrong:
         """None where every passage is right."""
         return 0 if self._rows[question] is None else ALWAYS
 
-    def __call__(self, query_QxD, questions, turns, k: int) -> list[list[Found]]:
+    def __call__(self, query_QxD, questions, turns, k: int, texts=()) -> list[list[Found]]:
         """Unscored."""
         return [[Found(self._rows[question], None)] for question in questions]
 

@@ -26,7 +26,8 @@ def tables_and_plots(summary: Mapping[str, Any]) -> str:
         "questions within one budget of tokens; intervals are bootstrapped over questions, 95 %. "
         f"{html.escape(checked)} {tables.RECALL}.</p>"
     )
-    domains = "".join(_domain(name, part) for name, part in summary["domains"].items())
+    label = tables.corpus_label(summary)
+    domains = "".join(_domain(name, part, label) for name, part in summary["domains"].items())
     sets = "".join(_set(part, judge["prefix"]) for part in summary["sets"])
     return about + domains + sets
 
@@ -68,12 +69,12 @@ def stretches(text: str, spans: Sequence[str]) -> tuple[list[tuple[str, bool]], 
     return [("".join(letter for letter, _ in run), here) for here, run in runs], missing
 
 
-def _domain(name: str, part: Mapping[str, Any]) -> str:
+def _domain(name: str, part: Mapping[str, Any], label: str) -> str:
     scores = ", ".join(f"{metric} {value:.3f}" for metric, value in part["scores"].items())
     sets = html.escape(", ".join(part["sets"]))
     return (
         f'<p class="note"><b>{name}</b>, {tables.means_over(name, len(part["sets"]))} ({sets}), '
-        f"by trained retrieval: {html.escape(scores)}</p>"
+        f"by {html.escape(label)}: {html.escape(scores)}</p>"
     )
 
 

@@ -84,11 +84,17 @@ def answers_table(summary: Mapping[str, Any]) -> str:
         names = iter((part["name"], f"  {part['correct']}"))
         cells += [[next(names, ""), *row] for row in rows(part, prefix)]
     means = [
-        f"{name}, {means_over(name, len(found['sets']))}, by trained retrieval: "
+        f"{name}, {means_over(name, len(found['sets']))}, by {corpus_label(summary)}: "
         + ", ".join(f"{metric} {value:.3f}" for metric, value in found["scores"].items())
         for name, found in summary["domains"].items()
     ]
     return "\n".join([aligned([headings(prefix), *cells], _LEFT), RECALL, *means])
+
+
+def corpus_label(summary: Mapping[str, Any]) -> str:
+    """What retrieves from the whole corpus, which the scores of the domains are of."""
+    arms = (arm for part in summary["sets"] for arm in part["arms"])
+    return next((arm["label"] for arm in arms if arm["arm"] == "corpus"), "")
 
 
 def means_over(domain: str, sets: int) -> str:

@@ -83,7 +83,13 @@ class Workdir:
             raise _unwritable(self.path, error) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        for places in ("", "tokenizer/**/", "evaluation/**/", "index/**/"):  # left by killed runs
+        for places in (
+            "",
+            "tokenizer/**/",
+            "evaluation/**/",
+            "index/**/",
+            "retriever/**/",
+        ):  # left by killed runs
             for left in self.path.glob(f"{places}.*.part"):
                 if left.is_file():
                     left.unlink()

@@ -50,6 +50,10 @@ class Corpus(Iterable[PackedPassages]):
         chosen = self._rows[rows.start : rows.stop]
         return pack_passages(Chosen(self._store.ctx.__getitem__, chosen), self._shape)
 
+    def rows_in(self, other: "Corpus") -> np.ndarray:
+        """Where another corpus of the same data set has each of these passages."""
+        return other.row_of[self._rows]
+
     @property
     def passages(self) -> Sequence[Passage]:
         """In the order of the corpus."""
