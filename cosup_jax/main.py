@@ -132,6 +132,7 @@ def _run(flags: Mapping[str, str]) -> str | None:
     options = _options(flags, mode)
     processes = importlib.import_module("cosup_jax.runtime.processes")  # from here on with JAX
     processes.join(os.environ | _told(flags))
+    importlib.import_module("cosup_jax.runtime.compiling").keep_programs(os.environ)
     given = dict(configs.leaves(configs.to_dict(config)))
     processes.agree("how it was started", processes.facts(mode, flags["--workdir"], given))
     run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)

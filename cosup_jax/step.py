@@ -1,5 +1,6 @@
 """The train state, the pure train step, and their compilation over a mesh."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from cosup_jax import cosup, official, sharding
 from cosup_jax.config import Config
 from cosup_jax.data.batch import Batch, batch_shape
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.compiling import release_memory
 from cosup_jax.towers import Towers
 
 
@@ -232,7 +234,8 @@ def state_shardings(abstract: TrainState, mesh: Mesh, towers: Towers, config: Co
 def compile_step(
     mesh: Mesh, shardings: TrainState, **parts: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`train_step` under jit: explicit shardings, the old state's memory given to the new one.
+    """`train_step` compiled for each shape of batch when it first comes: explicit shardings, the
+    old state's memory given to the new one.
 
     Args:
       mesh: where it runs.
@@ -240,15 +243,21 @@ def compile_step(
       parts: towers, tx, config, pad_id of `train_step`.
     """
     jitted = jax.jit(
-        lambda state, batch: train_step(state, batch, **parts),
+        functools.partial(train_step, **parts),
         in_shardings=(shardings, sharding.rows(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
+    programs = {}  # by the lengths of Gen and Ctx rows
+
     def step(state: TrainState, batch: Batch):
-        with jax.set_mesh(mesh):
-            return jitted(state, batch)
+        lengths = batch.gen_tokens_BxT.shape[1], batch.ctx_tokens_UxL.shape[1]
+        if lengths not in programs:
+            with jax.set_mesh(mesh):
+                programs[lengths] = jitted.lower(state, batch).compile()
+            release_memory()
+        return programs[lengths](state, batch)
 
     step.lower = jitted.lower
     return step

@@ -5,6 +5,8 @@ import os
 
 # Threads for the fake devices to wait in for each other: with one a core, a step can block itself.
 os.environ.setdefault("PJRT_NPROC", "32")
+# What a test compiles it compiles itself, whatever an earlier run has left.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Of XLA's two generators of loop code for CPUs the one that compiles in a third of the time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
