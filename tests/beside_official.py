@@ -5,8 +5,9 @@ checkout of kaistAI/Semiparametric_Token-Sequence_Co-Supervision, the second a d
 format. Model, data set and collator are theirs; the loop does what theirs does: eight examples a
 step, Gen's body clipped, AdamW. Both sides read every example once, in turn, each in a process of
 its own; the first step, compilation included, is not counted. What makes theirs run on a CPU: no
-FSDP; all_gather off, as one rank alone crashes in it; a device number for its prints; a stub of
-pandas; and two keys taken out of the batch that its collator makes and its model does not know.
+FSDP; all_gather off, as one rank alone crashes in it; a device number for its prints; stubs of
+what it imports in vain; and two keys taken out of the batch, which its collator makes and its model
+does not know.
 """
 
 import argparse
@@ -49,9 +50,9 @@ SHAPE = {  # about eight examples of SQuAD a step
 }
 
 
-def config(directory: Path) -> Config:
+def config(directory: Path, **keys) -> Config:
     source = dict.fromkeys(("data.train", "data.eval"), str(directory / "data.jsonl"))
-    return assemble.resolve(freeze(make({"num_epochs": 1, **SHAPE, **source}, {})))
+    return assemble.resolve(freeze(make({"num_epochs": 1, **SHAPE, **source, **keys}, {})))
 
 
 def prepare(directory: Path, source: Path, count: int) -> None:
@@ -99,19 +100,27 @@ def ours(directory: Path):
         yield int(offsets[step + 1] - offsets[step]), int(metrics["ntp/tokens"])
 
 
-def theirs(directory: Path, repository: str, threads: int):
-    """The same of theirs; padding, which it supervises too, is left out of the count."""
+def official(repository: str, threads: int):
+    """Makes a checkout of theirs importable on a CPU; returns torch."""
     import torch
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    spec = importlib.machinery.ModuleSpec("pandas", None)
-    sys.modules["pandas"] = importlib.util.module_from_spec(spec)
+    for name in ("pandas", "fire", "datasets"):  # imported there, and not used here
+        spec = importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.modules["datasets"].load_dataset = None
     sys.path.insert(0, repository)
     torch.cuda.current_device = lambda: 0
+    torch.set_num_threads(threads)
+    return torch
+
+
+def theirs(directory: Path, repository: str, threads: int):
+    """The same of theirs; padding, which it supervises too, is left out of the count."""
+    torch = official(repository, threads)
     from dataset.generate_dataset import train_data_module
     from model.joint_modeling_llama import JointModel
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    torch.set_num_threads(threads)
     file = str(directory / "tokenizer.json")
     fast = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="</s>", model_max_length=1024)
     fast.add_special_tokens({"pad_token": "<PAD>"})
@@ -138,44 +147,72 @@ def theirs(directory: Path, repository: str, threads: int):
         yield EXAMPLES, int(real[:, 1:].sum())
 
 
+class Clock:
+    """Seconds since it was made, of the clock and of all cores."""
+
+    def __init__(self):
+        self._start_s, self._cores_s = time.perf_counter(), time.process_time()
+
+    def rates(self, what: str, count: int) -> dict[str, float]:
+        """Of `count` of something done since then; and the most memory that was held."""
+        cores_s, clock_s = time.process_time() - self._cores_s, time.perf_counter() - self._start_s
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rates = {f"{what}_per_s": count / clock_s, f"{what}_per_core_s": count / cores_s}
+        return rates | {"peak_mib": peak, "load": os.getloadavg()[0]}
+
+
 def timed(side: str, directory: Path, repository: str) -> dict:
     """One side's epoch; `side` is ours, or theirs by its number of threads."""
     run = ours(directory) if side == "ours" else theirs(directory, repository, int(side))
     with contextlib.redirect_stdout(io.StringIO()):
         next(run)
-        start, cores, done = time.perf_counter(), time.process_time(), list(run)
-    seconds, examples = time.perf_counter() - start, sum(count for count, _ in done)
-    core_s, peak = time.process_time() - cores, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"steps": len(done), "examples": examples, "supervised": sum(n for _, n in done)}
-    found |= {"examples_per_s": examples / seconds, "examples_per_core_s": examples / core_s}
-    return found | {"peak_mib": peak / 1024, "load": os.getloadavg()[0]}
+        clock, done = Clock(), list(run)
+    found = {"steps": len(done), "examples": sum(count for count, _ in done)}
+    rates = clock.rates("examples", found["examples"])
+    return found | {"supervised": sum(n for _, n in done)} | rates
+
+
+def arguments(what: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("repository")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--side", help="runs that side alone, on data that is prepared")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("repository")
-    parser.add_argument("data", type=Path)
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=2000)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--side", help="runs that side alone, on data that is prepared")
     args = parser.parse_args()
     if args.side:
         print(json.dumps(timed(args.side, args.data, args.repository)))
         return
-    found = {"ours": [], "1": [], "2": []}
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), args.data, args.examples)
-        for _, side in ((turn, side) for turn in range(args.turns) for side in found):
-            command = [sys.executable, __file__, args.repository, name, f"--side={side}"]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(side, done.stdout.splitlines()[-1], flush=True)
+        compare(in_turn(args, Path(name)), ("examples_per_s", "examples_per_core_s", "peak_mib"))
+
+
+def in_turn(args: argparse.Namespace, directory: Path, *flags: str) -> dict[str, list[dict]]:
+    """What the sides print, ours and theirs with one thread and two, `args.turns` times each."""
+    found = {"ours": [], "1": [], "2": []}
+    for _, side in ((turn, side) for turn in range(args.turns) for side in found):
+        command = [sys.executable, sys.argv[0], args.repository, str(directory), *flags]
+        command.append(f"--side={side}")
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found[side].append(json.loads(done.stdout.splitlines()[-1]))
+        print(side, done.stdout.splitlines()[-1], flush=True)
+    return found
+
+
+def compare(found: dict[str, list[dict]], keys: tuple[str, ...]) -> None:
+    """Prints medians; theirs is that of its faster number of threads, by the first key."""
     median = lambda side, key: statistics.median(run[key] for run in found[side])
-    best = max(("1", "2"), key=lambda side: median(side, "examples_per_s"))
-    for key in ("examples_per_s", "examples_per_core_s", "peak_mib"):
+    best = max(("1", "2"), key=lambda side: median(side, keys[0]))
+    for key in keys:
         one, other = median("ours", key), median(best, key)
         print(
-            f"{key}: ours {one:.2f}, theirs {other:.2f} ({best} threads): {one / other:.2f} of it"
+            f"{key}: ours {one:.3g}, theirs {other:.3g} ({best} threads): {one / other:.2f} of it"
         )
 
 

@@ -98,4 +98,4 @@ def test_a_program_from_disk_computes_the_same(tmp_path):
     first, again = run("on", on, 3), run("on", on, 6)
     assert first == again and len(first) == 1
     assert lines("on") == lines("off") and lines("on")[-1]["step"] == 6
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "none/cosup_jax").exists()

@@ -9,8 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cosup_jax"
 LAYERS = (  # low to high; a module imports strictly lower ones
-    "errors wording dotted model.families costs.hlo runtime.quiet"
-    " runtime.compiling",
+    "errors wording dotted model.families costs.hlo runtime.quiet runtime.compiling",
     "runtime.liveness costs.kernels runtime.paths",
     "runtime.processes runtime.bucket",
     "config runtime.workdir runtime.notices",
