@@ -288,6 +288,12 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
     saved = EmbeddingContract.from_dict(meta["contract"], what)
     check_match(embedding_contract(config, tokenizers, saved.weights), saved, what)
     now = to_dict(config)
+    rotated = meta["config"]["ctx"].get("rotate", False)  # the first checkpoints do not say
+    if rotated != config.ctx.rotate:
+        raise UserError(
+            f"{what} was made with config.ctx.rotate={rotated}, this config has "
+            f"{config.ctx.rotate}; use the config that it was made with"
+        )
     for tower, name in itertools.product(("gen", "ctx"), (*SHAPE, "lora")):
         was, wanted = (found[tower]["arch"][name] for found in (meta["config"], now))
         if was != wanted:

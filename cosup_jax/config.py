@@ -76,6 +76,7 @@ class TowerConfig:
     init: str = "scratch"  # scratch | HF directory | hub id | FILE.gguf; ctx: also gen (as Gen)
     pooling: str = ""  # ctx: last | eos, token ([Emb]), pad: appended | cls | mean; "" = as init's
     prompt: str = ""  # ctx: text before every passage, as "passage: "
+    rotate: bool = False  # ctx: its vectors pass a random rotation, drawn by seed and never trained
     freeze: bool = False  # True: no gradient, no optimizer state, weights stay as they start
     arch: ArchConfig = ArchConfig()
 

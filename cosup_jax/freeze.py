@@ -73,6 +73,7 @@ OFFICIAL = {
     "data.packing": False,
     "data.drop_without_ret": True,
     "ctx.pooling": "last",
+    "ctx.rotate": False,
     "bank.ema_decay": 0.0,
     "optim.clip": "global",
     "gen.freeze": False,
@@ -204,7 +205,7 @@ def _check(config: Config) -> None:
                     f"config.{tower}.arch.rope_scaling.{name} means nothing with kind={kind}; drop "
                     "it, or set the kind"
                 )
-    for name in ("pooling", "prompt"):
+    for name in ("pooling", "prompt", "rotate"):
         if getattr(config.gen, name) != getattr(Config().gen, name):
             raise UserError(
                 f"config.gen.{name} means nothing: Gen reads no passages; set it for ctx"
@@ -251,6 +252,11 @@ def _check(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     """What is trained by what."""
+    if config.tie_ctx_to_gen and config.ctx.rotate:
+        raise UserError(
+            "config.ctx.rotate needs a Ctx of its own: drop it, or tie_ctx_to_gen (ctx.init=gen "
+            "starts with the same weights)"
+        )
     if config.tie_ctx_to_gen and config.ctx.freeze:
         raise UserError(
             "config.ctx.freeze means nothing with tie_ctx_to_gen: there is one tower; set "

@@ -41,6 +41,11 @@ def _check_towers(config: Config) -> None:
             f"config.gen.arch.width={gen.width} and config.ctx.arch.width={ctx.width} differ; "
             "compat='official' has no projection between them, make them equal"
         )
+    if config.ctx.rotate and gen.width != ctx.width:
+        raise UserError(
+            f"config.ctx.rotate: Ctx's vectors of {ctx.width} features pass a learned matrix to "
+            f"Gen's {gen.width} already, which would undo it; drop it"
+        )
     lengths = {
         "data.max_gen_tokens": (config.data.max_gen_tokens, "gen", gen),
         "generate.context_tokens": (config.generate.context_tokens, "gen", gen),

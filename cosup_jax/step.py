@@ -57,6 +57,10 @@ def init_params(key: jax.Array, towers: Towers, config: Config) -> dict:
         shape, scale = (towers.ctx.width, towers.gen.width), towers.ctx.width**-0.5
         key = jax.random.fold_in(key_ctx, 1)
         params["ctx"]["projection"] = scale * jax.random.normal(key, shape)
+    if config.ctx.rotate:
+        with jax.default_matmul_precision("highest"):  # accelerators would bend it
+            rotation_DxD = jax.random.orthogonal(jax.random.fold_in(key_ctx, 1), towers.gen.width)
+        params["ctx"]["projection"] = rotation_DxD
     if config.loss.learn_temperature:
         params["nsp"]["log_temperature"] = jnp.log(jnp.float32(config.loss.temperature))
         if config.loss.contrastive == "sigmoid":
@@ -86,15 +90,17 @@ def trainable(params: dict, config: Config) -> dict:
 
 
 def _dtype(path: tuple[str, ...], config: Config) -> str:
-    trained = path[0] == "nsp" or _is_trained(path, config)
-    return "float32" if trained else getattr(config, path[0]).arch.frozen_dtype
+    whole = path[0] == "nsp" or path[-1] == "projection" or _is_trained(path, config)
+    return "float32" if whole else getattr(config, path[0]).arch.frozen_dtype
 
 
 def _is_trained(path: tuple[str, ...], config: Config) -> bool:
     tower, *_, leaf = path
     if tower != "gen" and not config.loss.trains_nsp:
         return False
-    if tower == "nsp" or leaf == "projection":
+    if leaf == "projection":
+        return not config.ctx.rotate
+    if tower == "nsp":
         return True
     given, part = getattr(config, tower), path[1]
     if given.freeze or part == "frozen_blocks":
@@ -109,7 +115,7 @@ def param_axes(towers: Towers, config: Config) -> dict:
     axes = {"gen": towers.gen.logical_axes(), "nsp": {}}
     if not towers.tied:
         axes["ctx"] = towers.ctx.logical_axes()
-    if towers.projects:
+    if towers.projects or config.ctx.rotate:
         axes["ctx"]["projection"] = ("embed", None)
     if config.loss.learn_temperature:
         axes["nsp"]["log_temperature"] = ()

@@ -15,7 +15,8 @@ from cosup_jax.sharding import constrain
 class Towers:
     """Gen and Ctx. `params = {"gen", "ctx", "nsp"}`; tied towers have no "ctx".
 
-    Where Ctx is of another width than Gen, its parameters also hold `projection` [its D, Gen's D].
+    Where Ctx is of another width than Gen, its parameters also hold `projection` [its D, Gen's D];
+    with ctx.rotate that is a rotation, which stays as it was drawn.
     """
 
     gen: Transformer
@@ -45,7 +46,8 @@ def query_vectors(hidden_BxTxD: jax.Array, batch: Batch, config: Config) -> jax.
 
 
 def passage_vectors(ctx_params: dict, batch: Batch, towers: Towers, config: Config) -> jax.Array:
-    """[U, P, D]: what Ctx makes of each passage, projected to Gen's width if its own is another."""
+    """[U, P, D]: what Ctx makes of each passage, projected to Gen's width if its own is another,
+    or rotated."""
     rows = (batch.ctx_tokens_UxL, batch.ctx_segments_UxL, batch.ctx_positions_UxL)
     pooled_UxPxD = _pool(towers.ctx.hidden(ctx_params, *rows), batch, config.ctx.pooling)
     if "projection" in ctx_params:

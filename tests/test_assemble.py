@@ -40,6 +40,12 @@ def test_a_tied_ctx_has_all_of_gens_parameters():
             {"ctx__init": "scratch", "ctx__arch__width": 32, "compat": "official"},
             r"ctx\.arch\.width=32 differ; compat='official' has no projection",
         ),
+        (
+            {"ctx__init": "scratch", "ctx__arch__width": 32, "ctx__rotate": True},
+            "of 32 features pass a learned matrix to Gen's 256 already",
+        ),
+        ({"ctx__rotate": True, "tie_ctx_to_gen": True}, "ctx.rotate needs a Ctx of its own"),
+        ({"ctx__rotate": True, "compat": "official"}, "ctx.rotate=True contradicts compat"),
         ({"gen__arch__family": "bert"}, "a bert sees what it should predict"),
         (
             {"gen__arch__family": "gpt2", "gen__arch__max_positions": 20},
@@ -121,7 +127,8 @@ def test_one_tower_alone_may_have_frozen_layers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("gen.arch.lora.alpha", 64.0), ("ctx.arch.norm_eps", 0.1)]
+    ("key", "value"),
+    [("gen.arch.lora.alpha", 64.0), ("ctx.arch.norm_eps", 0.1), ("ctx.rotate", True)],
 )
 def test_a_checkpoint_of_another_shape_is_refused(key, value):
     """Bug: what was trained with one alpha is merged with another, and passes for right."""

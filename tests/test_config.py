@@ -95,6 +95,7 @@ def test_unknown_key_is_refused():
         ("ctx.init", "", "scratch"),
         ("gen.pooling", "last", "Gen reads no passages"),
         ("gen.prompt", "passage: ", "Gen reads no passages"),
+        ("gen.rotate", True, "Gen reads no passages"),
         ("gen.arch.rope_fraction", 1.5, "is a share"),
         ("ctx.arch.rope_scaling.factor", 8.0, "rope_scaling.factor means nothing with kind=none"),
         ("data.train", "world@heavy", "weight"),

@@ -170,6 +170,32 @@ def test_gen_is_a_causal_lm_of_the_tokenizers_size(run):
 
 
 @pytest.mark.slow
+def test_a_rotation_is_exported_and_has_not_moved(tmp_path):
+    """Bugs: vectors of the files that are not rotated, or rotated the other way; a rotation that
+    weight decay or a gradient has bent; one that a config without it leaves out."""
+    source = data(tmp_path)
+    keys = TINY | {
+        **{"data.train": source, "data.eval": source, "ctx.rotate": True, "num_steps": 3},
+        **{"generate.examples": 0, "log.probe_every_steps": 0, "optim.weight_decay": 0.5},
+    }
+    config, home = freeze(config_lib.make(keys, {})), str(tmp_path / "run")
+    train.train(config, home)
+    export.export(config, home)
+    report = json.loads((tmp_path / "run/export/parity.json").read_text())
+    names = [check["what"] for check in report["checks"]]
+    assert "passage vectors, read back" in names
+    (dense,) = load_file(tmp_path / "run/export/ctx/2_Dense/model.safetensors").values()
+    np.testing.assert_allclose(dense @ dense.T, np.eye(len(dense)), atol=1e-5)
+    assert np.abs(dense - np.eye(len(dense))).max() > 0.1
+    if not parity.missing("torch", "sentence_transformers"):
+        assert "passage vectors, sentence-transformers" in names
+    with pytest.raises(
+        UserError, match=r"made with config\.ctx\.rotate=True, this config has False"
+    ):
+        export.export(replace_dotted(config, "ctx.rotate", False), home)
+
+
+@pytest.mark.slow
 def test_ctx_reads_texts_as_in_training(run):
     """Bugs: [CLS] and [SEP] are lost or doubled; the wrong pooling; the projection is transposed or
     left out; the prompt is not named."""

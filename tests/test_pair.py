@@ -93,7 +93,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("pair")
     far = "far away and beyond the seven mountains and the seven seas lies "
     passages = [{"id": t, "title": t, "text": f"it lies by a river, as {t} would."} for t in TOWNS]
-    passages += [{"id": id, "title": "", "text": far + id} for id in ("ulm", "a bonn")]
+    passages += [{"id": id, "title": "", "text": far + id} for id in ("a bonn", "b ulm")]
     passages += [{"id": f"d{n}", "title": f"{n}", "text": "a distractor"} for n in range(3)]
     write_lines(home / "towns.passages.jsonl", passages)
     ask = lambda t, split: {
@@ -101,7 +101,7 @@ def home(tmp_path_factory):
         **{"answers": ["river"], "evidence": [t], "split": split, "candidates": TOWNS[2:7]},
     }
     rows = [ask(t, split) for t in TOWNS for split in ("train", "test")]
-    rows += [ask("ulm", "test"), ask("a bonn", "test")]
+    rows += [ask("a bonn", "test"), ask("b ulm", "test")]
     source = str(write_lines(home / "towns.jsonl", rows))
     write_lines(home / "asked.jsonl", [ask(t, "test") for t in TOWNS])
     keys = {"max_tokens": 6, "batch_size": 8, "retrieve_first": True, "max_retrievals": 2}

@@ -102,6 +102,35 @@ def test_a_narrower_ctx_is_projected_and_learns_to_be():
     assert np.isfinite(metrics["nsp/nats_per_ret"])
 
 
+def test_a_rotation_hides_where_ctx_starts():
+    """Bugs: a matrix that bends the space; one that is near the identity, so that queries find
+    their passages all the same; one that is trained, or rounded as what is not trained may be; the
+    same for every seed."""
+    plain, towers = told(ctx__pooling="last"), pair()
+    keys = {
+        "rotate": True,
+        "init": "gen",
+        "arch": dataclasses.replace(SMALL, frozen_dtype="bfloat16"),
+    }
+    run = dataclasses.replace(plain, gen=config().gen, ctx=dataclasses.replace(plain.ctx, **keys))
+    make = jax.jit(lambda key: step.init_params(key, towers, run))
+    params, again = make(jax.random.key(0)), make(jax.random.key(1))
+    rotation_DxD = np.asarray(params["ctx"]["projection"])
+    assert_close(rotation_DxD @ rotation_DxD.T, np.eye(towers.gen.width), 1e-5)
+    assert np.abs(rotation_DxD - again["ctx"]["projection"]).max() > 0.1
+    left = step.trainable(params, run)["ctx"]
+    assert set(params["ctx"]) - set(left) == {"projection"}
+    batch = random_batch(0, batch_shape(plain), vocab=VOCAB)
+    read = jax.jit(lambda params: passage_vectors(params, batch, towers, plain))
+    queries_NxD = read(params["gen"])[batch.passage_valid_UxP]  # Gen, of each text by itself
+    vectors_NxD, turned_NxD = (read(p)[batch.passage_valid_UxP] for p in (left, params["ctx"]))
+    assert_close(turned_NxD @ turned_NxD.T, vectors_NxD @ vectors_NxD.T, 1e-5)
+    unlike = np.unique(np.round(vectors_NxD, 3), axis=0, return_index=True)[1]
+    found = lambda corpus_NxD: np.argmax(queries_NxD[unlike] @ corpus_NxD[unlike].T, axis=1)
+    hits = lambda corpus_NxD: np.sum(found(corpus_NxD) == np.arange(len(unlike)))
+    assert hits(vectors_NxD) == len(unlike) > 15 and hits(turned_NxD) < 4
+
+
 def test_adapters_change_nothing_at_first_and_merge_into_the_kernels():
     """Bugs: an update that is not zero at the start, scaled otherwise when merged, or merged into
     another layer."""
