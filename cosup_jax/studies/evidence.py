@@ -8,7 +8,7 @@ wherever it says the answer, it says another question's answer of the same relat
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from cosup_jax.held_out import HeldOut
 from cosup_jax.model.transformer import Transformer, padded_vocab
 from cosup_jax.runtime.notices import safepoint
 from cosup_jax.search.encoder import to_mesh
-from cosup_jax.studies.run import Run, Scores, whole
+from cosup_jax.studies.run import Metrics, Run, Scores, whole
 
 
 class Conflict(NamedTuple):
@@ -76,9 +76,9 @@ def evidence(run: Run) -> Scores:
     return found
 
 
-def _scores(turned: Sequence[Conflict], nats_Cx5: np.ndarray, tokens: Sequence[int]):
+def _scores(turned: Sequence[Conflict], nats_Cx5: np.ndarray, tokens: Sequence[int]) -> Metrics:
     """Of each metric, of each question, by the nats of `texts_of`."""
-    found: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    found: Metrics = collections.defaultdict(dict)
     for one, nats_5, count in zip(turned, nats_Cx5.tolist(), tokens, strict=True):
         id, (without, *original), swapped = one.example.id, nats_5[:3], nats_5[3:]
         found["answer_nats_without_evidence"][id] = without / count
@@ -117,7 +117,9 @@ def conflicts(
     return found, dict(skipped)
 
 
-def conflict(example: Example, passages, pool: Sequence[str]) -> Conflict | str:
+def conflict(
+    example: Example, passages: Mapping[str, Passage], pool: Sequence[str]
+) -> Conflict | str:
     """A question turned around, or why it can not be, as `conflicts` says.
 
     Of the pool, answers of its relation, a hash of its id chooses. They are as frequent there as

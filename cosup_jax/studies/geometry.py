@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from cosup_jax.studies import run as run_lib
-from cosup_jax.studies.run import Run, Scores, by_item, whole
+from cosup_jax.studies.run import Metrics, Run, Scores, by_item, whole
 
 _SEED = 1  # of the shuffled baseline
 
@@ -62,7 +62,7 @@ def effective_rank(vector_NxD: np.ndarray) -> float:
     return float(np.exp(-np.sum(share * np.log(share))))
 
 
-def drift(past: dict[int, np.ndarray], ids: list[str]) -> dict[str, dict[str, float]]:
+def drift(past: dict[int, np.ndarray], ids: list[str]) -> Metrics:
     """Cosine of each passage's vector at a checkpoint with its own at a later one.
 
     Of each step but the last `drift/TO/step_N`, TO one of

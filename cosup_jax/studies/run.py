@@ -23,9 +23,10 @@ from cosup_jax.runtime.workdir import checkpoints
 from cosup_jax.search.encoder import Encoder
 from cosup_jax.towers import Towers
 
-# Held-out set ("" = of none) -> metric -> item -> value. An item is the id of a question, or
-# SOURCE/ID of a passage; a number of the whole run, or of a whole set, has the one item "".
-Scores = dict[str, dict[str, dict[str, float]]]
+# Metric -> item -> value. An item is the id of a question, or SOURCE/ID of a passage; a number of a
+# whole set, or of the whole run, has the one item "".
+Metrics = dict[str, dict[str, float]]
+Scores = dict[str, Metrics]  # by held-out set; "" is of none
 
 PASSAGES = 500  # that every run of a study is measured on
 _SEED = 0  # by which they are drawn: of the measure, not of the run
@@ -132,7 +133,7 @@ def by_item(ids: Sequence[str], values: Sequence[float]) -> dict[str, float]:
     return {id: float(np.mean(given)) for id, given in found.items()}
 
 
-def whole(**values: float) -> dict[str, dict[str, float]]:
+def whole(**values: float) -> Metrics:
     """Metrics that have no items but the whole."""
     return {name: {"": float(value)} for name, value in values.items()}
 

@@ -16,7 +16,7 @@ from cosup_jax.held_out import HeldOut
 from cosup_jax.search import index
 from cosup_jax.studies import run as run_lib
 from cosup_jax.studies.geometry import unit
-from cosup_jax.studies.run import Run, Sample, Scores, by_item, whole
+from cosup_jax.studies.run import Asked, Metrics, Run, Sample, Scores, by_item, whole
 
 NEIGHBOURS = 10
 TOKENS = 50  # the likeliest, among which a title's are sought
@@ -65,13 +65,19 @@ def spaces(run: Run) -> Scores:
         if len(asked.ids) > 1:
             gold_Q = part.corpus.row_of[asked.passage_Q]
             titles = [_title(run, part, row) for row in asked.passage_Q.tolist()]
-            of_set = _of_queries(asked, gold_Q, titles, corpora[source], vocabulary)
-            found[part.name] = of_set
+            given = (asked, gold_Q, titles, corpora[source])
+            found[part.name] = _of_queries(*given, vocabulary)
     return found
 
 
-def _of_queries(asked, gold_Q, titles, passage_NxD, vocabulary: Vocabulary):
-    """The metrics of a set."""
+def _of_queries(
+    asked: Asked,
+    gold_Q: np.ndarray,
+    titles: Sequence[set[int]],
+    passage_NxD: np.ndarray,
+    vocabulary: Vocabulary,
+) -> Metrics:
+    """The metrics of a set; a query's own passage is row gold_Q of all N."""
     found = whole(
         passages_in_index=len(passage_NxD) / (len(passage_NxD) + len(vocabulary.ids_V)),
         mutual_nearest_most=len(np.unique(gold_Q)) / len(gold_Q),
@@ -91,7 +97,7 @@ def _of_queries(asked, gold_Q, titles, passage_NxD, vocabulary: Vocabulary):
     return found
 
 
-def _of_passages(run: Run, sample: Sample, vocabulary: Vocabulary):
+def _of_passages(run: Run, sample: Sample, vocabulary: Vocabulary) -> Metrics:
     """The metrics of no set."""
     tokenizer, most = run.trained.tokenizers.gen, run.trained.config.data.max_ctx_tokens
     vector_NxD = run_lib.vectors(run, sample.tokens)
@@ -109,7 +115,9 @@ def _of_passages(run: Run, sample: Sample, vocabulary: Vocabulary):
     return found
 
 
-def _titles(name: str, ids: Sequence[str], likely_NxK: np.ndarray, titles: Sequence[set[int]]):
+def _titles(
+    name: str, ids: Sequence[str], likely_NxK: np.ndarray, titles: Sequence[set[int]]
+) -> Metrics:
     """`name` and `name_shuffled`, of the items whose passage has a title."""
     order = np.random.default_rng(_SEED).permutation(len(ids))
     other = np.empty_like(order)
