@@ -285,6 +285,19 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """--mode=study: which variants of the config file are compared, and what is claimed of them."""
+
+    question: str = ""  # what the study asks, in a sentence
+    arms: str = ""  # variants of the config file, comma-separated, the first one's claims first
+    seeds: int = 3  # runs of each arm: config.seed and those after it
+    measures: str = "answers"  # of each finished run, comma-separated, as studies/measures.py has
+    crossed: str = ""  # ARM|ARM,...: the first one's Gen answers, the second one's pair retrieves
+    shown: str = ""  # metrics of the page's tables, comma-separated; empty = those of the claims
+    claims: str = ""  # "A > B: METRIC, METRIC; ...": A's mean is above B's; - before one: below
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The whole run. Exactly one of num_steps and num_epochs is positive."""
 
@@ -309,19 +322,24 @@ class Config:
     index: IndexConfig = IndexConfig()
     export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
+    study: StudyConfig = StudyConfig()
 
 
 def make(overrides: Mapping[str, Any], variants: Mapping[str, Mapping], variant: str = ""):
     """The defaults, then `overrides`, then `variants[variant]`, as a ConfigDict.
 
-    Keys are dotted paths. Raises UserError for an unknown key or variant.
+    Keys are dotted paths; `a+b` is variant a and then b. Raises UserError for an unknown key or
+    variant.
     """
-    if variant and variant not in variants:
-        known = ", ".join(sorted(variants)) or "none"
-        raise UserError(f"unknown config variant {variant!r}; this file has: {known}")
+    named = variant.split("+") if variant else []
+    for name in named:
+        if name not in variants:
+            known = ", ".join(sorted(variants)) or "none"
+            raise UserError(f"unknown config variant {name!r}; this file has: {known}")
     config = ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
-    for dotted, value in (*overrides.items(), *variants.get(variant, {}).items()):
-        set_dotted(config, dotted, value)
+    for settings in (overrides, *(variants[name] for name in named)):
+        for dotted, value in settings.items():
+            set_dotted(config, dotted, value)
     return config
 
 

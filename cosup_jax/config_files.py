@@ -6,7 +6,7 @@ import runpy
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -14,6 +14,32 @@ from cosup_jax.config import Config, make, set_dotted, to_dict, unknown_key
 from cosup_jax.dotted import leaves
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
+
+
+class File(NamedTuple):
+    """A config file with variants, and the command line's overrides of each."""
+
+    path_and_variant: str
+    overrides: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """That of the file and of its own variant: `core`, `core-small`."""
+        path, _, variant = self.path_and_variant.partition(":")
+        return "-".join(filter(None, [Path(path).stem, variant.replace("+", "-")]))
+
+    def of(self, variant: str) -> str:
+        """FILE.py:VARIANT, behind the file's own variant."""
+        path, _, own = self.path_and_variant.partition(":")
+        return f"{path}:{'+'.join(filter(None, [own, variant]))}"
+
+    def variant(self, name: str) -> Config:
+        """The config of a variant. Raises UserError."""
+        return frozen(self.of(name), self.overrides)
+
+    def flags(self) -> list[str]:
+        """The overrides as the command line has them."""
+        return [f"--config.{key}={text}" for key, text in self.overrides.items()]
 
 
 def frozen(path_and_variant: str, overrides: Mapping[str, str]) -> Config:

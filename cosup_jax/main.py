@@ -27,6 +27,7 @@ MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "evaluate": "held-out questions answered in several ways and scored, with intervals",
     "export": "the trained towers for transformers, vLLM and sentence-transformers, checked",
     "preflight": "compile the step for --topology=..., without data: its memory, FLOPs and time",
+    "study": "train the arms of an experiment under several seeds, measure and compare them",
     "benchmark": "the speed of training, its data, encoding, searching and answering, and peaks",
 }
 KEPT = {  # by a mode that is told to stop, and gone on from by the same command
@@ -36,6 +37,7 @@ KEPT = {  # by a mode that is told to stop, and gone on from by the same command
     "mine": "the vectors of finished shards",
     "generate": "the answers written so far",
     "evaluate": "the answers written so far",
+    "study": "finished runs and the last checkpoint",
 }
 OPTIONS = {  # flags of one mode: what they are called in its function, and int (0 or more) or str
     "validate": {"--show": ("show_rows", int), "--limit": ("limit", int)},
@@ -130,6 +132,8 @@ def _run(flags: Mapping[str, str]) -> str | None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
         print("deterministic: reproducible GPU kernels, slower scatters and reductions")
     options = _options(flags, mode)
+    if mode == "study":  # its arms are variants of the file
+        options["file"] = configs.File(flags["--config"], _overrides(flags))
     processes = importlib.import_module("cosup_jax.runtime.processes")  # from here on with JAX
     processes.join(os.environ | _told(flags))
     importlib.import_module("cosup_jax.runtime.compiling").keep_programs(os.environ)

@@ -46,9 +46,10 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "answer.pair",
     "generate",
     "evaluate",
-    "studies.run",
-    "studies.geometry studies.gradients studies.evidence",
+    "studies.run studies.verdict studies.arms",
+    "studies.geometry studies.gradients studies.evidence studies.results",
     "studies.spaces",
+    "studies.measures studies.page",
     "study",
     "main",
 )

@@ -1,0 +1,25 @@
+"""Does co-supervision beat each supervision alone, and why?
+
+Shows       the arms N (NTP alone), S and S2 (NSP alone, in one tower or two), C (both, two
+            towers) and T (both, one tower), from the same Gen, over the same data in the same
+            order; and one arm's Gen with another's retrieval: is a gain better retrieval or better
+            reading?
+Hardware    2 CPU cores, 4 GB of memory
+Expected    docs/results/core.md
+Command     python -m cosup_jax.main --config=configs/studies/core.py --workdir=runs/studies \\
+                --mode=study
+Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train
+"""
+
+from cosup_jax.studies import arms
+
+
+def get_config(variant=""):
+    return arms.config(
+        variant,
+        question="Does co-supervision beat each supervision alone, and why?",
+        arms="N,S,S2,C,T",
+        crossed="C|S2,C|S,N|C,N|S2",
+        claims="C > N: none/correct, gold/correct; C > S2: corpus/recall@1; C > S: corpus/recall@1",
+        shown="corpus/correct,corpus/recall@1,corpus/citation_rec,gold/correct,none/correct",
+    )

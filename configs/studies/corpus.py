@@ -1,0 +1,22 @@
+"""How does retrieval fare in larger corpora?
+
+Shows       nested corpora of rising size, with the right passages in each; the slope of recall per
+            tenfold size, arm by arm
+Hardware    2 CPU cores, 4 GB of memory
+Expected    docs/results/corpus.md
+Command     python -m cosup_jax.main --config=configs/studies/corpus.py --workdir=runs/studies \\
+                --mode=study
+Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train
+"""
+
+from cosup_jax.studies import arms
+
+
+def get_config(variant=""):
+    return arms.config(
+        variant,
+        question="How does retrieval fare in larger corpora?",
+        arms="S,S2,C,T",
+        claims="C > S2: slope/recall@1; T > S: slope/recall@1",
+        shown="corpus_100/recall@1,corpus_300/recall@1,corpus_1000/recall@1,corpus/recall@1,slope/recall@1",
+    )

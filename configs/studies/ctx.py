@@ -1,0 +1,31 @@
+"""Which Ctx?
+
+Shows       Ctx from the same weights as Gen, from random ones, frozen, and from the same weights
+            under a fixed random rotation of its vectors: is it shared pretraining that helps, or
+            spaces that coincide from the start? Another encoder: add an arm with its ctx.init
+Hardware    2 CPU cores, 4 GB of memory
+Expected    docs/results/ctx.md
+Command     python -m cosup_jax.main --config=configs/studies/ctx.py --workdir=runs/studies \\
+                --mode=study
+Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train
+"""
+
+from cosup_jax.studies import arms
+
+ARMS = {
+    "C_random_ctx": {"ctx.init": "scratch"},
+    "C_frozen_ctx": {"ctx.freeze": True},
+    "C_rotated_ctx": {"ctx.rotate": True},
+}
+
+
+def get_config(variant=""):
+    return arms.config(
+        variant,
+        ARMS,
+        question="Which Ctx?",
+        arms=f"C,{','.join(ARMS)}",
+        claims="C > C_random_ctx: corpus/recall@1; C > C_frozen_ctx: corpus/recall@1;"
+        "C > C_rotated_ctx: corpus/recall@1; C_rotated_ctx > C_random_ctx: corpus/recall@1",
+        shown="corpus/correct,corpus/recall@1,corpus/recall@5,gold/correct,none/correct",
+    )

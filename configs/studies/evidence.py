@@ -1,0 +1,31 @@
+"""Should the annotated evidence be a target of NTP, or be masked?
+
+Shows       whether Gen that is trained to write the passage too knows its answers without it, and
+            follows it less where it contradicts what Gen has learned
+Hardware    2 CPU cores, 4 GB of memory
+Expected    docs/results/evidence.md
+Command     python -m cosup_jax.main --config=configs/studies/evidence.py --workdir=runs/studies \\
+                --mode=study
+Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train
+"""
+
+from cosup_jax.studies import arms
+
+ARMS = {
+    "C_target": {"loss.mask_evidence": False},
+    "N_target": {"loss.mask_evidence": False, "loss.nsp_weight": 0.0},
+}
+
+
+def get_config(variant=""):
+    return arms.config(
+        variant,
+        ARMS,
+        question="Should the annotated evidence be a target of NTP, or be masked?",
+        arms="C,C_target,N,N_target",
+        measures="answers,evidence",
+        claims="C > C_target: swapped/swap_wins, gold/correct, corpus/recall@1;"
+        "C_target > C: none/correct, -answer_nats_without_evidence",
+        shown="corpus/correct,corpus/recall@1,gold/correct,none/correct,swapped/swap_wins,"
+        "original/swap_wins,answer_nats_with_evidence,answer_nats_without_evidence",
+    )

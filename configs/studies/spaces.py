@@ -1,0 +1,26 @@
+"""Do the token space and the sequence space meet?
+
+Shows       how near the states at [Ret], the passage vectors and the rows of the vocabulary come to
+            each other in every arm, over training, beside shuffled baselines
+Hardware    2 CPU cores, 4 GB of memory
+Expected    docs/results/spaces.md
+Command     python -m cosup_jax.main --config=configs/studies/spaces.py --workdir=runs/studies \\
+                --mode=study
+Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train
+"""
+
+from cosup_jax.studies import arms
+
+
+def get_config(variant=""):
+    return arms.config(
+        variant,
+        question="Do the token space and the sequence space meet?",
+        arms="N,S,S2,C,T",
+        measures="spaces,gradients",
+        claims="C > S2: title_in_vector, title_at_ret, mutual_knn10, mutual_nearest;"
+        "T > C: title_in_vector, mutual_knn10",
+        shown="title_in_vector,title_in_vector_shuffled,title_at_ret,title_at_ret_shuffled,"
+        "mutual_knn10,mutual_knn10_shuffled,mutual_nearest,nearest_is_passage,passages_in_top10,"
+        "gradient_cosine/gen,gradient_cosine/layer_0,gradient_cosine/layer_1",
+    )

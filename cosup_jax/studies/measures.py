@@ -1,0 +1,101 @@
+"""What a study measures of each finished run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cosup_jax import assemble, optim
+from cosup_jax.answer import records
+from cosup_jax.answer.records import Record
+from cosup_jax.data.plan import Plan
+from cosup_jax.evaluate import Evaluation
+from cosup_jax.evaluation.nli import judge_named
+from cosup_jax.rehearsal import model_flops
+from cosup_jax.studies.evidence import evidence
+from cosup_jax.studies.geometry import geometry
+from cosup_jax.studies.gradients import gradients
+from cosup_jax.studies.run import Run, Scores
+from cosup_jax.studies.spaces import spaces
+
+
+def answers(run: Run, folder: str = "evaluation") -> Scores:
+    """All that --mode=evaluate scores, as `ARM/SCORE`: `corpus/recall@1`, `gold/correct`, ...
+
+    Beside these, of each question: gold_over_wrong/correct and gold_over_none/correct, what its own
+    passage is worth; corpus_seen/SCORE and corpus_unseen/SCORE, where training reads its evidence
+    and where not. Of each set: corpus_hit/correct and corpus_miss/correct, means where retrieval
+    succeeded and where it failed, over other questions in each run; slope/recall@1, of the line
+    through recall@1 over log10 of the passages searched.
+
+    Written to WORKDIR/evaluation, or another folder of the run's.
+    """
+    config = run.trained.config
+    judge = judge_named(config.eval.judge)
+    summary = Evaluation(run.trained, judge, run.workdir, folder).summary()
+    found = {}
+    for part in summary["sets"]:
+        files, names = run.workdir / folder / part["name"], [arm["arm"] for arm in part["arms"]]
+        answered = {name: records.read(files / f"{name}.jsonl") for name in names}
+        searched = {arm["arm"]: arm["passages"] for arm in part["arms"]}
+        found[part["name"]] = of_set(answered, searched)
+    return found
+
+
+def of_set(
+    answered: Mapping[str, Sequence[Record]], passages: Mapping[str, int | None]
+) -> dict[str, dict[str, float]]:
+    """The metrics of `answers`, from the records of each arm and how many passages it searched."""
+    found: dict[str, dict[str, float]] = {}
+    for arm, own in answered.items():
+        for record in own:
+            scores = dict(record["scores"])
+            if record["correct"] is not None:
+                scores["correct"] = record["correct"]
+            seen = {True: "_seen", False: "_unseen", None: None}[record["seen"]]
+            for score, value in scores.items():
+                for name in (arm, arm + seen) if seen and arm == "corpus" else (arm,):
+                    found.setdefault(f"{name}/{score}", {})[record["id"]] = float(value)
+    for other in ("wrong", "none"):
+        pair = [found.get(f"{arm}/correct", {}) for arm in ("gold", other)]
+        if both := [id for id in pair[0] if id in pair[1]]:
+            found[f"gold_over_{other}/correct"] = {id: pair[0][id] - pair[1][id] for id in both}
+    hits, right = (found.get(f"corpus/{name}", {}) for name in ("retrieval_hit", "correct"))
+    for name, hit in (("hit", 1.0), ("miss", 0.0)):
+        if values := [right[id] for id in right if hits.get(id) == hit]:
+            found[f"corpus_{name}/correct"] = {"": float(np.mean(values))}
+    searched = {a: n for a, n in passages.items() if n and a.startswith("corpus")}
+    if len(set(searched.values())) > 1:
+        recalls = [np.mean([*found[f"{arm}/recall@1"].values()]) for arm in searched]
+        slope = np.polyfit(np.log10([*searched.values()]), recalls, 1)[0]
+        found["slope/recall@1"] = {"": float(slope)}
+    return found
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """How large the run was: {"steps", "parameters", "flops", "examples"}.
+
+    FLOPs are those of `rehearsal.model_flops` for all steps; examples are counted as often as they
+    were read.
+    """
+    trained, config = run.trained, run.trained.config
+    plan = Plan(run.store, config)
+    volumes = [plan.volume(step) for step in range(trained.step)]
+    tx = optim.make(config, 1, 1)
+    state = assemble.abstract_state(config, trained.towers, tx, trained.mesh)
+    return {
+        "steps": trained.step,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
+        "flops": trained.step * model_flops(config, trained.towers, state),
+        "examples": sum(examples for _, examples in volumes),
+    }
+
+
+MEASURES: dict[str, Callable[[Run], Scores]] = {
+    "answers": answers,
+    "geometry": geometry,
+    "spaces": spaces,
+    "evidence": evidence,
+    "gradients": gradients,
+}

@@ -1,0 +1,162 @@
+"""A study as a markdown table and as a self-contained page; both say the same."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cosup_jax.report import tables
+from cosup_jax.report.plots import Measured, Score, by_row
+from cosup_jax.report.style import CSS, PAGE
+from cosup_jax.studies.verdict import LEVEL, POINT, POWER
+from cosup_jax.wording import counted
+
+Study = Mapping[str, Any]  # study.json
+Rows = Sequence[Mapping[str, Any]]
+Cells = list[list[str]]
+
+RULE = (
+    f"Intervals are of {LEVEL:.0%}, over seeds and questions both. *Confirmed*: the interval of "
+    "the paired difference excludes 0 in the claimed direction, and all seeds agree. *Not seen*: "
+    f"it lies within {POINT:g} of 0, or on the other side. Else *undecided*. *Detectable* is the "
+    f"smallest true difference that would have shown with a chance of {POWER:.0%}."
+)
+_NONE = "-"
+
+
+def markdown(study: Study) -> str:
+    """The whole study, with the command of every run."""
+    parts = [f"# {study['name']}", study["question"], _facts(study)]
+    for claim, told in _closing(study["claims"]):
+        parts.append(f"- **{claim}**: {told}")
+    parts += ["## Claims", RULE, _table(claim_cells(study["claims"]))]
+    for name, rows in _by(study["measured"], "set").items():
+        parts += [f"## {name or 'no set'}", _table(arm_cells(rows))]
+    parts += ["## Runs", _table(run_cells(study["runs"]))]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(study: Study) -> str:
+    """The same, with plots of every metric that lies in 0 to 1."""
+    sections = [f"<h2>Claims</h2><p class='note'>{_emphasised(RULE)}</p>"]
+    sections.append(_html_table(claim_cells(study["claims"]), left=2))
+    for name, rows in _by(study["measured"], "set").items():
+        plots = "".join(_plot(name, metric, part) for metric, part in _by(rows, "metric").items())
+        sections.append(f"<h2>{html.escape(name or 'no set')}</h2>{_html_table(arm_cells(rows))}")
+        sections.append(f'<div class="charts">{plots}</div>' if plots else "")
+    sections.append(f"<h2>Runs</h2>{_html_table(run_cells(study['runs']), left=9)}")
+    head = f"<p class='kicker'>{html.escape(study['name'])}</p><h1>{html.escape(study['question'])}"
+    closing = "".join(
+        f"<li><b>{html.escape(claim)}</b>: {html.escape(told)}</li>"
+        for claim, told in _closing(study["claims"])
+    )
+    body = f"{head}</h1><p class='note'>{html.escape(_facts(study))}</p><ul>{closing}</ul>"
+    return PAGE.format(title=html.escape(study["name"]), style=CSS, body=body + "".join(sections))
+
+
+def closing(study: Study) -> str:
+    """The claims as aligned plain text, for the terminal."""
+    return tables.aligned(claim_cells(study["claims"]), left=2)
+
+
+def claim_cells(rows: Rows) -> Cells:
+    """A heading, and a row for each claim in each set."""
+    cells = [["claim", "set", "difference", "95 %", "by seed", "detectable", "items", "verdict"]]
+    for row in rows:
+        seeds = ", ".join(f"{value:+.3f}" for value in row["by_seed"])
+        detectable = _NONE if row["detectable"] is None else f"{row['detectable']:.3f}"
+        numbers = [f"{row['mean']:+.3f}", _interval(row, "+"), seeds, detectable]
+        cells.append([row["claim"], row["set"], *numbers, f"{row['items']:,}", row["verdict"]])
+    return cells
+
+
+def arm_cells(rows: Rows) -> Cells:
+    """A heading, and a row for each arm, of one set."""
+    metrics = list(_by(rows, "metric"))
+    cells = [["arm", *metrics, "seeds", "items"]]
+    for arm, own in _by(rows, "arm").items():
+        found = {row["metric"]: row for row in own}
+        told = [_with_interval(found[m]) if m in found else _NONE for m in metrics]
+        cells.append([arm, *told, str(own[0]["seeds"]), f"{own[0]['items']:,}"])
+    return cells
+
+
+def run_cells(runs: Rows) -> Cells:
+    """A heading, and a row for each run."""
+    cells = [["arm", "seed", "steps", "parameters", "PFLOP", "examples", "directory", "command"]]
+    for run in runs:
+        sizes = [f"{run['steps']:,}", f"{run['parameters']:,}", f"{run['flops'] / 1e15:.2f}"]
+        sizes.append(f"{run['examples']:,}")
+        place = [run["directory"], f"`{run['command']}`"]
+        cells.append([run["arm"], str(run["seed"]), *sizes, *place])
+    return cells
+
+
+def _closing(claims: Rows) -> list[tuple[str, str]]:
+    """Of each claim, in which sets it is confirmed, not seen, or undecided."""
+    found = []
+    for claim, rows in _by(claims, "claim").items():
+        verdicts = _by(rows, "verdict")
+        told = [
+            f"{verdict} in {', '.join(row['set'] for row in part)}"
+            for verdict, part in verdicts.items()
+        ]
+        found.append((claim, "; ".join(told)))
+    return found
+
+
+def _facts(study: Study) -> str:
+    runs = counted(len(study["runs"]), "run")
+    return f"{study['date']}, {study['hardware']}, {study['versions']}; {runs}: {study['state']}."
+
+
+def _plot(name: str, metric: str, rows: Rows) -> str:
+    """None of what is no share."""
+    known = [row for row in rows if row["low"] is not None]
+    if not known or min(row["low"] for row in known) < -0.1 or max(r["high"] for r in known) > 1.1:
+        return ""
+    scores = [Score(row["mean"], row["low"], row["high"]) for row in known]
+    measured = [Measured("mean over seeds", 2, scores)]
+    return by_row(metric, "share", [row["arm"] for row in known], measured, key=name)
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    found = _interval(row)
+    return f"{row['mean']:.3f}" + (f" ({found})" if found != _NONE else "")
+
+
+def _interval(row: Mapping[str, Any], sign: str = "") -> str:
+    if row["low"] is None:
+        return _NONE
+    return f"{row['low']:{sign}.3f} to {row['high']:{sign}.3f}"
+
+
+def _by(rows: Rows, key: str) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def _table(cells: Cells) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    escaped.insert(1, ["---"] * len(cells[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
+
+def _html_table(cells: Cells, left: int = 1) -> str:
+    kind = lambda place: ' class="left"' if place < left else ""
+    line = lambda row, tag: "".join(
+        f"<{tag}{kind(place)}>{html.escape(cell.strip('`'))}</{tag}>"
+        for place, cell in enumerate(row)
+    )
+    head, *rows = cells
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    return (
+        f'<div class="wide"><table class="scores"><thead><tr>{line(head, "th")}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _emphasised(text: str) -> str:
+    pieces = html.escape(text).split("*")
+    return "".join(f"<em>{p}</em>" if i % 2 else p for i, p in enumerate(pieces))

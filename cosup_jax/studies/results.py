@@ -1,0 +1,99 @@
+"""From the scores of finished runs to the numbers of a study: arms, differences, verdicts.
+
+Everything is computed over the items (questions) that all runs compared have in common.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cosup_jax.errors import UserError
+from cosup_jax.studies.verdict import Estimate, estimate, verdict
+
+Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # set -> metric -> item -> value
+Runs = Mapping[str, Sequence[Scores]]  # of each arm its seeds, in their order
+
+
+class Claim(NamedTuple):
+    """That one arm's mean of a metric lies above another's; or below it."""
+
+    better: str
+    other: str
+    metric: str
+    below: bool
+
+    def __str__(self) -> str:
+        return f"{self.better} {'<' if self.below else '>'} {self.other}: {self.metric}"
+
+
+def claims_of(text: str, arms: Iterable[str]) -> list[Claim]:
+    """`"A > B: METRIC, -METRIC; ..."`. Raises UserError for another form, or an unknown arm."""
+    known, found = list(arms), []
+    for part in filter(None, map(str.strip, text.split(";"))):
+        form = re.fullmatch(r"(\S+) > (\S+): (.+)", part)
+        if not form:
+            raise UserError(f"config.study.claims: {part!r} must read 'A > B: METRIC, METRIC'")
+        for arm in form.group(1, 2):
+            if arm not in known:
+                raise UserError(f"config.study.claims: {arm!r} is no arm of {', '.join(known)}")
+        metrics = map(str.strip, form[3].split(","))
+        found += [
+            Claim(form[1], form[2], metric.removeprefix("-"), metric.startswith("-"))
+            for metric in metrics
+        ]
+    return found
+
+
+def values(runs: Sequence[Scores], name: str, metric: str, items: Sequence[str]) -> np.ndarray:
+    """[S, I] the scores of one arm in the set `name`."""
+    return np.array([[scores[name][metric][item] for item in items] for scores in runs], np.float64)
+
+
+def items_of(runs: Iterable[Scores], name: str, metric: str) -> list[str]:
+    """Those that every run has scored, sorted; none if a run has no such metric."""
+    scored = [set(scores.get(name, {}).get(metric, ())) for scores in runs]
+    return sorted(set.intersection(*scored)) if scored else []
+
+
+def arm_rows(runs: Runs, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """{"set", "metric", "arm", mean, low, high, ..., "by_seed"} of all that was measured."""
+    found = []
+    for name in _sets(runs):
+        for metric in metrics:
+            for arm, seeds in runs.items():
+                if items := items_of(seeds, name, metric):
+                    told = {"set": name, "metric": metric, "arm": arm}
+                    found.append(told | _numbers(values(seeds, name, metric, items)))
+    return found
+
+
+def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """{"claim", "set", "verdict", mean, low, ...} of each claim in each set that can tell.
+
+    The seeds that both arms have are compared, pair by pair: with a seed they share data and order.
+    """
+    found = []
+    for claim in claims:
+        a, b = runs[claim.better], runs[claim.other]
+        seeds = min(len(a), len(b))
+        for name in _sets(runs):
+            items = items_of([*a[:seeds], *b[:seeds]], name, claim.metric)
+            if not items:
+                continue
+            ours, theirs = (values(part[:seeds], name, claim.metric, items) for part in (a, b))
+            difference_SxI = ours - theirs
+            towards_SxI = -difference_SxI if claim.below else difference_SxI
+            told = {"claim": str(claim), "set": name, "verdict": verdict(towards_SxI)}
+            found.append(told | _numbers(difference_SxI))
+    return found
+
+
+def _numbers(values_SxI: np.ndarray) -> dict[str, Any]:
+    found: Estimate = estimate(values_SxI)
+    return found._asdict() | {"by_seed": values_SxI.mean(axis=1).tolist()}
+
+
+def _sets(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(name for seeds in runs.values() for s in seeds for name in s))

@@ -1,0 +1,111 @@
+"""Studies: intervals, verdicts, and what is made of the scores of runs."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cosup_jax.errors import UserError
+from cosup_jax.studies import results
+from cosup_jax.studies.verdict import estimate, verdict
+
+
+def drawn(rng, seeds, items, between_seeds, between_items, noise):
+    """[S, I] around 0: an effect of the seed, one of the item, and of each pair."""
+    of_seed = between_seeds * rng.standard_normal((seeds, 1))
+    of_item = between_items * rng.standard_normal((1, items))
+    return of_seed + of_item + noise * rng.standard_normal((seeds, items))
+
+
+@pytest.mark.parametrize("between_seeds", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("between_items", [0.0, 0.4])
+def test_intervals_hold_the_true_mean_as_often_as_they_say(between_seeds, between_items):
+    """Bug: questions are taken for independent over seeds, or three seeds for many: intervals
+    that are too narrow, and claims confirmed by chance."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        found = estimate(drawn(rng, 3, 60, between_seeds, between_items, 0.4))
+        inside += found.low <= 0 <= found.high
+    assert inside >= 935  # 950 less two standard deviations
+
+
+def test_an_interval_over_seeds_alone_is_student_s():
+    """Bug: a normal interval over three seeds; or one seed's number with an interval of width 0."""
+    values = np.array([[0.2], [0.3], [0.7]])
+    found = estimate(values)
+    low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values[:, 0]))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert estimate(values[:1])[:4] == (0.2, None, None, None)
+
+
+def test_one_seed_has_an_interval_over_its_items():
+    """Bug: one seed counts as if its mean were known without error."""
+    values = np.array([[1.0, 0, 0, 1, 1, 0, 1, 1]])
+    found = estimate(values)
+    low, high = stats.t.interval(0.95, 7, values.mean(), stats.sem(values[0]))
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_a_difference_as_large_as_detectable_shows_as_often_as_is_said():
+    """Bug: a detectable difference without the power, which shows every other time only."""
+    rng, sizes, shown = np.random.default_rng(1), [], 0
+    for _ in range(300):
+        sizes.append(estimate(drawn(rng, 3, 200, 0, 0.3, 0.3)).detectable)
+    for _ in range(300):
+        found = estimate(np.mean(sizes) + drawn(rng, 3, 200, 0, 0.3, 0.3))
+        shown += found.low > 0
+    assert 0.74 <= shown / 300 <= 0.9
+
+
+def test_the_verdict_follows_the_rule():
+    """Bug: a claim is confirmed although a seed speaks against it, by one seed alone, or by an
+    interval that reaches 0; what is too uncertain to tell counts as not seen."""
+    steady = np.full((3, 40), 0.1)
+    assert verdict(steady) == "confirmed"
+    assert verdict(-steady) == "not seen"
+    assert verdict(steady * 0.05) == "confirmed"  # small, and without doubt
+    assert verdict(steady[:1]) == "undecided"
+    jitter = np.tile([0.02, -0.02], (3, 20))
+    assert verdict(jitter * 0.2) == "not seen"  # within a point of 0
+    assert verdict(jitter * 20) == "undecided"
+    against = steady + np.array([[0.0], [0.0], [-0.101]])
+    many = np.concatenate([np.full((20, 40), 0.1), np.full((1, 40), -0.001)])
+    assert verdict(against) == "undecided" and estimate(many).low > 0
+    assert verdict(many) == "undecided"
+
+
+def scores(**items):
+    return {"world.in_domain": {"corpus/correct": items}}
+
+
+def test_claims_are_tested_on_the_questions_all_runs_answered():
+    """Bug: arms compared on different questions, or seeds paired crosswise."""
+    runs = {
+        "C": [scores(a=1.0, b=1.0, c=1.0), scores(a=1.0, b=0.0, c=1.0), scores(a=0.0, b=0.0)],
+        "N": [scores(a=0.0, b=1.0), scores(a=1.0, b=0.0, d=1.0)],
+    }
+    (claim,) = results.claims_of("C > N: corpus/correct", runs)
+    (row,) = results.claim_rows(runs, [claim])
+    assert (row["items"], row["seeds"], row["by_seed"]) == (2, 2, [0.5, 0.0])
+    assert row["set"] == "world.in_domain" and row["mean"] == 0.25
+    c, n = results.arm_rows(runs, ["corpus/correct", "gold/correct"])
+    assert (c["arm"], c["seeds"], c["by_seed"]) == ("C", 3, [1.0, 0.5, 0.0])
+    assert (n["arm"], n["items"]) == ("N", 2)
+
+
+def test_a_claim_may_say_that_a_number_is_smaller():
+    """Bug: fewer nats, which is better, count against the claim."""
+    runs = {
+        "C": [scores(a=1.0, b=1.1), scores(a=1.0, b=1.1)],
+        "N": [scores(a=2.0, b=2.1), scores(a=2.0, b=2.1)],
+    }
+    claims = results.claims_of("C > N: -corpus/correct; N > C: -corpus/correct", runs)
+    found = results.claim_rows(runs, claims)
+    assert [row["verdict"] for row in found] == ["confirmed", "not seen"]
+    assert found[0]["mean"] == -1 and found[0]["claim"] == "C < N: corpus/correct"
+
+
+@pytest.mark.parametrize("text", ["C beats N", "C > X: recall", "C > N", "C>N: recall"])
+def test_a_claim_that_cannot_be_read_is_refused(text):
+    """Bug: a typing error makes a claim vanish from the study."""
+    with pytest.raises(UserError, match=r"config\.study\.claims"):
+        results.claims_of(text, ["C", "N"])
