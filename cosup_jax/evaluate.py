@@ -59,7 +59,7 @@ def evaluate(config: Config, workdir: str) -> None:
     with Workdir(workdir, begun=True) as directory:
         trained = assemble.trained(config, directory.path)
         print(f"step {trained.step}: answering held-out questions", flush=True)
-        found = _Evaluation(trained, judge, directory.path).summary()
+        found = Evaluation(trained, judge, directory.path).summary()
         directory.write_json("evaluation/summary.json", found)
         run = page.read_run(directory.path, trained.config.generate.examples)
         page.write_report(directory.path / "report.html", run)
@@ -67,11 +67,13 @@ def evaluate(config: Config, workdir: str) -> None:
         print(f"done: {directory.path / 'report.html'}", flush=True)
 
 
-class _Evaluation:
+class Evaluation:
     """One checkpoint, asked every held-out set."""
 
-    def __init__(self, trained: Trained, judge: Judge, workdir: Path):
+    def __init__(self, trained: Trained, judge: Judge, workdir: Path, folder: str = "evaluation"):
+        """`folder`: of the workdir, for the answers."""
         self._trained, self._judge, self._workdir = trained, judge, workdir
+        self._answers_to = workdir / folder
         self._prefix = getattr(judge, "prefix", "")
         self._code = processes.code_digest()
         self._libraries: dict[str, Library] = {}  # by the version of the source
@@ -154,7 +156,7 @@ class _Evaluation:
         """Of each arm its answers, scored, in the order of the questions."""
         params, library, found = self._trained.params, self._library(part), {}
         for arm in asked.arms(part, self._trained.config):
-            path = self._workdir / "evaluation" / part.name / f"{arm.name}.jsonl"
+            path = self._answers_to / part.name / f"{arm.name}.jsonl"
             bm25 = library.bm25 if arm.name == "bm25" else None
             with Answers(path, self._run(part, arm), like=RECORD | {"code": ""}) as answers:
                 todo = [i for i, fact in enumerate(facts) if fact["id"] not in answers.known]
