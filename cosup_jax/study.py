@@ -239,9 +239,8 @@ def _measured(name: str, run: "_Opened") -> Scores:
 
 def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> Any:
     """What is found by `measure`, kept in the run's directory."""
-    config = to_dict(arm.config)
-    told = {group: config[group] for group in ("eval", "generate")}
-    path = arm.directory / "measured" / f"{name}-{_digest(told)}.json"
+    by = _digest([pair for pair in _set(arm.config) if pair[0].startswith(("eval.", "generate."))])
+    path = arm.directory / "measured" / f"{name}-{by}.json"
     if path.is_file():
         return json.loads(path.read_text())["found"]
     print(f"--- {arm}: measuring {name}", flush=True)
@@ -263,11 +262,14 @@ def _command(arm: Arm, asked: _Asked) -> str:
 
 
 def _key(config: Config) -> str:
-    """Of all that training depends on: what differs from the defaults."""
+    """Of all that training depends on."""
+    return _digest([pair for pair in _set(config) if pair[0].split(".")[0] not in _ASIDE])
+
+
+def _set(config: Config) -> list[tuple[str, Any]]:
+    """The keys that are not as by default: those that later versions add change no digest."""
     default = dict(leaves(to_dict(Config())))
-    told = leaves(to_dict(config))
-    aside = lambda key: key.split(".")[0] in _ASIDE
-    return _digest([(k, v) for k, v in told if v != default[k] and not aside(k)])
+    return [(key, value) for key, value in leaves(to_dict(config)) if value != default[key]]
 
 
 def _digest(value: Any) -> str:

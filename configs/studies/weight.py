@@ -12,11 +12,7 @@ Variants    small: a minute, learns nothing; an arm, such as C: that run alone, 
 
 from cosup_jax.studies import arms
 
-ARMS = {
-    **{f"C_{weight:g}": {"loss.nsp_weight": weight} for weight in (0.1, 0.3, 3.0, 10.0)},
-    "C_random": {"gen.init": "scratch"},
-    "S2_random": {"gen.init": "scratch", "loss.ntp_weight": 0.0},
-}
+ARMS = {f"C_{weight:g}": {"loss.nsp_weight": weight} for weight in (0.1, 0.3, 3.0, 10.0)}
 
 
 def get_config(variant=""):
@@ -24,10 +20,10 @@ def get_config(variant=""):
         variant,
         ARMS,
         question="How much NSP, and is the sequence space stable without NTP?",
-        arms=f"N,C,S2,{','.join(ARMS)}",
+        arms=f"N,C,S2,N_pre,C_pre,S2_pre,{','.join(ARMS)}",
         measures="answers,geometry,gradients",
         claims="C > C_0.1: corpus/recall@1, none/correct; C > C_10: none/correct;"
-        "C > S2: drift/to_last/step_100; C_random > S2_random: drift/to_last/step_100",
+        "C > S2: drift/to_last/step_100; C_pre > S2_pre: drift/to_last/step_100",
         shown="corpus/recall@1,corpus/correct,none/correct,passages/uniformity,"
         "passages/anisotropy,passages/effective_rank,alignment,gradient_ratio",
     )

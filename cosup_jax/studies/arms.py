@@ -9,11 +9,9 @@ from cosup_jax.config import make
 
 START = "start:"  # before a variant, as a tower's init: what that variant's run exports as Gen
 
-WORLD = {  # the embedded data; minutes a run on 2 CPU cores
-    "num_steps": 200,  # optimizer steps
+WORLD = {  # both towers from random weights on the embedded data; minutes a run on 2 CPU cores
+    "num_steps": 200,  # optimizer steps, a little more than one epoch
     "batch_size": 16,  # Gen rows
-    # Gen has read the passages before: a token space that was never trained can tell nothing.
-    "gen.init": f"{START}stage0",
     "ctx.init": "gen",
     "gen.arch.layers": 2,
     "gen.arch.width": 192,
@@ -23,10 +21,10 @@ WORLD = {  # the embedded data; minutes a run on 2 CPU cores
     "gen.arch.mlp_width": 512,
     "gen.arch.scan_unroll": 2,
     "ctx.arch.scan_unroll": 2,
-    "loss.temperature": 0.05,
+    "loss.temperature": 0.1,
     "loss.mask_evidence": True,  # the passage is read, not predicted
-    "optim.gen_learning_rate": 1e-3,
-    "optim.ctx_learning_rate": 1e-3,
+    "optim.gen_learning_rate": 2e-3,
+    "optim.ctx_learning_rate": 2e-3,
     "optim.warmup_steps": 10,
     "data.vocab_size": 8192,
     "data.max_gen_tokens": 384,
@@ -34,10 +32,12 @@ WORLD = {  # the embedded data; minutes a run on 2 CPU cores
     "data.passage_slots": 6,
     "checkpoint.every_steps": 50,
     "checkpoint.keep": 4,  # what is measured over training is read from them
-    "eval.questions": 300,  # of each set
+    "eval.every_steps": 200,
+    "eval.questions": 200,  # of each set
     "eval.arms": "corpus,gold,bm25,wrong,none",
     "eval.corpus_sizes": "",
     "generate.retrieve_first": True,
+    "generate.examples": 0,
 }
 SCALES = {
     "small": {  # shows in a minute that everything runs, and nothing else
@@ -59,18 +59,26 @@ SCALES = {
         "study.seeds": 2,
     },
 }
+PRETRAINED = {  # Gen has read the passages before, Ctx starts from its weights
+    "gen.init": f"{START}stage0",
+    "optim.gen_learning_rate": 1e-3,
+    "optim.ctx_learning_rate": 1e-3,
+}
 ARMS = {
-    "stage0": {  # NTP on the passages alone, from random weights
-        "gen.init": "scratch",
-        "data.train": "corpus:tfds:world",
-        "loss.nsp_weight": 0.0,
-        "optim.gen_learning_rate": 2e-3,
-    },
     "N": {"loss.nsp_weight": 0.0},  # NTP alone
     "S": {"loss.ntp_weight": 0.0, "tie_ctx_to_gen": True},  # NSP alone, one tower in both roles
     "S2": {"loss.ntp_weight": 0.0},  # NSP alone, two towers
     "C": {},  # both, two towers that start from the same weights
     "T": {"tie_ctx_to_gen": True},  # both, in one tower
+    "stage0": {  # NTP on the passages alone
+        "data.train": "corpus:tfds:world",
+        "loss.nsp_weight": 0.0,
+        "gen.arch.tie_embeddings": False,
+        "optim.gen_learning_rate": 1e-3,
+    },
+    "N_pre": PRETRAINED | {"loss.nsp_weight": 0.0},
+    "S2_pre": PRETRAINED | {"loss.ntp_weight": 0.0},
+    "C_pre": PRETRAINED,
 }
 
 
