@@ -101,6 +101,8 @@ class _Asked(NamedTuple):
                 f"{file.path_and_variant} names no arms in config.study.arms; the studies are in "
                 "configs/studies"
             )
+        for name in arms:
+            file.variant(name)
         crossed = [tuple(pair.split("|")) for pair in _names(told.crossed)]
         for pair in crossed:
             if len(pair) != 2 or not set(pair) <= set(arms):
@@ -112,10 +114,7 @@ class _Asked(NamedTuple):
         claims = results.claims_of(told.claims, [*arms, *map("|".join, crossed)])
         shown = _names(told.shown) or list(dict.fromkeys(claim.metric for claim in claims))
         directory = root / file.name
-        found = cls(config, file, root, directory, arms, crossed, asked, shown, claims)
-        for name in arms:
-            found.arm(name, config.seed)  # every mistake in an arm before the first one is trained
-        return found
+        return cls(config, file, root, directory, arms, crossed, asked, shown, claims)
 
     def arm(self, name: str, seed: int) -> Arm:
         """One run. Raises UserError for a variant that the file does not have."""
