@@ -1,11 +1,13 @@
 """Studies: intervals, verdicts, and what is made of the scores of runs."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from cosup_jax.errors import UserError
-from cosup_jax.studies import results
+from cosup_jax.studies import page, results
 from cosup_jax.studies.verdict import estimate, verdict
 
 
@@ -109,3 +111,59 @@ def test_a_claim_that_cannot_be_read_is_refused(text):
     """Bug: a typing error makes a claim vanish from the study."""
     with pytest.raises(UserError, match=r"config\.study\.claims"):
         results.claims_of(text, ["C", "N"])
+
+
+def a_study():
+    """As study.json has it, two arms and two claims."""
+    rng = np.random.default_rng(0)
+    draw = lambda p: {f"q{i}": float(rng.random() < p) for i in range(50)}
+    one = lambda p, far: {
+        "world.in_domain": {"corpus/correct": draw(p), "corpus/recall@1": draw(p)},
+        "": {"distance": {"": far}},
+    }
+    runs = {"C": [one(0.9, 2.0), one(0.8, 3.0)], "N|C": [one(0.2, 1.0), one(0.1, 1.5)]}
+    text = "C > N|C: corpus/correct, -distance; N|C > C: corpus/correct"
+    claims = results.claims_of(text, runs)
+    run = {"steps": 200, "parameters": 4_818_816, "flops": 1.5e15, "examples": 11_008}
+    place = {"directory": "arms/0123", "command": "python -m x --config=a.py:C"}
+    return {
+        "name": "core",
+        "question": "Is <C> better?",
+        "state": "finished",
+        "date": "2030-01-01",
+        "hardware": "1 x cpu",
+        "versions": "jax 1",
+        "claims": results.claim_rows(runs, claims),
+        "measured": results.arm_rows(runs, ["corpus/correct", "corpus/recall@1", "distance"]),
+        "runs": [{"arm": "C", "seed": 0, **run, **place}],
+    }
+
+
+def test_the_page_and_the_markdown_say_what_the_study_found():
+    """Bug: a column is missing or shifted; `|` in an arm's name breaks the table; text is taken for
+    HTML; a number that is no share is drawn as one."""
+    study = a_study()
+    lines = page.markdown(study).splitlines()
+    assert "- **C > N|C: corpus/correct**: confirmed in world.in_domain" in lines
+    assert "- **N|C > C: corpus/correct**: not seen in world.in_domain" in lines
+    tables = [line for line in lines if line.startswith("|")]
+    bars = lambda line: line.replace("\\|", "").count("|")
+    for head, row in itertools.pairwise(tables):
+        assert bars(head) == bars(row) or not row.startswith("| ---")
+    (row,) = (r for r in study["measured"] if (r["arm"], r["metric"]) == ("C", "corpus/correct"))
+    told = f"| C | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
+    assert any(line.startswith(told) for line in lines)
+    assert any("`python -m x --config=a.py:C`" in line and "| 1.50 |" in line for line in lines)
+    html = page.page(study)
+    assert "Is &lt;C&gt; better?" in html and html.count("<svg") >= 2
+    assert "corpus/recall@1 <span" in html and "distance <span" not in html
+    assert page.closing(study).count("\n") == 4
+
+
+def test_log_odds_are_those_of_the_means():
+    """Bug: a log-odds ratio upside down, or one of a number that is no share."""
+    correct, smaller, other = a_study()["claims"]
+    by_hand = lambda share, n: np.log((share * n + 0.5) / (n - share * n + 0.5))
+    c, n = (r["mean"] for r in a_study()["measured"] if r["metric"] == "corpus/correct")
+    assert correct["log_odds"] == pytest.approx(by_hand(c, 100) - by_hand(n, 100))
+    assert other["log_odds"] == -correct["log_odds"] and smaller["log_odds"] is None

@@ -1,5 +1,6 @@
 """What a study measures of each finished run."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,15 @@ def of_set(
     return found
 
 
+def training(run: Run) -> Scores:
+    """`gradient_ratio`: how large NSP's share of Gen's gradient is beside NTP's, weights included,
+    at each step at which training probed it (`grad/nsp_over_ntp_gen`)."""
+    lines = map(json.loads, (run.workdir / "metrics.jsonl").read_text().splitlines())
+    name = "grad/nsp_over_ntp_gen"
+    found = {f"step_{line['step']}": line[name] for line in lines if line.get(name) is not None}
+    return {"": {"gradient_ratio": found} if found else {}}
+
+
 def facts(run: Run) -> dict[str, Any]:
     """How large the run was: {"steps", "parameters", "flops", "examples"}.
 
@@ -94,6 +104,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 MEASURES: dict[str, Callable[[Run], Scores]] = {
     "answers": answers,
+    "training": training,
     "geometry": geometry,
     "spaces": spaces,
     "evidence": evidence,

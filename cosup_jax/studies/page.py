@@ -20,17 +20,17 @@ RULE = (
     f"it lies within {POINT:g} of 0, or on the other side. Else *undecided*. *Detectable* is the "
     f"smallest true difference that would have shown with a chance of {POWER:.0%}."
 )
+WHOLE = "the whole run"  # what belongs to no set
 _NONE = "-"
 
 
 def markdown(study: Study) -> str:
     """The whole study, with the command of every run."""
     parts = [f"# {study['name']}", study["question"], _facts(study)]
-    for claim, told in _closing(study["claims"]):
-        parts.append(f"- **{claim}**: {told}")
+    parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study["claims"])))
     parts += ["## Claims", RULE, _table(claim_cells(study["claims"]))]
     for name, rows in _by(study["measured"], "set").items():
-        parts += [f"## {name or 'no set'}", _table(arm_cells(rows))]
+        parts += [f"## {name or WHOLE}", _table(arm_cells(rows))]
     parts += ["## Runs", _table(run_cells(study["runs"]))]
     return "\n\n".join(parts) + "\n"
 
@@ -41,7 +41,7 @@ def page(study: Study) -> str:
     sections.append(_html_table(claim_cells(study["claims"]), left=2))
     for name, rows in _by(study["measured"], "set").items():
         plots = "".join(_plot(name, metric, part) for metric, part in _by(rows, "metric").items())
-        sections.append(f"<h2>{html.escape(name or 'no set')}</h2>{_html_table(arm_cells(rows))}")
+        sections.append(f"<h2>{html.escape(name or WHOLE)}</h2>{_html_table(arm_cells(rows))}")
         sections.append(f'<div class="charts">{plots}</div>' if plots else "")
     sections.append(f"<h2>Runs</h2>{_html_table(run_cells(study['runs']), left=9)}")
     head = f"<p class='kicker'>{html.escape(study['name'])}</p><h1>{html.escape(study['question'])}"
@@ -60,12 +60,16 @@ def closing(study: Study) -> str:
 
 def claim_cells(rows: Rows) -> Cells:
     """A heading, and a row for each claim in each set."""
-    cells = [["claim", "set", "difference", "95 %", "by seed", "detectable", "items", "verdict"]]
+    heading = ["claim", "set", "difference", "95 %", "log-odds", "by seed", "detectable", "items"]
+    cells = [[*heading, "verdict"]]
     for row in rows:
         seeds = ", ".join(f"{value:+.3f}" for value in row["by_seed"])
         detectable = _NONE if row["detectable"] is None else f"{row['detectable']:.3f}"
-        numbers = [f"{row['mean']:+.3f}", _interval(row, "+"), seeds, detectable]
-        cells.append([row["claim"], row["set"], *numbers, f"{row['items']:,}", row["verdict"]])
+        odds = _NONE if row["log_odds"] is None else f"{row['log_odds']:+.2f}"
+        numbers = [f"{row['mean']:+.3f}", _interval(row, "+"), odds, seeds, detectable]
+        cells.append(
+            [row["claim"], row["set"] or WHOLE, *numbers, f"{row['items']:,}", row["verdict"]]
+        )
     return cells
 
 
@@ -97,7 +101,7 @@ def _closing(claims: Rows) -> list[tuple[str, str]]:
     for claim, rows in _by(claims, "claim").items():
         verdicts = _by(rows, "verdict")
         told = [
-            f"{verdict} in {', '.join(row['set'] for row in part)}"
+            f"{verdict} in {', '.join(row['set'] or WHOLE for row in part)}"
             for verdict, part in verdicts.items()
         ]
         found.append((claim, "; ".join(told)))
@@ -112,9 +116,9 @@ def _facts(study: Study) -> str:
 def _plot(name: str, metric: str, rows: Rows) -> str:
     """None of what is no share."""
     known = [row for row in rows if row["low"] is not None]
-    if not known or min(row["low"] for row in known) < -0.1 or max(r["high"] for r in known) > 1.1:
+    if not known or not all(0 <= row["mean"] <= 1 for row in known):
         return ""
-    scores = [Score(row["mean"], row["low"], row["high"]) for row in known]
+    scores = [Score(row["mean"], max(row["low"], 0.0), min(row["high"], 1.0)) for row in known]
     measured = [Measured("mean over seeds", 2, scores)]
     return by_row(metric, "share", [row["arm"] for row in known], measured, key=name)
 

@@ -86,8 +86,19 @@ def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
             difference_SxI = ours - theirs
             towards_SxI = -difference_SxI if claim.below else difference_SxI
             told = {"claim": str(claim), "set": name, "verdict": verdict(towards_SxI)}
+            told["log_odds"] = log_odds(ours) - log_odds(theirs) if _shares(ours, theirs) else None
             found.append(told | _numbers(difference_SxI))
     return found
+
+
+def log_odds(share_SxI: np.ndarray) -> float:
+    """Of a mean share, half an item added on either side: points near 0 and 1 weigh more."""
+    count, total = share_SxI.size, share_SxI.sum()
+    return float(np.log((total + 0.5) / (count - total + 0.5)))
+
+
+def _shares(*values: np.ndarray) -> bool:
+    return all(v.size > 1 and v.min() >= 0 and v.max() <= 1 for v in values)
 
 
 def _numbers(values_SxI: np.ndarray) -> dict[str, Any]:
