@@ -41,8 +41,10 @@ def page(study: Study) -> str:
     sections.append(_html_table(claim_cells(study["claims"]), left=2))
     for name, rows in _by(study["measured"], "set").items():
         plots = "".join(_plot(name, metric, part) for metric, part in _by(rows, "metric").items())
-        sections.append(f"<h2>{html.escape(name or WHOLE)}</h2>{_html_table(arm_cells(rows))}")
-        sections.append(f'<div class="charts">{plots}</div>' if plots else "")
+        content = _html_table(arm_cells(rows)) + (
+            f'<div class="charts">{plots}</div>' if plots else ""
+        )
+        sections.append(f"<section><h2>{html.escape(name or WHOLE)}</h2>{content}</section>")
     sections.append(f"<h2>Runs</h2>{_html_table(run_cells(study['runs']), left=9)}")
     head = f"<p class='kicker'>{html.escape(study['name'])}</p><h1>{html.escape(study['question'])}"
     closing = "".join(
