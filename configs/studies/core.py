@@ -19,7 +19,11 @@ def get_config(variant=""):
         variant,
         question="Does co-supervision beat each supervision alone, and why?",
         arms="N,S,S2,C,T",
-        crossed="C|S2,C|S,N|C,N|S2",
-        claims="C > N: none/correct, gold/correct; C > S2: corpus/recall@1; C > S: corpus/recall@1",
-        shown="corpus/correct,corpus/recall@1,corpus/citation_rec,gold/correct,none/correct",
+        crossed="C|S2,N|C,N|S2",
+        measures="answers,evidence",
+        claims="C > N: corpus/correct, bm25/correct, gold/correct, -answer_nats_with_evidence;"
+        "C > S2: corpus/retrieval_hit; T > S: corpus/retrieval_hit;"
+        "C|S2 > N|S2: corpus/correct; C > N|S2: corpus/correct, corpus/containment_grounding",
+        shown="corpus/correct,corpus/retrieval_hit,corpus/containment_grounding,bm25/correct,"
+        "bm25/retrieval_hit,gold/correct,wrong/correct,none/correct,answer_nats_with_evidence",
     )

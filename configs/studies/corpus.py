@@ -17,6 +17,6 @@ def get_config(variant=""):
         variant,
         question="How does retrieval fare in larger corpora?",
         arms="S,S2,C,T",
-        claims="C > S2: slope/recall@1; T > S: slope/recall@1",
-        shown="corpus_100/recall@1,corpus_300/recall@1,corpus_1000/recall@1,corpus/recall@1,slope/recall@1",
+        claims="C > S2: slope/retrieval_hit; T > S: slope/retrieval_hit",
+        shown="corpus_100/retrieval_hit,corpus_300/retrieval_hit,corpus_1000/retrieval_hit,corpus/retrieval_hit,slope/retrieval_hit",
     )

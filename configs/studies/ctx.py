@@ -25,7 +25,8 @@ def get_config(variant=""):
         ARMS,
         question="Which Ctx?",
         arms=f"C,{','.join(ARMS)}",
-        claims="C > C_random_ctx: corpus/recall@1; C > C_frozen_ctx: corpus/recall@1;"
-        "C > C_rotated_ctx: corpus/recall@1; C_rotated_ctx > C_random_ctx: corpus/recall@1",
-        shown="corpus/correct,corpus/recall@1,corpus/recall@5,gold/correct,none/correct",
+        claims="C > C_random_ctx: corpus/retrieval_hit; C > C_frozen_ctx: corpus/retrieval_hit;"
+        "C > C_rotated_ctx: corpus/retrieval_hit;"
+        "C_rotated_ctx > C_random_ctx: corpus/retrieval_hit",
+        shown="corpus/correct,corpus/retrieval_hit,corpus/recall@5,gold/correct,none/correct",
     )

@@ -17,7 +17,7 @@ def get_config(variant=""):
         variant,
         question="Does what is gained in the domain hold out of it?",
         arms="N,S,S2,C,T",
-        claims="C > N: corpus/correct, bm25/correct; C > S2: corpus/recall@1;"
-        "T > S: corpus/recall@1",
-        shown="corpus/correct,corpus/recall@1,bm25/recall@1,bm25/correct,gold/correct",
+        claims="C > N: corpus/correct, bm25/correct; C > S2: corpus/retrieval_hit;"
+        "T > S: corpus/retrieval_hit",
+        shown="corpus/correct,corpus/retrieval_hit,bm25/retrieval_hit,bm25/correct,gold/correct",
     )

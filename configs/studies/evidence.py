@@ -24,8 +24,8 @@ def get_config(variant=""):
         question="Should the annotated evidence be a target of NTP, or be masked?",
         arms="C,C_target,N,N_target",
         measures="answers,evidence",
-        claims="C > C_target: swapped/swap_wins, gold/correct, corpus/recall@1;"
+        claims="C > C_target: swapped/swap_wins, gold/correct, corpus/retrieval_hit;"
         "C_target > C: none/correct, -answer_nats_without_evidence",
-        shown="corpus/correct,corpus/recall@1,gold/correct,none/correct,swapped/swap_wins,"
+        shown="corpus/correct,corpus/retrieval_hit,gold/correct,none/correct,swapped/swap_wins,"
         "original/swap_wins,answer_nats_with_evidence,answer_nats_without_evidence",
     )

@@ -36,7 +36,7 @@ def get_config(variant=""):
         ARMS,
         question="Which negatives?",
         arms=f"C,{','.join(ARMS)}",
-        claims="C > C_half: corpus/recall@1; C_double > C: corpus/recall@1;"
-        "C_passage_bank > C: corpus/recall@1; C_dual_bank > C: corpus/recall@1",
-        shown="corpus/correct,corpus/recall@1,corpus/recall@5,gold/correct,none/correct",
+        claims="C > C_half: corpus/retrieval_hit; C_double > C: corpus/retrieval_hit;"
+        "C_passage_bank > C: corpus/retrieval_hit; C_dual_bank > C: corpus/retrieval_hit",
+        shown="corpus/correct,corpus/retrieval_hit,corpus/recall@5,gold/correct,none/correct",
     )

@@ -22,8 +22,8 @@ def get_config(variant=""):
         question="How much NSP, and is the sequence space stable without NTP?",
         arms=f"N,C,S2,N_pre,C_pre,S2_pre,{','.join(ARMS)}",
         measures="answers,training,geometry",
-        claims="C > C_0.1: corpus/recall@1, none/correct; C > C_10: none/correct;"
+        claims="C > C_0.1: corpus/retrieval_hit, none/correct; C > C_10: none/correct;"
         "C > S2: drift/to_last/step_100; C_pre > S2_pre: drift/to_last/step_100",
-        shown="corpus/recall@1,corpus/correct,none/correct,passages/uniformity,"
+        shown="corpus/retrieval_hit,corpus/correct,none/correct,passages/uniformity,"
         "passages/anisotropy,passages/effective_rank,alignment,gradient_ratio",
     )

@@ -22,13 +22,13 @@ from cosup_jax.studies.spaces import spaces
 
 
 def answers(run: Run, folder: str = "evaluation") -> Scores:
-    """All that --mode=evaluate scores, as `ARM/SCORE`: `corpus/recall@1`, `gold/correct`, ...
+    """All that --mode=evaluate scores, as `ARM/SCORE`: `corpus/retrieval_hit`, `gold/correct`, ...
 
     Beside these, of each question: gold_over_wrong/correct and gold_over_none/correct, what its own
     passage is worth; corpus_seen/SCORE and corpus_unseen/SCORE, where training reads its evidence
     and where not. Of each set: corpus_hit/correct and corpus_miss/correct, means where retrieval
-    succeeded and where it failed, over other questions in each run; slope/recall@1, of the line
-    through recall@1 over log10 of the passages searched.
+    succeeded and where it failed, over other questions in each run; slope/retrieval_hit, of the
+    line through it over log10 of the passages searched.
 
     Written to WORKDIR/evaluation, or another folder of the run's.
     """
@@ -68,9 +68,9 @@ def of_set(
             found[f"corpus_{name}/correct"] = {"": float(np.mean(values))}
     searched = {a: n for a, n in passages.items() if n and a.startswith("corpus")}
     if len(set(searched.values())) > 1:
-        recalls = [np.mean([*found[f"{arm}/recall@1"].values()]) for arm in searched]
+        recalls = [np.mean([*found[f"{arm}/retrieval_hit"].values()]) for arm in searched]
         slope = np.polyfit(np.log10([*searched.values()]), recalls, 1)[0]
-        found["slope/recall@1"] = {"": float(slope)}
+        found["slope/retrieval_hit"] = {"": float(slope)}
     return found
 
 
