@@ -261,6 +261,14 @@ def test_passages_are_packed_once_each(built):
     assert not list(pipeline.pack_passages([], shape))
 
 
+def test_rows_of_a_corpus_are_full():
+    """A row closed by the first passage that does not fit it: then a seventh of it is padding."""
+    lengths = np.random.default_rng(0).integers(10, 200, 2000)
+    shape = BatchShape(B=1, T=1, R=1, S=1, U=2, L=640, P=32)
+    packed = list(pipeline.pack_passages([np.ones(n, np.int32) for n in lengths], shape))
+    assert lengths.sum() / (len(packed) * shape.U * shape.L) > 0.97
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_examples_are_packed_once_each(built, packing):
     """A held-out question scored twice, or against another question's passage."""

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -15,11 +15,12 @@ from cosup_jax.config import Config
 from cosup_jax.data.batch import Batch, BatchShape, empty_batch
 from cosup_jax.data.blocks import Block, PlanSettings, build_in_order
 from cosup_jax.data.markup import EVIDENCE, TARGET
-from cosup_jax.data.packing import CtxRows
+from cosup_jax.data.packing import Queue
 from cosup_jax.data.plan import Plan, lengths_of
 from cosup_jax.data.tokens import TokenStore
 
 READ_THREADS = 4
+_WINDOW = 1024  # passages of a corpus that a row chooses from
 
 
 class PackedPassages(NamedTuple):
@@ -148,18 +149,24 @@ def global_array(
 
 
 def pack_passages(passages: Sequence[np.ndarray], shape: BatchShape) -> Iterator[PackedPassages]:
-    """All passages (int32 [n] each, n <= L; for example `store.ctx`) once, in U rows at a time."""
+    """All passages (int32 [n] each, n <= L; for example `store.ctx`) once, in U rows at a time.
+
+    A row takes the next passage, and then whichever of the next ones fills it best.
+    """
     tokens = [len(passage) for passage in passages]
-    rows, packed = CtxRows(shape, tokens), 0
-    while packed < len(tokens):
-        if rows.add([packed]):
-            packed += 1
-            if packed < len(tokens):
-                continue
-        elif not rows.row_of:
-            raise ValueError(f"passage {packed}: {tokens[packed]} tokens do not fit L={shape.L}")
-        yield _packed_passages(passages, rows, shape)
-        rows = CtxRows(shape, tokens)
+    longest = max(tokens, default=0)
+    if longest > shape.L:
+        where = tokens.index(longest)
+        raise ValueError(f"passage {where}: {longest} tokens do not fit L={shape.L}")
+    queue = Queue(tokens, [1] * len(tokens), _WINDOW)
+    while len(queue):
+        row_of = {}
+        for row in range(shape.U):
+            room, slots = shape.L, shape.P
+            while (passage := queue.take(room, slots)) >= 0:
+                row_of[passage] = row
+                room, slots = room - tokens[passage], slots - 1
+        yield _packed_passages(passages, row_of, shape)
 
 
 def pack_examples(
@@ -308,11 +315,11 @@ def _fill_ctx(
 
 
 def _packed_passages(
-    passages: Sequence[np.ndarray], rows: CtxRows, shape: BatchShape
+    passages: Sequence[np.ndarray], row_of: Mapping[int, int], shape: BatchShape
 ) -> PackedPassages:
     batch = empty_batch(shape, 0, shape.U)
-    indices = np.fromiter(rows.row_of.keys(), np.int64)
-    row = np.fromiter(rows.row_of.values(), np.int64)
+    indices = np.fromiter(row_of.keys(), np.int64)
+    row = np.fromiter(row_of.values(), np.int64)
     packed = PackedPassages(*_ctx_arrays(batch), np.zeros((shape.U, shape.P), np.int64))
     slots = _fill_ctx(_ctx_arrays(batch), passages, indices, row)
     packed.index_UxP[row, slots] = indices
