@@ -48,8 +48,8 @@ def benchmark(
     Raises:
       UserError: whatever is wrong with config or data.
     """
-    wanted = curves_lib.check(curves)
     mesh = assemble.mesh_for(config)
+    wanted = curves_lib.check(curves, config)
     with Workdir(workdir) as directory:
         data = assemble.read_sources(config, directory.path / "data")
         for line in assemble.refuse_bad_rows(data, config):

@@ -121,7 +121,8 @@ def test_a_slope_is_that_of_the_logarithms(monkeypatch):
     """Bug: a slope of seconds by size, which no two machines share; a size that is not grown."""
     seen, devices_there = [], jax.device_count()
 
-    def cost(config, devices):
+    def cost(point, _):
+        _, config, devices = point
         seen.append((config.batch_size, config.data.ctx_rows, config.bank.kind, len(devices)))
         return 3.0 * (config.batch_size / 8) ** 0.5 * (len(devices) / devices_there)
 
@@ -138,17 +139,47 @@ def test_a_slope_is_that_of_the_logarithms(monkeypatch):
 def test_one_device_has_no_slope(monkeypatch):
     """Bug: a fit through one point."""
     monkeypatch.setattr(curves, "_seconds", lambda *_: 1.0)
-    monkeypatch.setattr(curves.jax, "device_count", lambda: 1)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(curves.jax, "devices", lambda: one)
     (found,) = curves.curves(["devices"], Config())
     assert math.isnan(found.value) and "nothing to compare" in found.more
 
 
 def test_curves_are_checked_before_anything_is_measured():
-    """Bug: minutes of measuring before a typo is told."""
-    assert curves.check(" batch,bank ") == ["batch", "bank"] and curves.check("") == []
-    assert curves.check("all") == list(curves.CURVES)
+    """Bug: minutes of measuring before a typo is told, or a size that cannot be measured."""
+    config = replace_dotted(replace_dotted(Config(), "batch_size", 64), "data.ctx_rows", 64)
+    assert curves.check(" batch,bank ", config) == ["batch", "bank"]
+    assert curves.check("", config) == [] and curves.check("all", config) == list(curves.CURVES)
     with pytest.raises(UserError, match="--curves=bach is none of batch"):
-        curves.check("bach")
+        curves.check("bach", config)
+    halves = replace_dotted(replace_dotted(config, "mesh.data", 4), "mesh.fsdp", 2)
+    assert curves.check("sequence", halves)
+    with pytest.raises(UserError, match=r"devices at 1: config.mesh data=4 .* not make 1 devices"):
+        curves.check("devices", halves)
+    with pytest.raises(UserError, match=r"batch at 4: config.batch_size=4 is no multiple of 8"):
+        curves.check("batch", replace_dotted(config, "batch_size", 8))
+    large = replace_dotted(replace_dotted(config, "bank.kind", "passage"), "bank.size", 64)
+    with pytest.raises(UserError, match=r"batch at 32: config.bank.size=64 is smaller than one"):
+        curves.check("batch", large)
+
+
+def test_what_is_added_is_told_beside_the_plain_step(monkeypatch):
+    """Bug: a bank's cost beside a step that has a bank or micro-batches itself; seconds that other
+    programs on the machine make longer."""
+    seen = []
+
+    def cost(point, which):
+        seen.append(point.config)
+        return (2.0, 2.1, 2.2, 3.0, 2.5, 2.6)[point.size] if which == "step_s" else 9.0
+
+    monkeypatch.setattr(curves, "_seconds", cost)
+    given = replace_dotted(replace_dotted(Config(), "bank.kind", "dual"), "micro_batches", 2)
+    found = list(curves.curves(["added"], given))
+    assert [round(figure.value, 6) for figure in found] == [5.0, 10.0, 50.0, 25.0, 30.0]
+    kinds = ["off", "passage", "dual", "dual", "off", "off"]
+    assert [config.bank.kind for config in seen] == kinds
+    assert [config.micro_batches for config in seen] == [1, 1, 1, 1, 2, 4]
+    assert found[0].more == "2.1 s for 2"
 
 
 def test_figures_line_up():
