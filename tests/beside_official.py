@@ -17,7 +17,6 @@ import importlib.util
 import io
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -156,7 +155,8 @@ class Clock:
     def rates(self, what: str, count: int) -> dict[str, float]:
         """Of `count` of something done since then; and the most memory that was held."""
         cores_s, clock_s = time.process_time() - self._cores_s, time.perf_counter() - self._start_s
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak too
+        peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
         rates = {f"{what}_per_s": count / clock_s, f"{what}_per_core_s": count / cores_s}
         return rates | {"peak_mib": peak, "load": os.getloadavg()[0]}
 
@@ -175,7 +175,7 @@ def timed(side: str, directory: Path, repository: str) -> dict:
 def arguments(what: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("repository")
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--side", help="runs that side alone, on data that is prepared")
     return parser
@@ -186,10 +186,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2000)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(timed(args.side, args.data, args.repository)))
+        print(json.dumps(timed(args.side, args.data[0], args.repository)))
         return
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), args.data, args.examples)
+        prepare(Path(name), args.data[0], args.examples)
         compare(in_turn(args, Path(name)), ("examples_per_s", "examples_per_core_s", "peak_mib"))
 
 
