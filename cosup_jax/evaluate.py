@@ -163,7 +163,8 @@ class Evaluation:
                 shown = {"desc": f"{part.name} {arm.name}", "unit": " questions", "leave": False}
                 bar = tqdm(total=len(facts), initial=len(facts) - len(todo), disable=None, **shown)
                 with bar:
-                    asks = (params, part, todo, arm, *self._searched(part, arm), bm25)
+                    vectors, queries = self._searched(part, arm)
+                    asks = (params, part, todo, arm, vectors, bm25, queries)
                     for record in self._answering.answers(*asks):
                         answers.add(record | {"code": self._code})
                         bar.update()

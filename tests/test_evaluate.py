@@ -300,7 +300,7 @@ def test_an_arm_searches_its_own_passages():
 
     def found(name, rows=None, k=1):
         arm, bm25 = Arm(name, "", 6, rows), BM25([passage.text for passage in passages])
-        ranked = answering.Answering._retriever(given, part, [0], arm, vector_NxD, None, bm25)
+        ranked = answering.Answering._retriever(given, part, [0], arm, vector_NxD, bm25)
         shown = ranked(query_QxD, [0], [0], k)
         first = [ranked.passages[one.row].id for one in shown[0]]
         return first, [ranked.passages[row].id for row in ranked.ranking(0)]
@@ -310,7 +310,7 @@ def test_an_arm_searches_its_own_passages():
     assert found("candidates") == (["p1"], ["p1", "p3", "p5"])
     assert found("gold") == (["p2"], ["p2"]) and found("bm25")[0] == ["p4"]
     assert found("bm25", k=2)[0] == ["p4", "p0"] and found("wrong")[0] != ["p2"]
-    none = answering.Answering._retriever(given, part, [0], Arm("none", "", None), None, None, None)
+    none = answering.Answering._retriever(given, part, [0], Arm("none", "", None), None, None)
     assert none is None
 
 

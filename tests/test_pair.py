@@ -133,34 +133,34 @@ def without_scores(records):
     ]
 
 
+def answers(home, name="", output=""):
+    """By the Gen of `run` and the retriever that a name stands for."""
+    given = config_of(home, generate__retriever=name and str(home / name))
+    output = home / f"{output or name or 'own'}.jsonl"
+    generate.generate(given, str(home / "run"), str(home / "asked.jsonl"), str(output))
+    return read(output)
+
+
 @pytest.mark.slow
 def test_answers_by_another_run(home):
     """Bugs: a run that retrieves for itself finds other passages than without the detour; the other
     Gen's queries beside the own vectors; a file or a lock left in the other workdir; an answer
     taken for the other's, or made again for nothing."""
-    asked = str(home / "asked.jsonl")
-
-    def answers(name="", output=""):
-        given = config_of(home, generate__retriever=name and str(home / name))
-        output = str(home / f"{output or name or 'own'}.jsonl")
-        generate.generate(given, str(home / "run"), asked, output)
-        return read(home / output)
-
-    own, again = answers(), answers("run")
+    own, again = answers(home), answers(home, "run")
     with Workdir(home / "other"):  # as while it is trained
         before = state(home / "other")
-        others = answers("other")
+        others = answers(home, "other")
         assert state(home / "other") == before
     assert without_scores(again) == without_scores(own)
     scores = lambda records: [f["score"] for r in records for f in r["retrieved"]]
     np.testing.assert_allclose(scores(again), scores(own), rtol=1e-4)
     with pytest.raises(main.UserError, match="holds something else"):
-        answers("other", "own")
+        answers(home, "other", "own")
     trained = assemble.trained(config_of(home, data__max_ctx_tokens=12), home / "other")
     library = Library.of(trained, home / "other")
     plain = Plain(trained.towers.gen, trained.params, trained.config, library.vectors)
     t, found = trained.tokenizers.gen, []
-    for question in generate.read_questions(asked, trained.config.generate):
+    for question in generate.read_questions(str(home / "asked.jsonl"), trained.config.generate):
         text = [*markup.prompt(question, t), t.ret]
         (best,) = plain(np.zeros((1, 1)), [0], [0], 1, [text])
         found.append(library.passages[best[0].row].id)
@@ -199,7 +199,7 @@ def test_an_evaluation_by_another_run(home, monkeypatch):
     assert labels == [*searches, "gold passage"]
     assert not any(arm["minus_trained"] for arm in arms)
     first = {r["question"]: r["ranking"][0] for r in others["corpus"] if len(r["ranking"])}
-    theirs = {r["question"]: r["retrieved"][0]["id"] for r in read(home / "other.jsonl")}
+    theirs = {r["question"]: r["retrieved"][0]["id"] for r in answers(home, "other")}
     assert {question: first[question] for question in theirs} == theirs
 
 

@@ -52,21 +52,21 @@ class Answering:
         questions: Sequence[int],
         arm: Arm,
         vectors: np.ndarray | index.Corpus,
-        queries: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None,
         bm25: BM25 | None = None,
+        queries: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None,
     ) -> Iterator[Record]:
         """A record for each question, in their order, as soon as it is there.
 
-        `vectors` are those of the set's corpus, in memory or on disk. Where another pair retrieves
-        they are its own, and `queries` makes its [Q, D] of texts that end in [Ret], as token ids.
-        `bm25` has indexed the corpus, for the arm of that name.
+        `vectors` are those of the set's corpus, in memory or on disk; `bm25` has indexed it, for
+        the arm of that name. Where another pair retrieves, the vectors are its own, and `queries`
+        makes its [Q, D] of texts that end in [Ret], as token ids.
 
         Beside the fields of `cited.record`: `answer`, the short one that KILT's scores compare,
         and `ranking`, ids of passages in the order in which they were found.
         """
         if not questions:
             return
-        ranked = self._retriever(held_out, questions, arm, vectors, queries, bm25)
+        ranked = self._retriever(held_out, questions, arm, vectors, bm25, queries)
         examples = [held_out.examples[question] for question in questions]
         prompts = [markup.prompt(example, self._tokenizer) for example in examples]
         passages = ranked.passages if ranked else held_out.corpus.passages
@@ -85,8 +85,8 @@ class Answering:
         questions: Sequence[int],
         arm: Arm,
         vectors: Any,
-        queries: Callable | None,
         bm25: BM25 | None,
+        queries: Callable | None = None,
     ) -> "_Ranked | None":
         """Of an arm, for some questions, numbered as they stand here."""
         passages = held_out.corpus.passages

@@ -40,9 +40,9 @@ class Reader:
 
     def __init__(self, mesh: Mesh, towers: Towers, config: Config, most: int = 0):
         """`most` texts are asked for at once, as a rule; 0: generate.batch_size."""
-        parts, together = sharding.row_parts(mesh), (most or config.generate.batch_size) / TOGETHER
-        self._rows, self._mesh = -int(-together // parts) * parts, mesh
-        slots = config.generate.context_tokens
+        parts, slots = sharding.row_parts(mesh), config.generate.context_tokens
+        together = -(-(most or config.generate.batch_size) // TOGETHER)
+        self._rows, self._mesh = -(-together // parts) * parts, mesh
         self._lengths = sorted({-(-slots // part) for part in (4, 2, 1)})
         self.compiled: list[str] = []  # shapes, as they are traced
 
@@ -118,8 +118,14 @@ class Pair:
         return cls(other, trained, workdir, most)
 
     def queries(self, texts: Sequence[np.ndarray]) -> np.ndarray:
-        """[Q, D] of texts up to and including [Ret], as Gen's token ids."""
-        return self._reader(self._other.params, texts)
+        """[Q, D] of texts up to and including [Ret], as Gen's token ids.
+
+        Raises UserError for a model whose vectors are no numbers.
+        """
+        query_QxD = self._reader(self._other.params, texts)
+        if not np.isfinite(query_QxD).all():
+            raise UserError("the retriever's vectors at [Ret] are no numbers: it has diverged")
+        return query_QxD
 
     def vectors(self, dataset: Dataset, corpus: Corpus) -> np.ndarray | index.Corpus:
         """Of a corpus of this run, row by row; encoded where they are not yet."""
