@@ -95,12 +95,12 @@ def main(argv: Sequence[str]) -> int:
         _tell_the_others(mistake, mistake.code, functools.partial(_print_error, mistake))
         return mistake.code
     except KeyboardInterrupt as error:
-        number = getattr(error, "number", 0)  # of a signal, which was answered when it came
-        line = "" if number else _stopped(flags) + "\n"
+        number = getattr(error, "number", signal.SIGINT)
+        line = "" if getattr(error, "said", False) else _stopped(flags) + "\n"
         say = functools.partial(print, line, end="", file=sys.stderr, flush=True)
         _tell_the_others(error, LostProcess.code, say)
         trains = flags.get("--mode", "train") == "train"
-        return stopped_code(0 if trains else 128 + (number or signal.SIGINT))
+        return stopped_code(0 if trains else 128 + number)
 
 
 def _stopped(flags: Mapping[str, str]) -> str:

@@ -92,6 +92,21 @@ def test_a_mode_without_a_loop_stops_though_its_exception_is_lost(capfd):
     assert capfd.readouterr().err == "all is kept\n"
 
 
+def test_work_that_trains_twice_is_told_to_stop_between(capfd):
+    """Bugs: behind the first training the notices of that training answer, which nobody reads, or
+    none does; a notice before its loop that ends as if it were Ctrl-C."""
+    with pytest.raises(Stopped) as stopped, Notices("all is kept"):
+        with Notices() as told:
+            told.enter_loop(str)
+        with contextlib.suppress(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+    assert (stopped.value.number, stopped.value.said) == (signal.SIGTERM, True)
+    assert capfd.readouterr().err == "all is kept\n"
+    with pytest.raises(Stopped) as stopped, Notices("all is kept"), Notices():
+        signal.raise_signal(signal.SIGTERM)
+    assert (stopped.value.number, stopped.value.said) == (signal.SIGTERM, False)
+
+
 @pytest.mark.parametrize("environ", [{}, {"COSUP_STOPPED_CODE": "75"}])
 def test_a_mode_without_a_loop_does_not_wait_for_c(environ):
     """Bugs: an encode that ends without a line, or minutes later, as a program is compiled; a

@@ -36,11 +36,11 @@ def safepoint() -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """Work without a loop was told to stop."""
+    """Work was told to stop, by signal `number`; `said`: and what it keeps has been said."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, said: bool):
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.said = number, said
 
 
 class Notices:
@@ -52,6 +52,8 @@ class Notices:
 
     Python's handlers wait for the call into C that runs, as for a step. What must not wait is done
     by a thread, which the signal itself wakes.
+
+    Work without a loop may do work with one, whose notices it has as long as that lasts.
     """
 
     def __init__(self, kept: str = ""):
@@ -67,6 +69,7 @@ class Notices:
         self._polite = [signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             self._polite.append(signal.SIGHUP)
+        self._outer = {number: signal.getsignal(number) for number in self._polite}
         self._handle(self._polite, self._ask)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -79,12 +82,16 @@ class Notices:
         self._abandon = None
         signal.signal(signal.SIGINT, self._on_int)
         signal.set_wakeup_fd(self._wakeup_before)
+        if not self._asked:
+            for number, handler in self._outer.items():
+                if isinstance(getattr(handler, "__self__", None), Notices):
+                    signal.signal(number, handler)
         os.write(self._ends[1], b"\0")
         self._thread.join()
         for end in self._ends:
             os.close(end)
         if self._kept and self._asked and error is None:
-            raise Stopped(self._asked)
+            raise Stopped(self._asked, said=True)
 
     def enter_loop(self, abandon: Callable[[], str]) -> None:
         """From here on nothing is raised; `abandon` says in a line what is left without saving."""
@@ -124,7 +131,7 @@ class Notices:
         self._asked = number
         if self._abandon is None:
             self._handle(self._polite, signal.SIG_IGN)  # Python's exit would restore the default
-            raise Stopped(number) if self._kept else KeyboardInterrupt
+            raise Stopped(number, said=bool(self._kept))
         processes.announce_preemption()
 
     def _listen(self) -> None:
