@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from cosup_jax import sharding
+from cosup_jax import step as step_lib
+from cosup_jax.config import MeshConfig
+from cosup_jax.data.batch import BatchShape, empty_batch
 from cosup_jax.runtime import compiling
 
 
@@ -68,6 +73,26 @@ def test_freed_memory_goes_back(monkeypatch):
         assert _resident_mib() < held - 100 and last
     monkeypatch.setattr(compiling.ctypes, "CDLL", lambda _: object())
     compiling.release_memory()
+
+
+def test_rows_of_several_lengths_have_a_program_each(monkeypatch):
+    """Bug: the program of other Ctx rows is taken where Gen rows are as long: without packing a run
+    ends at its second batch; or each step compiles anew."""
+    seen = []
+
+    def train_step(state, batch):
+        seen.append((batch.gen_tokens_BxT.shape[1], batch.ctx_tokens_UxL.shape[1]))
+        return state + 1, {"tokens": jnp.size(batch.gen_tokens_BxT)}
+
+    monkeypatch.setattr(step_lib, "train_step", train_step)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    step, state = step_lib.compile_step(mesh, sharding.replicated(mesh)), jnp.int32(0)
+    for T, L in ((4, 8), (8, 8), (4, 4), (4, 8), (8, 8)):
+        shape = BatchShape(B=2, T=T, R=1, S=1, U=2, L=L, P=1)
+        batch = jax.device_put(empty_batch(shape, 2, 2), sharding.rows(mesh))
+        state, metrics = step(state, batch)
+        assert metrics["tokens"] == 2 * T
+    assert state == 5 and seen == [(4, 8), (8, 8), (4, 4)]
 
 
 @pytest.mark.slow
