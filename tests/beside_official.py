@@ -177,6 +177,7 @@ def arguments(what: str) -> argparse.ArgumentParser:
     parser.add_argument("repository")
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--threads", default="1,2", help="of theirs, which runs with each")
     parser.add_argument("--side", help="runs that side alone, on data that is prepared")
     return parser
 
@@ -194,8 +195,8 @@ def main() -> None:
 
 
 def in_turn(args: argparse.Namespace, directory: Path, *flags: str) -> dict[str, list[dict]]:
-    """What the sides print, ours and theirs with one thread and two, `args.turns` times each."""
-    found = {"ours": [], "1": [], "2": []}
+    """What the sides print, ours and theirs by its number of threads, `args.turns` times each."""
+    found = {"ours": [], **{threads: [] for threads in args.threads.split(",")}}
     for _, side in ((turn, side) for turn in range(args.turns) for side in found):
         command = [sys.executable, sys.argv[0], args.repository, str(directory), *flags]
         command.append(f"--side={side}")
@@ -208,7 +209,7 @@ def in_turn(args: argparse.Namespace, directory: Path, *flags: str) -> dict[str,
 def compare(found: dict[str, list[dict]], keys: tuple[str, ...]) -> None:
     """Prints medians; theirs is that of its faster number of threads, by the first key."""
     median = lambda side, key: statistics.median(run[key] for run in found[side])
-    best = max(("1", "2"), key=lambda side: median(side, keys[0]))
+    best = max(found.keys() - {"ours"}, key=lambda side: median(side, keys[0]))
     for key in keys:
         one, other = median("ours", key), median(best, key)
         print(
