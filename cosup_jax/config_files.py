@@ -37,10 +37,6 @@ class File(NamedTuple):
         """The config of a variant. Raises UserError."""
         return frozen(self.of(name), self.overrides)
 
-    def flags(self) -> list[str]:
-        """The overrides as the command line has them."""
-        return [f"--config.{key}={text}" for key, text in self.overrides.items()]
-
 
 def frozen(path_and_variant: str, overrides: Mapping[str, str]) -> Config:
     """Loads, overrides and checks. Raises UserError."""

@@ -1,7 +1,8 @@
 """--mode=study: trains the arms of an experiment under several seeds, measures and compares them.
 
 WORKDIR/arms/KEY/   a run as --mode=train makes it, and in measured/ what was found of it; the key
-                    stands for all that it depends on, so that studies share their runs
+                    stands for all of the config that it depends on, so that studies share their
+                    runs: what is in the files of its data, and the code, are not in it
 WORKDIR/NAME/       study.json, study.md and index.html, written anew after every run
 
 What is finished is not done again, and a run that was stopped goes on.
@@ -13,8 +14,10 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import os
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +25,11 @@ import jax
 
 from cosup_jax import export, train
 from cosup_jax.config import Config, StudyConfig, to_dict
-from cosup_jax.config_files import File
+from cosup_jax.config_files import File, load
 from cosup_jax.dotted import leaves, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.runtime import processes
+from cosup_jax.runtime.bucket import is_url
 from cosup_jax.runtime.workdir import Workdir, write_atomic, writing
 from cosup_jax.studies import measures, page, results
 from cosup_jax.studies.arms import START
@@ -35,6 +39,7 @@ from cosup_jax.studies.run import Run, opened
 
 # Groups of the config that a trained model does not depend on.
 _ASIDE = ("checkpoint", "eval", "export", "generate", "index", "log", "study")
+_MEASURED_BY = ("eval", "generate", "index")  # of these: what the measures depend on
 
 
 class Arm(NamedTuple):
@@ -56,11 +61,14 @@ def study(config: Config, workdir: str, file: File) -> str | None:
       file: where the config is from: its variants are the arms.
 
     Raises:
-      UserError: an arm, a metric's form or a measure that is none; whatever the runs raise.
+      UserError: an arm, a claim's form or a measure that is none, an override that undoes an arm,
+        runs of unlike data; whatever the runs raise.
     """
     if jax.process_count() > 1:
         raise UserError("--mode=study runs in one process; start it on one host")
-    asked = _Asked.of(config, Path(workdir).absolute(), file)
+    if is_url(workdir):
+        raise UserError(f"--mode=study needs a local directory, --workdir={workdir} is none")
+    asked = _Asked.of(config, Path(workdir).expanduser().absolute(), file)
     with Workdir(asked.directory) as directory:
         found = _Found(asked)
         for seed in range(config.seed, config.seed + config.study.seeds):
@@ -101,8 +109,7 @@ class _Asked(NamedTuple):
                 f"{file.path_and_variant} names no arms in config.study.arms; the studies are in "
                 "configs/studies"
             )
-        for name in arms:
-            file.variant(name)
+        _check_arms(file, arms)
         crossed = [tuple(pair.split("|")) for pair in _names(told.crossed)]
         for pair in crossed:
             if len(pair) != 2 or not set(pair) <= set(arms):
@@ -146,19 +153,22 @@ class _Found:
         crossed = map("|".join, asked.crossed)
         self._scores: dict[str, list[Scores]] = {name: [] for name in (*asked.arms, *crossed)}
         self._runs: list[dict[str, Any]] = []
+        self._data: dict[str, tuple[str, Arm]] = {}  # by sources: versions, and whose first
+        self._codes: set[str] = set()  # that measured
 
     def add(self, arm: Arm) -> None:
         """Measures a run, or reads what was measured."""
         scores: dict[str, dict] = {}
+        data = self._data_of(arm)
         with _Opened(arm) as run:
-            facts = _kept(arm, "facts", lambda: measures.facts(run()))
+            facts = self._kept(arm, "facts", lambda: measures.facts(run()))
             for name in self._asked.measures:
-                part = _kept(arm, name, functools.partial(_measured, name, run))
+                part = self._kept(arm, name, functools.partial(_measured, name, run))
                 for held_out, metrics in part.items():
                     scores.setdefault(held_out, {}).update(metrics)
         self._scores[arm.name].append(scores)
         place = {"arm": arm.name, "seed": arm.seed, "directory": f"arms/{arm.directory.name}"}
-        self._runs.append(place | facts | {"command": _command(arm, self._asked)})
+        self._runs.append(place | facts | {"data": data, "command": _command(arm, self._asked)})
 
     def add_crossed(self, writer: Arm, retriever: Arm) -> None:
         """The answers of one run's Gen by the retrieval of another run's pair."""
@@ -166,33 +176,59 @@ class _Found:
         arm = writer._replace(config=replace_dotted(by, "eval.arms", "corpus"))
         name = f"answers-by-{retriever.directory.name}"
         with _Opened(arm) as run:
-            scores = _kept(arm, name, lambda: measures.answers(run(), name))
+            scores = self._kept(arm, name, lambda: measures.answers(run(), name))
         self._scores[f"{writer.name}|{retriever.name}"].append(scores)
+
+    def _kept(self, arm: Arm, name: str, measure: Callable[[], Any]) -> Any:
+        kept = _kept(arm, name, measure)
+        self._codes.add(kept["code"])
+        return kept["found"]
+
+    def _data_of(self, arm: Arm) -> str:
+        """Versions of what a run was trained on; "" if it no longer says so.
+
+        Raises UserError if another run of the same sources was trained on other versions.
+        """
+        path = arm.directory / "evaluation/training.json"
+        data = json.loads(path.read_text())["facts"]["data"] if path.is_file() else ""
+        first, other = self._data.setdefault(arm.config.data.train, (data, arm))
+        if first != data and first and data:
+            raise UserError(
+                f"{arm} was trained on {data}, and {other} on {first}: the files of "
+                f"config.data.train have changed in between; delete {arm.directory} or "
+                f"{other.directory}, whichever is older, and what else is as old"
+            )
+        return data
 
     def summary(self) -> dict[str, Any]:
         """study.json."""
         asked = self._asked
         done = {name: scores for name, scores in self._scores.items() if scores}
         known = [claim for claim in asked.claims if {claim.better, claim.other} <= set(done)]
-        wanted = asked.config.study.seeds * len(asked.arms)
+        seeds = asked.config.study.seeds
+        finished = all(len(scores) == seeds for scores in self._scores.values())
         device = jax.devices()[0]
         versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
         return {
             "name": asked.file.name,
             "question": asked.config.study.question,
-            "state": "finished" if len(self._runs) == wanted else f"of {wanted} runs",
+            "state": "finished" if finished else f"of {seeds * len(asked.arms)} runs",
             "date": datetime.date.today().isoformat(),
             "hardware": f"{jax.device_count()} x {device.device_kind}",
             "versions": ", ".join(versions),
-            "code": processes.code_digest(),
+            "command": _line(
+                *asked.file, "--mode=study", f"--workdir={os.path.relpath(asked.root)}"
+            ),
+            "measured_by_code": sorted(self._codes),
             "claims": results.claim_rows(done, known),
+            "untested": [str(claim) for claim in results.untested(done, known)],
             "measured": results.arm_rows(done, asked.shown),
             "runs": self._runs,
         }
 
 
 class _Opened:
-    """A run that is opened when it is first asked for, and locked until then on."""
+    """A run that is opened when it is first asked for, and locked from then on."""
 
     def __init__(self, arm: Arm):
         self._arm, self._lock, self._run = arm, None, None
@@ -219,7 +255,8 @@ def _trained(arm: Arm, asked: _Asked) -> str:
         if _trained(start, asked) == "stopped":
             return "stopped"
         if not (start.directory / "export").is_dir():
-            export.export(start.config, str(start.directory))
+            whole = replace_dotted(start.config, "export.dtype", "float32")
+            export.export(whole, str(start.directory))
     with Workdir(arm.directory) as directory:
         status = directory.read_status() or {}
     if status.get("state") == "finished":
@@ -236,28 +273,54 @@ def _measured(name: str, run: "_Opened") -> Scores:
     return MEASURES[name](run())
 
 
-def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> Any:
-    """What is found by `measure`, kept in the run's directory."""
-    by = _digest([pair for pair in _set(arm.config) if pair[0].startswith(("eval.", "generate."))])
+def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
+    """{"code", "found"} of `measure`, kept in the run's directory."""
+    by = _digest([pair for pair in _set(arm.config) if pair[0].split(".")[0] in _MEASURED_BY])
     path = arm.directory / "measured" / f"{name}-{by}.json"
     if path.is_file():
-        return json.loads(path.read_text())["found"]
+        return json.loads(path.read_text())
     print(f"--- {arm}: measuring {name}", flush=True)
     kept = {"code": processes.code_digest(), "found": measure()}
     with writing(path):
         write_atomic(path, json.dumps(kept, allow_nan=False) + "\n")
-    return kept["found"]
+    return kept
 
 
 def _command(arm: Arm, asked: _Asked) -> str:
     """What trains this run by itself."""
-    flags = [f"--config={asked.file.of(arm.name)}", *asked.file.flags()]
+    flags = {k: text for k, text in asked.file.overrides.items() if not k.startswith("study.")}
     for tower in ("gen", "ctx"):
         init = getattr(arm.config, tower).init
         if init.startswith(str(asked.root)):
-            flags.append(f"--config.{tower}.init={init}")
-    flags += [f"--config.seed={arm.seed}", "--workdir=runs/again"]
-    return " ".join(["python -m cosup_jax.main", *flags])
+            flags[f"{tower}.init"] = os.path.relpath(init)
+    flags["seed"] = str(arm.seed)
+    return _line(asked.file.of(arm.name), flags, "--workdir=runs/again")
+
+
+def _line(config: str, overrides: Mapping[str, str], *more: str) -> str:
+    """A command line, quoted where a shell asks for it."""
+    keys = [f"--config.{key}={text}" for key, text in overrides.items()]
+    return shlex.join(["python", "-m", "cosup_jax.main", f"--config={config}", *keys, *more])
+
+
+def _check_arms(file: File, arms: Sequence[str]) -> None:
+    """Raises UserError for an arm that is none, and for an override of what an arm consists in."""
+    settings = lambda path: dict(leaves(load(path).to_dict())) if file.overrides else {}
+    base = settings(file.path_and_variant)
+    for name in arms:
+        try:
+            config = file.variant(name)
+        except UserError as error:
+            raise UserError(f"arm {name}: {error}") from error
+        own = settings(file.of(name))
+        for key in file.overrides:
+            if own[key] != base[key]:
+                raise UserError(
+                    f"--config.{key} would undo what arm {name} consists in, {key}={own[key]!r}; "
+                    f"drop it, or change the arm in {file.path_and_variant.partition(':')[0]}"
+                )
+        inits = {config.gen.init, config.ctx.init}
+        _check_arms(file, [i.removeprefix(START) for i in sorted(inits) if i.startswith(START)])
 
 
 def _key(config: Config) -> str:
@@ -277,7 +340,8 @@ def _digest(value: Any) -> str:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Each once: an arm that is named twice has no more seeds."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _write(directory: Workdir, asked: _Asked, found: _Found) -> None:

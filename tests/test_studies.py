@@ -113,6 +113,13 @@ def test_a_claim_that_cannot_be_read_is_refused(text):
         results.claims_of(text, ["C", "N"])
 
 
+def test_a_claim_of_a_metric_that_was_not_measured_is_named():
+    """Bug: a typing error in a metric makes the claim vanish from the study."""
+    runs = {"C": [scores(a=1.0)] * 2, "N": [scores(a=1.0)] * 2}
+    claims = results.claims_of("C > N: corpus/correct, corpus/corect", runs)
+    assert [str(claim) for claim in results.untested(runs, claims)] == ["C > N: corpus/corect"]
+
+
 def a_study():
     """As study.json has it, two arms and two claims."""
     rng = np.random.default_rng(0)
@@ -133,7 +140,9 @@ def a_study():
         "date": "2030-01-01",
         "hardware": "1 x cpu",
         "versions": "jax 1",
+        "command": "python -m x --mode=study",
         "claims": results.claim_rows(runs, claims),
+        "untested": ["N|C > C: corpus/corect"],
         "measured": results.arm_rows(runs, ["corpus/correct", "corpus/recall@1", "distance"]),
         "runs": [{"arm": "C", "seed": 0, **run, **place}],
     }
@@ -153,11 +162,15 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     (row,) = (r for r in study["measured"] if (r["arm"], r["metric"]) == ("C", "corpus/correct"))
     told = f"| C | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
     assert any(line.startswith(told) for line in lines)
-    assert any("`python -m x --config=a.py:C`" in line and "| 1.50 |" in line for line in lines)
+    assert any("`python -m x --config=a.py:C`" in line and "| 1,500.0 |" in line for line in lines)
+    assert "- **N|C > C: corpus/corect**: not tested: not all" in page.markdown(study)
+    assert "`python -m x --mode=study`" in lines
     html = page.page(study)
     assert "Is &lt;C&gt; better?" in html and html.count("<svg") >= 2
     assert "corpus/recall@1 <span" in html and "distance <span" not in html
-    assert page.closing(study).count("\n") == 4
+    assert "N|C &gt; C: corpus/corect" in html and "python -m x --mode=study" in html
+    assert page.closing(study).count("\n") == 5
+    assert "\nN|C > C: corpus/corect: not tested: not all" in page.closing(study)
 
 
 def test_log_odds_are_those_of_the_means():

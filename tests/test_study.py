@@ -1,6 +1,8 @@
 """--mode=study: what is trained, what is shared, what is said of a mistake."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from cosup_jax.studies import arms, measures
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "configs/studies").glob("*.py"))
+CROSSED = {"study.crossed": "N|C", "study.claims": ""}
 CORE = str(ROOT / "configs/studies/core.py")
 
 
@@ -30,6 +33,9 @@ def test_every_study_names_arms_measures_and_metrics_that_there_are(path):
     assert f"--config=configs/studies/{path.name}" in docstring
     assert f"docs/results/{path.stem}.md" in docstring
     assert found.config.study.question in docstring
+    sizes = {int(n) for n in re.findall(r"corpus_(\d+)/", ",".join(found.shown))}
+    assert sizes <= set(found.config.eval.sizes)
+    assert found.config.eval.sizes or not any("slope/" in metric for metric in found.shown)
 
 
 def test_an_arm_is_shared_by_all_studies_that_name_it():
@@ -53,6 +59,94 @@ def test_what_a_model_does_not_depend_on_does_not_train_it_anew():
     assert place() == place(**same) == place(study__seeds="5")
     assert place() != place(optim__gen_learning_rate="1e-3")
     assert place() != place(data__world_entities="200")
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "value", "arm"),
+    [
+        (CORE, "loss.nsp_weight", "0.5", "N"),
+        (CORE, "tie_ctx_to_gen", "true", "S"),
+        (f"{ROOT}/configs/studies/weight.py", "data.train", "tfds:world", "stage0"),
+    ],
+)
+def test_an_override_that_would_undo_an_arm_is_refused(path, key, value, arm):
+    """Bug: N trains NSP after all, as C does, in C's very run, and C's gain is "not seen"; stage 0
+    learns the questions instead of the passages."""
+    with pytest.raises(UserError, match=f"--config.{key} would undo what arm {arm} consists in"):
+        asked(path, **{key: value})
+    asked(path, data__max_gen_tokens="200")
+
+
+def test_an_arm_named_twice_is_one():
+    """Bug: twice the seeds, of the same runs, and pairs of unlike seeds."""
+    assert asked(study__arms="C,N,S2,C", study__crossed="C|N,C|N", study__claims="").arms == [
+        *("C", "N", "S2")
+    ]
+
+
+def measured(arm):
+    """The names of what is measured of a run, as it was not measured before."""
+    return study._kept(arm, "answers", lambda: {})["found"], sorted(
+        path.name for path in (arm.directory / "measured").iterdir()
+    )
+
+
+def test_what_is_measured_is_measured_anew_where_its_settings_change(tmp_path):
+    """Bug: answers by vectors of another dtype, or to other questions, are taken for these."""
+    place = lambda **keys: asked(root=tmp_path, **keys).arm("C", 0)
+    names = [
+        measured(place(**keys))[1]
+        for keys in (
+            {},
+            {},
+            {"index.dtype": "int8"},
+            {"eval.questions": "7"},
+            {"log.every_steps": "1"},
+        )
+    ]
+    assert [len(found) for found in names] == [1, 1, 2, 3, 3]
+
+
+def test_runs_of_unlike_data_are_not_compared(tmp_path):
+    """Bug: a file changes between two arms, and what it makes is taken for theirs."""
+    found = study._Found(asked(root=tmp_path))
+    arms = [asked(root=tmp_path).arm(name, 0) for name in ("C", "N", "S")]
+    for arm, data in zip(arms, ("world 1", "world 1", "world 2"), strict=True):
+        path = arm.directory / "evaluation/training.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"facts": {"data": data}}))
+    assert [found._data_of(arm) for arm in arms[:2]] == ["world 1", "world 1"]
+    with pytest.raises(UserError, match="S, seed 0 was trained on world 2, and C, seed 0 on"):
+        found._data_of(arms[2])
+
+
+def test_the_command_of_a_run_is_one_that_a_shell_can_read(tmp_path, monkeypatch):
+    """Bugs: `>` of a claim makes a file; a path of this machine in what is published."""
+    monkeypatch.chdir(tmp_path)
+    keys = {"study.claims": "C_pre > C: x", "data.max_gen_tokens": "200"}
+    weight = f"{ROOT}/configs/studies/weight.py:small"
+    found = asked(weight, root=tmp_path / "runs", **keys)
+    one = study._command(found.arm("C_pre", 1), found)
+    start = found.arm("stage0", 0).directory.name
+    assert shlex.split(one)[4:] == [
+        "--config.data.max_gen_tokens=200",
+        f"--config.gen.init=runs/arms/{start}/export/gen",
+        "--config.seed=1",
+        "--workdir=runs/again",
+    ]
+    whole = study._Found(found).summary()["command"]
+    assert "'--config.study.claims=C_pre > C: x'" in whole
+    assert whole.endswith("--mode=study --workdir=runs")
+
+
+def test_a_study_whose_crossed_answers_are_missing_is_not_finished(tmp_path):
+    """Bug: "finished" beside a matrix that lacks its last seed."""
+    found = study._Found(asked(root=tmp_path, study__seeds="1", study__arms="N,C", **CROSSED))
+    for name in ("N", "C"):
+        found._scores[name].append({})
+    assert found.summary()["state"] == "of 2 runs"
+    found._scores["N|C"].append({})
+    assert found.summary()["state"] == "finished"
 
 
 def test_a_run_that_starts_from_another_is_another_when_that_one_is(monkeypatch):
@@ -132,7 +226,7 @@ def test_a_small_study_runs_resumes_and_says_what_it_found(tmp_path, capsys):
     own = [row for row in found["measured"] if row["metric"] == "corpus/retrieval_hit"]
     by_arm = {row["arm"]: row["by_seed"] for row in own if row["set"] == "world.in_domain"}
     assert by_arm["N|C"] == by_arm["C"]  # the first [Ret] of another Gen, asked by the same pair
-    again = n["command"].replace("runs/again", str(tmp_path / "again")).split()[3:]
+    again = shlex.split(n["command"].replace("runs/again", str(tmp_path / "again")))[3:]
     assert main_lib.main(again) == 0
     one, two = (
         (tmp_path / place / "metrics.jsonl").read_text().splitlines()[-1]

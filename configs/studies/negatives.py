@@ -1,13 +1,13 @@
 """Which negatives?
 
 Shows       the batch halved and doubled at the same number of examples, past passages and past
-            queries as negatives, and the official code's objective, whose negatives of other ranks
-            have no gradient and may be the right passage
+            queries as negatives
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/negatives.md
 Command     python -m cosup_jax.main --config=configs/studies/negatives.py --workdir=runs/studies \\
                 --mode=study
-Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train
+Variants    small: minutes, learns nothing (the halved and the doubled batch take 400 and 100 steps
+            there too); an arm, such as C: that run alone, by --mode=train
 """
 
 from cosup_jax.studies import arms

@@ -87,6 +87,8 @@ class Workdir:
             "",
             "tokenizer/**/",
             "evaluation/**/",
+            "answers-by-*/**/",
+            "measured/",
             "index/**/",
             "retriever/**/",
         ):  # left by killed runs

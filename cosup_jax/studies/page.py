@@ -18,16 +18,18 @@ RULE = (
     f"Intervals are of {LEVEL:.0%}, over seeds and questions both. *Confirmed*: the interval of "
     "the paired difference excludes 0 in the claimed direction, and all seeds agree. *Not seen*: "
     f"it lies within {POINT:g} of 0, or on the other side. Else *undecided*. *Detectable* is the "
-    f"smallest true difference that would have shown with a chance of {POWER:.0%}."
+    f"smallest true difference that would have shown with a chance of {POWER:.0%}. Each line is "
+    "judged by itself: of forty without any difference, about one is confirmed by chance."
 )
 WHOLE = "the whole run"  # what belongs to no set
+UNTESTED = "not tested: not all of the runs compared have this metric"
 _NONE = "-"
 
 
 def markdown(study: Study) -> str:
     """The whole study, with the command of every run."""
-    parts = [f"# {study['name']}", study["question"], _facts(study)]
-    parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study["claims"])))
+    parts = [f"# {study['name']}", study["question"], _facts(study), f"`{study['command']}`"]
+    parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
     parts += ["## Claims", RULE, _table(claim_cells(study["claims"]))]
     for name, rows in _by(study["measured"], "set").items():
         parts += [f"## {name or WHOLE}", _table(arm_cells(rows))]
@@ -49,15 +51,17 @@ def page(study: Study) -> str:
     head = f"<p class='kicker'>{html.escape(study['name'])}</p><h1>{html.escape(study['question'])}"
     closing = "".join(
         f"<li><b>{html.escape(claim)}</b>: {html.escape(told)}</li>"
-        for claim, told in _closing(study["claims"])
+        for claim, told in _closing(study)
     )
-    body = f"{head}</h1><p class='note'>{html.escape(_facts(study))}</p><ul>{closing}</ul>"
+    facts = f"{html.escape(_facts(study))}</p><p><code>{html.escape(study['command'])}</code>"
+    body = f"{head}</h1><p class='note'>{facts}</p><ul>{closing}</ul>"
     return PAGE.format(title=html.escape(study["name"]), style=CSS, body=body + "".join(sections))
 
 
 def closing(study: Study) -> str:
     """The claims as aligned plain text, for the terminal."""
-    return tables.aligned(claim_cells(study["claims"]), left=2)
+    untested = [f"\n{claim}: {UNTESTED}" for claim in study["untested"]]
+    return tables.aligned(claim_cells(study["claims"]), left=2) + "".join(untested)
 
 
 def claim_cells(rows: Rows) -> Cells:
@@ -82,32 +86,33 @@ def arm_cells(rows: Rows) -> Cells:
     for arm, own in _by(rows, "arm").items():
         found = {row["metric"]: row for row in own}
         told = [_with_interval(found[m]) if m in found else _NONE for m in metrics]
-        cells.append([arm, *told, str(own[0]["seeds"]), f"{own[0]['items']:,}"])
+        most = max(row["items"] for row in own)  # a mean over a set is one item
+        cells.append([arm, *told, str(own[0]["seeds"]), f"{most:,}"])
     return cells
 
 
 def run_cells(runs: Rows) -> Cells:
     """A heading, and a row for each run."""
-    cells = [["arm", "seed", "steps", "parameters", "PFLOP", "examples", "directory", "command"]]
+    cells = [["arm", "seed", "steps", "parameters", "TFLOP", "examples", "directory", "command"]]
     for run in runs:
-        sizes = [f"{run['steps']:,}", f"{run['parameters']:,}", f"{run['flops'] / 1e15:.2f}"]
+        sizes = [f"{run['steps']:,}", f"{run['parameters']:,}", f"{run['flops'] / 1e12:,.1f}"]
         sizes.append(f"{run['examples']:,}")
         place = [run["directory"], f"`{run['command']}`"]
         cells.append([run["arm"], str(run["seed"]), *sizes, *place])
     return cells
 
 
-def _closing(claims: Rows) -> list[tuple[str, str]]:
+def _closing(study: Study) -> list[tuple[str, str]]:
     """Of each claim, in which sets it is confirmed, not seen, or undecided."""
     found = []
-    for claim, rows in _by(claims, "claim").items():
+    for claim, rows in _by(study["claims"], "claim").items():
         verdicts = _by(rows, "verdict")
         told = [
             f"{verdict} in {', '.join(row['set'] or WHOLE for row in part)}"
             for verdict, part in verdicts.items()
         ]
         found.append((claim, "; ".join(told)))
-    return found
+    return found + [(claim, UNTESTED) for claim in study["untested"]]
 
 
 def _facts(study: Study) -> str:

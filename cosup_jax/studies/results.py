@@ -91,6 +91,11 @@ def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
     return found
 
 
+def untested(runs: Runs, claims: Sequence[Claim]) -> list[Claim]:
+    """Those of a metric that no set has of all runs compared."""
+    return [claim for claim in claims if not claim_rows(runs, [claim])]
+
+
 def log_odds(share_SxI: np.ndarray) -> float:
     """Of a mean share, half an item added on either side: points near 0 and 1 weigh more."""
     count, total = share_SxI.size, share_SxI.sum()
