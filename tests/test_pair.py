@@ -91,7 +91,7 @@ def home(tmp_path_factory):
     """Three runs that nothing has trained: `run`, `other`, which reads less of a passage, so that
     two are one to it, and `foreign`, of another vocabulary."""
     home = tmp_path_factory.mktemp("pair")
-    far = "far away and beyond the seven mountains and the seven seas lies "
+    far = "past seven seas lies "
     passages = [{"id": t, "title": t, "text": f"it lies by a river, as {t} would."} for t in TOWNS]
     passages += [{"id": id, "title": "", "text": far + id} for id in ("a bonn", "b ulm")]
     passages += [{"id": f"d{n}", "title": f"{n}", "text": "a distractor"} for n in range(3)]
