@@ -126,10 +126,12 @@ def a_study():
     draw = lambda p: {f"q{i}": float(rng.random() < p) for i in range(50)}
     one = lambda p, far: {
         "world.in_domain": {"corpus/correct": draw(p), "corpus/recall@1": draw(p)},
-        "": {"distance": {"": far}},
+        "": {"distance": {"": far}, "drift/to_last/step_1": draw(0.5)},
     }
     runs = {"C": [one(0.9, 2.0), one(0.8, 3.0)], "N|C": [one(0.2, 1.0), one(0.1, 1.5)]}
-    text = "C > N|C: corpus/correct, -distance; N|C > C: corpus/correct"
+    text = (
+        "C > N|C: corpus/correct, -distance; N|C > C: corpus/correct; C > N|C: drift/to_last/step_1"
+    )
     claims = results.claims_of(text, runs)
     run = {"steps": 200, "parameters": 4_818_816, "flops": 1.5e15, "examples": 11_008}
     place = {"directory": "arms/0123", "command": "python -m x --config=a.py:C"}
@@ -143,7 +145,9 @@ def a_study():
         "command": "python -m x --mode=study",
         "claims": results.claim_rows(runs, claims),
         "untested": ["N|C > C: corpus/corect"],
-        "measured": results.arm_rows(runs, ["corpus/correct", "corpus/recall@1", "distance"]),
+        "measured": results.arm_rows(
+            runs, ["corpus/correct", "corpus/recall@1", "distance", "drift/to_last/step_1"]
+        ),
         "runs": [{"arm": "C", "seed": 0, **run, **place}],
     }
 
@@ -168,15 +172,17 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     html = page.page(study)
     assert "Is &lt;C&gt; better?" in html and html.count("<svg") >= 2
     assert "corpus/recall@1 <span" in html and "distance <span" not in html
+    assert "drift/to_last/step_1" in html and "drift/to_last/step_1 <span" not in html
     assert "N|C &gt; C: corpus/corect" in html and "python -m x --mode=study" in html
-    assert page.closing(study).count("\n") == 5
+    assert page.closing(study).count("\n") == 6
     assert "\nN|C > C: corpus/corect: not tested: not all" in page.closing(study)
 
 
 def test_log_odds_are_those_of_the_means():
     """Bug: a log-odds ratio upside down, or one of a number that is no share."""
-    correct, smaller, other = a_study()["claims"]
+    correct, smaller, other, cosine = a_study()["claims"]
     by_hand = lambda share, n: np.log((share * n + 0.5) / (n - share * n + 0.5))
     c, n = (r["mean"] for r in a_study()["measured"] if r["metric"] == "corpus/correct")
     assert correct["log_odds"] == pytest.approx(by_hand(c, 100) - by_hand(n, 100))
     assert other["log_odds"] == -correct["log_odds"] and smaller["log_odds"] is None
+    assert cosine["log_odds"] is None  # though all values lie in 0 to 1

@@ -7,6 +7,7 @@ from typing import Any
 from cosup_jax.report import tables
 from cosup_jax.report.plots import Measured, Score, by_row
 from cosup_jax.report.style import CSS, PAGE
+from cosup_jax.studies.results import is_share
 from cosup_jax.studies.verdict import LEVEL, POINT, POWER
 from cosup_jax.wording import counted
 
@@ -38,7 +39,7 @@ def markdown(study: Study) -> str:
 
 
 def page(study: Study) -> str:
-    """The same, with plots of every metric that lies in 0 to 1."""
+    """The same, with plots of every metric that is a share."""
     sections = [f"<h2>Claims</h2><p class='note'>{_emphasised(RULE)}</p>"]
     sections.append(_html_table(claim_cells(study["claims"]), left=2))
     for name, rows in _by(study["measured"], "set").items():
@@ -123,7 +124,7 @@ def _facts(study: Study) -> str:
 def _plot(name: str, metric: str, rows: Rows) -> str:
     """None of what is no share."""
     known = [row for row in rows if row["low"] is not None]
-    if not known or not all(0 <= row["mean"] <= 1 for row in known):
+    if not known or not is_share(metric) or not all(0 <= row["mean"] <= 1 for row in known):
         return ""
     scores = [Score(row["mean"], max(row["low"], 0.0), min(row["high"], 1.0)) for row in known]
     measured = [Measured("mean over seeds", 2, scores)]

@@ -16,6 +16,12 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # set -> metric -> ite
 Runs = Mapping[str, Sequence[Scores]]  # of each arm its seeds, in their order
 
 
+# Metrics that are no shares, wherever their values lie.
+_NO_SHARE = re.compile(
+    "nats|drift/|alignment|uniformity|anisotropy|_rank|cosine|gradient|slope/|_over_"
+)
+
+
 class Claim(NamedTuple):
     """That one arm's mean of a metric lies above another's; or below it."""
 
@@ -86,7 +92,8 @@ def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
             difference_SxI = ours - theirs
             towards_SxI = -difference_SxI if claim.below else difference_SxI
             told = {"claim": str(claim), "set": name, "verdict": verdict(towards_SxI)}
-            told["log_odds"] = log_odds(ours) - log_odds(theirs) if _shares(ours, theirs) else None
+            shares = is_share(claim.metric) and _shares(ours, theirs)
+            told["log_odds"] = log_odds(ours) - log_odds(theirs) if shares else None
             found.append(told | _numbers(difference_SxI))
     return found
 
@@ -94,6 +101,11 @@ def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
 def untested(runs: Runs, claims: Sequence[Claim]) -> list[Claim]:
     """Those of a metric that no set has of all runs compared."""
     return [claim for claim in claims if not claim_rows(runs, [claim])]
+
+
+def is_share(metric: str) -> bool:
+    """Whether its values are shares or scores of 0 to 1, by its name."""
+    return not _NO_SHARE.search(metric)
 
 
 def log_odds(share_SxI: np.ndarray) -> float:
