@@ -43,6 +43,10 @@ BASE = {
     "data.max_gen_tokens": 384,  # tokens of a Gen row
     "data.ret_slots": 6,  # [Ret] per Gen row
     "data.passage_slots": 6,  # passages per Ctx row
+    # Often, as the run is short; by default they take less than 2 % of a long run.
+    "checkpoint.every_steps": 100,
+    "eval.every_steps": 100,
+    "log.probe_every_steps": 100,
 }
 
 VARIANTS = {

@@ -41,6 +41,7 @@ BASE = {
     "data.ctx_row_tokens": 512,
     "data.passage_slots": 16,  # passages per Ctx row
     "generate.context_tokens": 512,  # of an answer, with all that it reads
+    "eval.every_steps": 500,
 }
 
 VARIANTS = {

@@ -189,7 +189,7 @@ class DataConfig:
 class CheckpointConfig:
     """Orbax checkpoints under WORKDIR/checkpoints."""
 
-    every_steps: int = 100  # steps between checkpoints; the last step is always saved
+    every_steps: int = 500  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
 
 
@@ -208,11 +208,11 @@ BY_QUERY = ("corpus", "candidates")  # of these: where Gen's query decides
 class EvalConfig:
     """Held-out evaluation, during training and by --mode=evaluate."""
 
-    every_steps: int = 100  # steps between evaluations; step 0 and the last are always evaluated
+    every_steps: int = 1000  # steps between evaluations; step 0 and the last are always evaluated
     seed: int = 0  # of questions and distractors, so the same ones whatever the run's own seed
     examples: int = 400  # questions per evaluation set, drawn once by seed
     answers: int = 0  # training: questions per set that are answered and scored, drawn by seed
-    answers_every_steps: int = 100  # training: steps between answering them; also at the last
+    answers_every_steps: int = 1000  # training: steps between answering them; also at the last
     questions: int = 100  # evaluate: questions per set, drawn by seed; 0 = all
     arms: str = ",".join(ARMS)  # evaluate: where passages come from, each over the same questions
     corpus_sizes: str = "100,1000,10000"  # evaluate: passages searched besides all; gold is in each
@@ -277,7 +277,7 @@ class LogConfig:
     """Telemetry."""
 
     every_steps: int = 10  # steps between lines of metrics.jsonl
-    probe_every_steps: int = 100  # steps between the costly metrics (probe.py); 0 = never
+    probe_every_steps: int = 1000  # steps between the costly metrics (probe.py); 0 = never
     profile_from: int = 0  # first step of a trace into WORKDIR/profile; 0 = none
     profile_steps: int = 5  # steps of a trace, also of one that SIGUSR1 asks for
     hang_seconds: int = 1800  # without a step (compilation, evaluation too): dump stacks; 0 = never

@@ -33,6 +33,7 @@ WORLD = {  # both towers from random weights on the embedded data; minutes a run
     "checkpoint.every_steps": 50,
     "checkpoint.keep": 4,  # what is measured over training is read from them
     "eval.every_steps": 200,
+    "log.probe_every_steps": 100,
     "eval.questions": 200,  # of each set
     "eval.arms": "corpus,gold,bm25,wrong,none",
     "eval.corpus_sizes": "",
