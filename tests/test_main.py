@@ -133,7 +133,7 @@ def test_every_flag_is_listed_once(refused):
         ("sigmoid_bias", "did you mean 'loss.sigmoid_bias'?"),
         ("optim.lrr", "there are optim.gen_learning_rate, optim.ctx_learning_rate, optim.schedule"),
         ("gen.arch.lora.foo", "there are gen.arch.lora.rank, gen.arch.lora.alpha, gen.arch.lora"),
-        ("gen", "there are gen.init, gen.pooling, gen.prompt, gen.freeze, gen.rotate, gen.arch "),
+        ("gen", "there are gen.init, gen.pooling, gen.prompt, gen.rotate, gen.freeze, gen.arch "),
         ("nonsense", "there are seed, num_steps, num_epochs, batch_size"),
     ],
 )
