@@ -1,8 +1,8 @@
 """Which Ctx?
 
-Shows       Ctx from the same weights as Gen, from random ones, frozen, and from the same weights
-            under a fixed random rotation of its vectors: is it shared pretraining that helps, or
-            spaces that coincide from the start? Another encoder: add an arm with its ctx.init
+Shows       Ctx from the same random weights as Gen, from others, frozen, and from the same weights
+            under a fixed random rotation of its vectors: do spaces help that coincide from the
+            start? Nothing is pretrained here. Another encoder: add an arm with its ctx.init
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/ctx.md
 Command     python -m cosup_jax.main --config=configs/studies/ctx.py --workdir=runs/studies \\

@@ -1,7 +1,7 @@
 """Do the token space and the sequence space meet?
 
 Shows       how near the states at [Ret], the passage vectors and the rows of the vocabulary come to
-            each other in every arm, over training, beside shuffled baselines
+            each other in every arm at the end of training, beside shuffled baselines
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/spaces.md
 Command     python -m cosup_jax.main --config=configs/studies/spaces.py --workdir=runs/studies \\
