@@ -130,6 +130,7 @@ def test_what_killed_runs_left_half_written_is_cleared_everywhere(tmp_path):
     """Bug: half-written answers or vectors that pile up, or are read one day."""
     left = [tmp_path / p for p in (".a.1.part", "evaluation/x/.b.2.part", "index/3/.c.4.part")]
     left += [tmp_path / p for p in ("tokenizer/k/.d.5.part", "index/3/shard-0/.e.6.part")]
+    left += [tmp_path / p for p in ("measured/.f.7.part", "answers-by-k/set/.g.8.part")]
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
