@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cosup_jax import config_files, study
+from cosup_jax import assemble, config_files, export, optim, study
 from cosup_jax import main as main_lib
 from cosup_jax.config_files import File
 from cosup_jax.errors import UserError
@@ -241,3 +243,36 @@ def test_a_small_study_runs_resumes_and_says_what_it_found(tmp_path, capsys):
     assert (
         "<svg" in page and "C &gt; N: gold/correct" in page and "http" not in page.split("xmlns")[0]
     )
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_what_another_has_learned(tmp_path, capsys):
+    """Bugs: an arm that starts from random weights after all, or from an export that a kill has cut
+    off; a first run that is trained again for each that starts from it."""
+    flags = [f"--config={ROOT}/configs/studies/weight.py:small", f"--workdir={tmp_path}"]
+    flags += ["--mode=study", "--config.study.arms=C_pre", "--config.study.seeds=1"]
+    flags += ["--config.study.claims=", "--config.study.measures=training"]
+    assert main_lib.main(flags) == 0
+    said = capsys.readouterr().out
+    assert said.index("--- stage0, seed 0: finished") < said.index("--- C_pre, seed 0: finished")
+    (run,) = json.loads((tmp_path / "weight-small/study.json").read_text())["runs"]
+    arm = tmp_path / run["directory"]
+    config = json.loads((arm / "config.json").read_text())
+    start = Path(config["gen"]["init"])
+    assert start.parents[2] == arm.parent and config["ctx"]["init"] == "gen"
+    stage0 = start.parent.parent
+    first = assemble.trained(config_files.frozen(f"{stage0}/config.json", {}), stage0)
+    learned, rows = first.params["gen"]["embed"]["table"], first.tokenizers.gen.vocab_size
+    own = config_files.frozen(f"{arm}/config.json", {})
+    parts = assemble.make_towers(own, first.tokenizers), first.tokenizers, optim.make(own, 1, 1)
+    abstract = assemble.abstract_state(own, parts[0], parts[2], first.mesh)
+    begun = assemble.initial_state(own, *parts, abstract).params
+    for tower in ("gen", "ctx"):
+        np.testing.assert_array_equal(begun[tower]["embed"]["table"][:rows], learned[:rows])
+    # A kill within the export, and within the run that starts from it.
+    shutil.move(start.parent, stage0 / export.NEW)
+    (arm / "status.json").write_text(json.dumps({"state": "running", "step": 2}))
+    assert main_lib.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "stage0, seed 0: finished after" not in said and "writing the towers" in said
+    assert start.is_dir() and "--- C_pre, seed 0: finished after" in said
