@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,6 +181,20 @@ def test_a_mistake_is_told_before_anything_is_trained(key, value, match):
     """Bug: a typing error in the last arm is found hours later."""
     with pytest.raises(UserError, match=match):
         asked(**{key: value})
+
+
+def test_what_training_logged_is_read_by_step_and_by_set(tmp_path):
+    """Bug: numbers of an evaluation half-way stand for those of the end; a set's name is cut at its
+    dot; steps without a probe count as 0."""
+    lines = [
+        {"step": 0, "grad/nsp_over_ntp_gen": 2.0, "eval/w.a/ntp_nats_per_token": 9.0},
+        {"step": 10, "loss/total": 1.0},
+        {"step": 20, "grad/nsp_over_ntp_gen": 0.5, "eval/w.a/ntp_nats_per_token": 3.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = measures.training(SimpleNamespace(workdir=tmp_path))
+    assert found[""] == {"gradient_ratio": {"step_0": 2.0, "step_20": 0.5}}
+    assert found["w.a"] == {"ntp_nats_per_token": {"": 3.0}}
 
 
 def record(id, correct, hit=1.0, seen=True):

@@ -20,10 +20,10 @@ def get_config(variant=""):
         question="Does co-supervision beat each supervision alone, and why?",
         arms="N,S,S2,C,T",
         crossed="C|S2,N|C,N|S2",
-        measures="answers,evidence",
-        claims="C > N: corpus/correct, bm25/correct, gold/correct, -answer_nats_with_evidence;"
+        measures="answers,training",
+        claims="C > N: corpus/correct, bm25/correct, gold/correct, -ntp_nats_per_token;"
         "C > S2: corpus/retrieval_hit; T > S: corpus/retrieval_hit; T > C: corpus/retrieval_hit;"
         "C|S2 > N|S2: corpus/correct; C > N|S2: corpus/correct, corpus/containment_grounding",
         shown="corpus/correct,corpus/retrieval_hit,corpus/containment_grounding,bm25/correct,"
-        "bm25/retrieval_hit,gold/correct,wrong/correct,none/correct,answer_nats_with_evidence",
+        "bm25/retrieval_hit,gold/correct,wrong/correct,none/correct,ntp_nats_per_token",
     )

@@ -75,12 +75,19 @@ def of_set(
 
 
 def training(run: Run) -> Scores:
-    """`gradient_ratio`: how large NSP's share of Gen's gradient is beside NTP's, weights included,
-    at each step at which training probed it (`grad/nsp_over_ntp_gen`)."""
-    lines = map(json.loads, (run.workdir / "metrics.jsonl").read_text().splitlines())
+    """What training itself has logged: `gradient_ratio`, how large NSP's gradient in Gen is beside
+    NTP's, weights included, at each step at which it was probed; and of each set the last held-out
+    `ntp_nats_per_token`, `recall_at_1`, ... over eval.examples questions."""
+    lines = [*map(json.loads, (run.workdir / "metrics.jsonl").read_text().splitlines())]
     name = "grad/nsp_over_ntp_gen"
-    found = {f"step_{line['step']}": line[name] for line in lines if line.get(name) is not None}
-    return {"": {"gradient_ratio": found} if found else {}}
+    ratio = {f"step_{line['step']}": line[name] for line in lines if line.get(name) is not None}
+    found: Scores = {"": {"gradient_ratio": ratio} if ratio else {}}
+    for key, value in lines[-1].items():
+        group, _, rest = key.partition("/")
+        if group == "eval":
+            held_out, _, metric = rest.rpartition("/")
+            found.setdefault(held_out, {})[metric] = {"": value}
+    return found
 
 
 def facts(run: Run) -> dict[str, Any]:
