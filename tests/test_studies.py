@@ -106,6 +106,18 @@ def test_a_claim_may_say_that_a_number_is_smaller():
     assert found[0]["mean"] == -1 and found[0]["claim"] == "C < N: corpus/correct"
 
 
+def test_what_nobody_can_answer_tells_nothing():
+    """Bug: two arms that answer nothing right, or everything, count as shown to be alike."""
+    zero, one = scores(a=0.0, b=0.0), scores(a=1.0, b=1.0)
+    for same in (zero, one):
+        runs = {"C": [same, same], "N": [same, same]}
+        (row,) = results.claim_rows(runs, results.claims_of("C > N: corpus/correct", runs))
+        assert row["verdict"] == "undecided" and row["detectable"] is None
+    runs = {"C": [one, one], "N": [zero, zero]}
+    (row,) = results.claim_rows(runs, results.claims_of("C > N: corpus/correct", runs))
+    assert row["verdict"] == "confirmed"
+
+
 @pytest.mark.parametrize("text", ["C beats N", "C > X: recall", "C > N", "C>N: recall"])
 def test_a_claim_that_cannot_be_read_is_refused(text):
     """Bug: a typing error makes a claim vanish from the study."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosup_jax.errors import UserError
-from cosup_jax.studies.verdict import Estimate, estimate, verdict
+from cosup_jax.studies.verdict import POINT, Estimate, estimate, verdict
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # set -> metric -> item -> value
 Runs = Mapping[str, Sequence[Scores]]  # of each arm its seeds, in their order
@@ -91,10 +91,15 @@ def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
             ours, theirs = (values(part[:seeds], name, claim.metric, items) for part in (a, b))
             difference_SxI = ours - theirs
             towards_SxI = -difference_SxI if claim.below else difference_SxI
-            told = {"claim": str(claim), "set": name, "verdict": verdict(towards_SxI)}
+            told = {"claim": str(claim), "set": name} | _numbers(difference_SxI)
             shares = is_share(claim.metric) and _shares(ours, theirs)
             told["log_odds"] = log_odds(ours) - log_odds(theirs) if shares else None
-            found.append(told | _numbers(difference_SxI))
+            told["verdict"] = verdict(towards_SxI)
+            if shares and _at_an_end(
+                ours, theirs
+            ):  # nobody can do it, or everybody: it cannot tell
+                told |= {"verdict": "undecided", "detectable": None}
+            found.append(told)
     return found
 
 
@@ -112,6 +117,11 @@ def log_odds(share_SxI: np.ndarray) -> float:
     """Of a mean share, half an item added on either side: points near 0 and 1 weigh more."""
     count, total = share_SxI.size, share_SxI.sum()
     return float(np.log((total + 0.5) / (count - total + 0.5)))
+
+
+def _at_an_end(*values: np.ndarray) -> bool:
+    means = [v.mean() for v in values]
+    return max(means) <= POINT or min(means) >= 1 - POINT
 
 
 def _shares(*values: np.ndarray) -> bool:
