@@ -18,8 +18,8 @@ Cells = list[list[str]]
 RULE = (
     f"Intervals are of {LEVEL:.0%}, over seeds and questions both. *Confirmed*: the interval of "
     "the paired difference excludes 0 in the claimed direction, and all seeds agree. *Not seen*: "
-    f"it lies within {POINT:g} of 0, or on the other side. Else *undecided*, and wherever both arms "
-    f"are right in at most {POINT:.0%} of the items, or wrong in as few. *Detectable* is the "
+    f"it lies within {POINT:g} of 0, or on the other side. Else *undecided*, and also where both "
+    f"arms are right in at most {POINT:.0%} of the items, or wrong in as few. *Detectable* is the "
     f"smallest true difference that would have shown with a chance of {POWER:.0%}. Each line is "
     "judged by itself: of forty without any difference, about one is confirmed by chance."
 )
