@@ -8,6 +8,7 @@ WORKDIR/NAME/       study.json, study.md and index.html, written anew after ever
 What is finished is not done again, and a run that was stopped goes on.
 """
 
+import dataclasses
 import datetime
 import functools
 import gc
@@ -15,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,6 +112,7 @@ class _Asked(NamedTuple):
                 "configs/studies"
             )
         _check_arms(file, arms)
+        told = _without_absent(told, file, arms)
         crossed = [tuple(pair.split("|")) for pair in _names(told.crossed)]
         for pair in crossed:
             if len(pair) != 2 or not set(pair) <= set(arms):
@@ -206,13 +209,14 @@ class _Found:
         done = {name: scores for name, scores in self._scores.items() if scores}
         known = [claim for claim in asked.claims if {claim.better, claim.other} <= set(done)]
         seeds = asked.config.study.seeds
+        wanted = seeds * len(asked.arms)
         finished = all(len(scores) == seeds for scores in self._scores.values())
         device = jax.devices()[0]
         versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
         return {
             "name": asked.file.name,
             "question": asked.config.study.question,
-            "state": "finished" if finished else f"of {seeds * len(asked.arms)} runs",
+            "state": "finished" if finished else f"{len(self._runs)} of {wanted} runs",
             "date": datetime.date.today().isoformat(),
             "hardware": f"{jax.device_count()} x {device.device_kind}",
             "versions": ", ".join(versions),
@@ -294,7 +298,7 @@ def _command(arm: Arm, asked: _Asked) -> str:
         if init.startswith(str(asked.root)):
             flags[f"{tower}.init"] = os.path.relpath(init)
     flags["seed"] = str(arm.seed)
-    return _line(asked.file.of(arm.name), flags, "--workdir=runs/again")
+    return _line(asked.file.of(arm.name), flags, f"--workdir=runs/again/{arm.name}-{arm.seed}")
 
 
 def _line(config: str, overrides: Mapping[str, str], *more: str) -> str:
@@ -321,6 +325,23 @@ def _check_arms(file: File, arms: Sequence[str]) -> None:
                 )
         inits = {config.gen.init, config.ctx.init}
         _check_arms(file, [i.removeprefix(START) for i in sorted(inits) if i.startswith(START)])
+
+
+def _without_absent(told: StudyConfig, file: File, arms: Sequence[str]) -> StudyConfig:
+    """Where the command line chooses among the file's arms, its pairs and claims of the others are
+    left out, and it is said which."""
+    if "study.arms" not in file.overrides:
+        return told
+    absent = set(_names(load(file.path_and_variant).study.arms)) - set(arms)
+    names = lambda part: set(re.split(r"[|\s:]+", part))
+    for key, mark in (("crossed", ","), ("claims", ";")):
+        parts = [part.strip() for part in getattr(told, key).split(mark) if part.strip()]
+        left_out = [part for part in parts if names(part.partition(":")[0]) & absent]
+        if f"study.{key}" not in file.overrides and left_out:
+            print(f"left out for want of arms: {'; '.join(left_out)}")
+            kept = mark.join(part for part in parts if part not in left_out)
+            told = dataclasses.replace(told, **{key: kept})
+    return told
 
 
 def _key(config: Config) -> str:

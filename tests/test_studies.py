@@ -179,7 +179,7 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     told = f"| C | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
     assert any(line.startswith(told) for line in lines)
     assert any("`python -m x --config=a.py:C`" in line and "| 1,500.0 |" in line for line in lines)
-    assert "- **N|C > C: corpus/corect**: not tested: not all" in page.markdown(study)
+    assert "- **N|C > C: corpus/corect**: not tested: a run" in page.markdown(study)
     assert "`python -m x --mode=study`" in lines
     html = page.page(study)
     assert "Is &lt;C&gt; better?" in html and html.count("<svg") >= 2

@@ -34,7 +34,8 @@ def test_every_study_names_arms_measures_and_metrics_that_there_are(path):
     assert found.config.study.question and found.claims
     docstring = path.read_text().partition('"""\n\n')[0]
     assert f"--config=configs/studies/{path.name}" in docstring
-    assert f"docs/results/{path.stem}.md" in docstring
+    page = f"docs/results/{path.stem}.md"
+    assert (page if (ROOT / page).is_file() else "not run yet") in docstring
     assert found.config.study.question in docstring
     sizes = {int(n) for n in re.findall(r"corpus_(\d+)/", ",".join(found.shown))}
     assert sizes <= set(found.config.eval.sizes)
@@ -135,7 +136,7 @@ def test_the_command_of_a_run_is_one_that_a_shell_can_read(tmp_path, monkeypatch
         "--config.data.max_gen_tokens=200",
         f"--config.gen.init=runs/arms/{start}/export/gen",
         "--config.seed=1",
-        "--workdir=runs/again",
+        "--workdir=runs/again/C_pre-1",
     ]
     whole = study._Found(found).summary()["command"]
     assert "'--config.study.claims=C_pre > C: x'" in whole
@@ -147,7 +148,7 @@ def test_a_study_whose_crossed_answers_are_missing_is_not_finished(tmp_path):
     found = study._Found(asked(root=tmp_path, study__seeds="1", study__arms="N,C", **CROSSED))
     for name in ("N", "C"):
         found._scores[name].append({})
-    assert found.summary()["state"] == "of 2 runs"
+    assert found.summary()["state"] == "0 of 2 runs"
     found._scores["N|C"].append({})
     assert found.summary()["state"] == "finished"
 
@@ -197,6 +198,17 @@ def test_what_training_logged_is_read_by_step_and_by_set(tmp_path):
     assert found["w.a"] == {"ntp_nats_per_token": {"": 3.0}}
 
 
+def test_fewer_arms_leave_out_what_is_said_of_the_others(capsys):
+    """Bug: whoever asks for two arms of five must empty the pairs and claims of the others by hand,
+    one error at a time; or a claim of an arm that is there is left out with them."""
+    found = asked(study__arms="N,C")
+    assert found.crossed == [("N", "C")] and {c.better for c in found.claims} == {"C"}
+    assert {c.other for c in found.claims} == {"N"} and len(found.claims) == 4
+    assert "left out for want of arms: C|S2; N|S2" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"study\.crossed: 'C\|S2'"):
+        asked(study__arms="N,C", study__crossed="C|S2")
+
+
 def record(id, correct, hit=1.0, seen=True):
     scores = {"retrieval_hit": hit}
     return {"id": id, "scores": scores, "correct": correct, "seen": seen}
@@ -243,7 +255,7 @@ def test_a_small_study_runs_resumes_and_says_what_it_found(tmp_path, capsys):
     own = [row for row in found["measured"] if row["metric"] == "corpus/retrieval_hit"]
     by_arm = {row["arm"]: row["by_seed"] for row in own if row["set"] == "world.in_domain"}
     assert by_arm["N|C"] == by_arm["C"]  # the first [Ret] of another Gen, asked by the same pair
-    again = shlex.split(n["command"].replace("runs/again", str(tmp_path / "again")))[3:]
+    again = shlex.split(n["command"].replace("runs/again/N-0", str(tmp_path / "again")))[3:]
     assert main_lib.main(again) == 0
     one, two = (
         (tmp_path / place / "metrics.jsonl").read_text().splitlines()[-1]

@@ -3,7 +3,7 @@
 Shows       nested corpora of rising size, with the right passages in each; the slope of recall per
             tenfold size, arm by arm
 Hardware    2 CPU cores, 4 GB of memory
-Expected    docs/results/corpus.md
+Expected    not run yet: docs/results/README.md
 Command     python -m cosup_jax.main --config=configs/studies/corpus.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train

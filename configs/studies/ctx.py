@@ -4,7 +4,7 @@ Shows       Ctx from the same random weights as Gen, from others, frozen, and fr
             under a fixed random rotation of its vectors: do spaces help that coincide from the
             start? Nothing is pretrained here. Another encoder: add an arm with its ctx.init
 Hardware    2 CPU cores, 4 GB of memory
-Expected    docs/results/ctx.md
+Expected    not run yet: docs/results/README.md
 Command     python -m cosup_jax.main --config=configs/studies/ctx.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train

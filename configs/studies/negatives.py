@@ -3,7 +3,7 @@
 Shows       the batch halved and doubled at the same number of examples, past passages and past
             queries as negatives
 Hardware    2 CPU cores, 4 GB of memory
-Expected    docs/results/negatives.md
+Expected    not run yet: docs/results/README.md
 Command     python -m cosup_jax.main --config=configs/studies/negatives.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: minutes, learns nothing (the halved and the doubled batch take 400 and 100 steps

@@ -9,7 +9,6 @@ from cosup_jax.report.plots import Measured, Score, by_row
 from cosup_jax.report.style import CSS, PAGE
 from cosup_jax.studies.results import is_share
 from cosup_jax.studies.verdict import LEVEL, POINT, POWER
-from cosup_jax.wording import counted
 
 Study = Mapping[str, Any]  # study.json
 Rows = Sequence[Mapping[str, Any]]
@@ -24,7 +23,9 @@ RULE = (
     "judged by itself: of forty without any difference, about one is confirmed by chance."
 )
 WHOLE = "the whole run"  # what belongs to no set
-UNTESTED = "not tested: not all of the runs compared have this metric"
+UNTESTED = (
+    "not tested: a run compared lacks this metric; config.study.measures names what is measured"
+)
 _NONE = "-"
 
 
@@ -97,7 +98,7 @@ def run_cells(runs: Rows) -> Cells:
     """A heading, and a row for each run."""
     cells = [["arm", "seed", "steps", "parameters", "TFLOP", "examples", "directory", "command"]]
     for run in runs:
-        sizes = [f"{run['steps']:,}", f"{run['parameters']:,}", f"{run['flops'] / 1e12:,.1f}"]
+        sizes = [f"{run['steps']:,}", f"{run['parameters']:,}", _few(run["flops"] / 1e12)]
         sizes.append(f"{run['examples']:,}")
         place = [run["directory"], f"`{run['command']}`"]
         cells.append([run["arm"], str(run["seed"]), *sizes, *place])
@@ -117,9 +118,13 @@ def _closing(study: Study) -> list[tuple[str, str]]:
     return found + [(claim, UNTESTED) for claim in study["untested"]]
 
 
+def _few(number: float) -> str:
+    """Two digits of what is small."""
+    return f"{number:,.1f}" if number >= 10 else f"{number:.2g}"
+
+
 def _facts(study: Study) -> str:
-    runs = counted(len(study["runs"]), "run")
-    return f"{study['date']}, {study['hardware']}, {study['versions']}; {runs}: {study['state']}."
+    return f"{study['date']}, {study['hardware']}, {study['versions']}; {study['state']}."
 
 
 def _plot(name: str, metric: str, rows: Rows) -> str:

@@ -70,8 +70,11 @@ def arm_rows(runs: Runs, metrics: Sequence[str]) -> list[dict[str, Any]]:
         for metric in metrics:
             for arm, seeds in runs.items():
                 if items := items_of(seeds, name, metric):
-                    told = {"set": name, "metric": metric, "arm": arm}
-                    found.append(told | _numbers(values(seeds, name, metric, items)))
+                    value_SxI = values(seeds, name, metric, items)
+                    told = {"set": name, "metric": metric, "arm": arm} | _numbers(value_SxI)
+                    if is_share(metric) and _shares(value_SxI) and told["low"] is not None:
+                        told |= {"low": max(told["low"], 0.0), "high": min(told["high"], 1.0)}
+                    found.append(told)
     return found
 
 
