@@ -187,7 +187,7 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert "drift/to_last/step_1" in html and "drift/to_last/step_1 <span" not in html
     assert "N|C &gt; C: corpus/corect" in html and "python -m x --mode=study" in html
     assert page.closing(study).count("\n") == 6
-    assert "\nN|C > C: corpus/corect: not tested: not all" in page.closing(study)
+    assert "\nN|C > C: corpus/corect: not tested: a run" in page.closing(study)
 
 
 def test_log_odds_are_those_of_the_means():
