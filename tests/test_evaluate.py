@@ -241,7 +241,7 @@ def test_what_an_answer_depends_on():
             _pair=pair and SimpleNamespace(decides={"weights": pair}),
         )
         part = SimpleNamespace(name=name, dataset=SimpleNamespace(version=data))
-        return evaluate._Evaluation._run(given, part, Arm(arm, "", 9, rows))
+        return evaluate.Evaluation._run(given, part, Arm(arm, "", 9, rows))
 
     same = {"generate__batch_size": 3, "generate__chunk_tokens": 5, "generate__examples": 1}
     assert run() == run(**same, eval__questions=3)
@@ -273,7 +273,7 @@ def test_answers_are_scored_once(tmp_path, monkeypatch):
         with records.Answers(tmp_path / "x.jsonl", "r") as answers:
             for id in {"a", "b"} - set(answers.known):
                 answers.add(answer(id=id, **said))
-            return evaluate._Evaluation._scored(given, part, answers, facts, "acc_substring")
+            return evaluate.Evaluation._scored(given, part, answers, facts, "acc_substring")
 
     first = score()
     assert [record["id"] for record in first] == ["a", "b"]

@@ -12,6 +12,7 @@ from cosup_jax import config as config_lib
 from cosup_jax import cosup, official
 from cosup_jax import step as step_lib
 from cosup_jax.data.batch import BatchShape, empty_batch
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 from cosup_jax.towers import Towers
@@ -89,7 +90,7 @@ def setting():
     evidence = [(4, 7), (5,), (9, 3), (6, 6), (), (), (5, 8), (2,)]
     t = towers(dataclasses.replace(ARCH, layers=1))
     c = freeze(config_lib.make({"num_steps": 1, "compat": "official", "batch_size": 8}, {}))
-    c = config_lib.replace_dotted(c, "loss.nsp_weight", 0.5)  # large enough to be seen
+    c = replace_dotted(c, "loss.nsp_weight", 0.5)  # large enough to be seen
     batch = _rows(0, lengths, evidence)
     params = jax.jit(lambda key: step_lib.init_params(key, t, c))(jax.random.key(0))
     ours = dataclasses.replace(c, compat="")
@@ -103,7 +104,7 @@ def test_equals_the_rank_by_rank_computation(setting, W):
     """Bugs: PAD targets counted to the wrong length, pooling at the row's own end, gradient through
     other ranks, one mean over all ranks. One rank has no [Ret]."""
     t, c, batch, params, corrected = setting
-    c = config_lib.replace_dotted(c, "loss.compat_ranks", W)
+    c = replace_dotted(c, "loss.compat_ranks", W)
     found = jax.jit(jax.value_and_grad(lambda p: official.loss(p, batch, t, PAD, c)[0]))(params)
     expected = jax.jit(jax.value_and_grad(lambda p: _by_rank(p, batch, t, W, 0.5)))(params)
     assert_close(found, expected)
@@ -140,7 +141,7 @@ def test_two_padded_ranks_by_hand():
     batch.ctx_segments_UxL[:] = [[1, 1, 1], [1, 0, 0]]
     batch.passage_valid_UxP[:] = True
     c = freeze(config_lib.make({"num_steps": 1, "compat": "official", "batch_size": 2}, {}))
-    c = config_lib.replace_dotted(c, "loss.compat_ranks", 2)
+    c = replace_dotted(c, "loss.compat_ranks", 2)
     _, aux = _by_lookup(table, batch, c)
     # A token's logit is 1 for itself and 0 for the two others; its log Z is log(e + 2).
     log_z = np.log(np.e + 2)
@@ -151,7 +152,7 @@ def test_two_padded_ranks_by_hand():
     # Query a scores (1, 0), query b scores (0, 1): each loses log(e + 1) - 1.
     np.testing.assert_allclose(aux.metrics["nsp/nats_per_ret"], np.log(np.e + 1) - 1, rtol=1e-6)
     # As one rank, row 1 is padded to 4: a -> PAD, PAD -> PAD count too, and passage b pools PAD.
-    c = config_lib.replace_dotted(c, "loss.compat_ranks", 1)
+    c = replace_dotted(c, "loss.compat_ranks", 1)
     _, aux = _by_lookup(table, batch, c)
     ntp = (3 * log_z + log_z + np.log(3)) / 5
     np.testing.assert_allclose(aux.metrics["ntp/nats_per_token"], ntp, rtol=1e-6)
@@ -168,7 +169,7 @@ def test_rows_without_an_example_count_nothing():
     two = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), one)
     alone = _by_lookup(table, one, c)[0]
     for ranks in (1, 2):
-        c = config_lib.replace_dotted(c, "loss.compat_ranks", ranks)
+        c = replace_dotted(c, "loss.compat_ranks", ranks)
         padded = _by_lookup(table, two, c)[0]
         np.testing.assert_allclose(padded, alone, rtol=1e-6)
 
