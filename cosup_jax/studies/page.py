@@ -43,7 +43,7 @@ def markdown(study: Study) -> str:
 def page(study: Study) -> str:
     """The same, with plots of every metric that is a share."""
     sections = [f"<h2>Claims</h2><p class='note'>{_emphasised(RULE)}</p>"]
-    sections.append(_html_table(claim_cells(study["claims"]), left=2))
+    sections.append(_html_table(claim_cells(study["claims"]), left=3))
     for name, rows in _by(study["measured"], "set").items():
         plots = "".join(_plot(name, metric, part) for metric, part in _by(rows, "metric").items())
         content = _html_table(arm_cells(rows)) + (
@@ -64,21 +64,20 @@ def page(study: Study) -> str:
 def closing(study: Study) -> str:
     """The claims as aligned plain text, for the terminal."""
     untested = [f"\n{claim}: {UNTESTED}" for claim in study["untested"]]
-    return tables.aligned(claim_cells(study["claims"]), left=2) + "".join(untested)
+    return tables.aligned(claim_cells(study["claims"]), left=3) + "".join(untested)
 
 
 def claim_cells(rows: Rows) -> Cells:
     """A heading, and a row for each claim in each set."""
-    heading = ["claim", "set", "difference", "95 %", "log-odds", "by seed", "detectable", "items"]
-    cells = [[*heading, "verdict"]]
+    heading = ["difference", "95 %", "log-odds", "by seed", "detectable", "items"]
+    cells = [["claim", "set", "verdict", *heading]]
     for row in rows:
         seeds = ", ".join(f"{value:+.3f}" for value in row["by_seed"])
         detectable = _NONE if row["detectable"] is None else f"{row['detectable']:.3f}"
         odds = _NONE if row["log_odds"] is None else f"{row['log_odds']:+.2f}"
         numbers = [f"{row['mean']:+.3f}", _interval(row, "+"), odds, seeds, detectable]
-        cells.append(
-            [row["claim"], row["set"] or WHOLE, *numbers, f"{row['items']:,}", row["verdict"]]
-        )
+        told = [row["claim"], row["set"] or WHOLE, row["verdict"]]
+        cells.append([*told, *numbers, f"{row['items']:,}"])
     return cells
 
 
