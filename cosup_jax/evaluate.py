@@ -75,7 +75,7 @@ class Evaluation:
         self._trained, self._judge, self._workdir = trained, judge, workdir
         self._answers_to = workdir / folder
         self._prefix = getattr(judge, "prefix", "")
-        self._code = processes.code_digest()
+        self._code = processes.codedigest()
         self._libraries: dict[str, Library] = {}  # by the version of the source
         self._pair = Pair.of(trained, workdir)
         self._answering = Answering(
@@ -106,7 +106,7 @@ class Evaluation:
             "sets": parts,
             "hashes": {
                 "code": self._code,
-                "config": _digest(to_dict(config)),
+                "config": digest(to_dict(config)),
                 "weights": trained.contract.weights,
                 "data": {part.name: part.dataset.version for part in sets},
                 "index": {part.name: self._library(part).version for part in sets},
@@ -247,7 +247,7 @@ class Evaluation:
         told = [self._trained.contract.to_dict(), {name: config[name] for name in _DEPENDS_ON}]
         told += [self._library(part).version, part.name, part.dataset.version, arm.name, rows]
         told += [self._pair.decides] if self._pair and arm.by_query else []
-        return _digest(told)[:16]
+        return digest(told)[:16]
 
 
 def _majority(part: HeldOut) -> tuple[str, str]:
@@ -260,5 +260,6 @@ def _majority(part: HeldOut) -> tuple[str, str]:
     return (labels or first(part.split_sample())).most_common(1)[0][0], where
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

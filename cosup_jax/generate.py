@@ -158,9 +158,6 @@ class Writer:
         named = lambda field: [library.rows(example, field) for example in examples]
         if arm == "none":
             return None
-        if arm == "candidates":
-            own = Candidates(library.passages, library.vectors, named("candidates"))
-            return Separate(pair.queries, own) if pair else own
         if arm == "gold":
             return Gold(library.passages, named("evidence"))
         if arm == "wrong":
@@ -168,7 +165,10 @@ class Writer:
         if arm == "bm25":
             words, each = [e.question for e in examples], self._settings.passages
             return Lexical(library.passages, library.bm25, words, each)
-        own = Search(library.passages, library.vectors, self.trained.mesh)
+        if arm == "candidates":
+            own = Candidates(library.passages, library.vectors, named("candidates"))
+        else:
+            own = Search(library.passages, library.vectors, self.trained.mesh)
         return Separate(pair.queries, own) if pair else own
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import functools
 import gc
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -28,8 +27,9 @@ import jax
 from cosup_jax import export, train
 from cosup_jax.config import Config, StudyConfig, to_dict
 from cosup_jax.config_files import File, load
-from cosup_jax.dotted import leaves, replace_dotted
+from cosup_jax.dotted import differing, leaves, replace_dotted
 from cosup_jax.errors import UserError
+from cosup_jax.evaluate import digest
 from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import is_url
 from cosup_jax.runtime.workdir import Workdir, write_atomic, writing
@@ -41,6 +41,7 @@ from cosup_jax.studies.run import Run, opened
 
 # Groups of the config that a trained model does not depend on.
 _ASIDE = ("checkpoint", "eval", "export", "generate", "index", "log", "study")
+_DIGITS = 12  # of a digest, in a name
 _MEASURED_BY = ("eval", "generate", "index")  # of these: what the measures depend on
 
 
@@ -208,6 +209,7 @@ class _Found:
         asked = self._asked
         done = {name: scores for name, scores in self._scores.items() if scores}
         known = [claim for claim in asked.claims if {claim.better, claim.other} <= set(done)]
+        judged = results.claim_rows(done, known)
         seeds = asked.config.study.seeds
         wanted = seeds * len(asked.arms)
         finished = all(len(scores) == seeds for scores in self._scores.values())
@@ -224,8 +226,8 @@ class _Found:
                 *asked.file, "--mode=study", f"--workdir={os.path.relpath(asked.root)}"
             ),
             "measured_by_code": sorted(self._codes),
-            "claims": results.claim_rows(done, known),
-            "untested": [str(claim) for claim in results.untested(done, known)],
+            "claims": judged,
+            "untested": results.untested(judged, known),
             "measured": results.arm_rows(done, asked.shown),
             "runs": self._runs,
         }
@@ -279,7 +281,8 @@ def _measured(name: str, run: "_Opened") -> Scores:
 
 def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
     """{"code", "found"} of `measure`, kept in the run's directory."""
-    by = _digest([pair for pair in _set(arm.config) if pair[0].split(".")[0] in _MEASURED_BY])
+    told = [pair for pair in _set(arm.config) if pair[0].split(".")[0] in _MEASURED_BY]
+    by = digest(told)[:_DIGITS]
     path = arm.directory / "measured" / f"{name}-{by}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -346,18 +349,14 @@ def _without_absent(told: StudyConfig, file: File, arms: Sequence[str]) -> Study
 
 def _key(config: Config) -> str:
     """Of all that training depends on."""
-    return _digest([pair for pair in _set(config) if pair[0].split(".")[0] not in _ASIDE])
+    told = [pair for pair in _set(config) if pair[0].split(".")[0] not in _ASIDE]
+    return digest(told)[:_DIGITS]
 
 
 def _set(config: Config) -> list[tuple[str, Any]]:
     """The keys that are not as by default: those that later versions add change no digest."""
-    default = dict(leaves(to_dict(Config())))
-    return [(key, value) for key, value in leaves(to_dict(config)) if value != default[key]]
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    changed = differing(to_dict(Config()), to_dict(config))
+    return [(key, value) for key, (_, value) in changed.items()]
 
 
 def _names(text: str) -> list[str]:

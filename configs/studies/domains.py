@@ -6,7 +6,7 @@ Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/domains.md
 Command     python -m cosup_jax.main --config=configs/studies/domains.py --workdir=runs/studies \\
                 --mode=study
-Variants    small: a minute, learns nothing; an arm, such as C: that run alone, by --mode=train
+Variants    small: some minutes, learns nothing; an arm, such as C: that run alone, by --mode=train
 """
 
 from cosup_jax.studies import arms

@@ -101,15 +101,15 @@ class Answering:
         if arm.name == "bm25":
             words, each = [example.question for example in examples], self._config.generate.passages
             return _RankedByWords(retrieve.Lexical(passages, bm25, words, each), bm25, words)
-        if arm.name == "candidates":
-            rows = [held_out.rows(example.candidates) for example in examples]
-            own = retrieve.Candidates(passages, vectors, rows)
-            return _Ranked(retrieve.Separate(queries, own) if queries else own, deeper=True)
         if arm.rows is not None:
             passages = Chosen(passages.__getitem__, arm.rows)
             in_memory = isinstance(vectors, np.ndarray)
             vectors = vectors[arm.rows] if in_memory else vectors.take(arm.rows)
-        own = retrieve.Search(passages, vectors, self._mesh)
+        if arm.name == "candidates":
+            rows = [held_out.rows(example.candidates) for example in examples]
+            own = retrieve.Candidates(passages, vectors, rows)
+        else:
+            own = retrieve.Search(passages, vectors, self._mesh)
         return _Ranked(retrieve.Separate(queries, own) if queries else own, deeper=True)
 
 

@@ -9,6 +9,7 @@ from cosup_jax.config import make
 
 START = "start:"  # before a variant, as a tower's init: what that variant's run exports as Gen
 
+# Written out, not taken from configs/base.py: a change there must not train all studies anew.
 WORLD = {  # both towers from random weights on the embedded data; minutes a run on 2 CPU cores
     "num_steps": 200,  # optimizer steps, a little more than one epoch
     "batch_size": 16,  # Gen rows
@@ -41,7 +42,7 @@ WORLD = {  # both towers from random weights on the embedded data; minutes a run
     "generate.examples": 0,
 }
 SCALES = {
-    "small": {  # shows in a minute that everything runs, and nothing else
+    "small": {  # shows in minutes that everything runs, and nothing else
         "num_steps": 4,
         "batch_size": 8,
         "gen.arch.width": 64,

@@ -1,5 +1,6 @@
 """What a study measures of each finished run."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,10 +55,11 @@ def of_set(
             scores = dict(record["scores"])
             if record["correct"] is not None:
                 scores["correct"] = record["correct"]
-            seen = {True: "_seen", False: "_unseen", None: None}[record["seen"]]
-            for score, value in scores.items():
-                for name in (arm, arm + seen) if seen and arm == "corpus" else (arm,):
-                    found.setdefault(f"{name}/{score}", {})[record["id"]] = float(value)
+            names = [arm]
+            if arm == "corpus" and record["seen"] is not None:
+                names.append("corpus_seen" if record["seen"] else "corpus_unseen")
+            for name, (score, value) in itertools.product(names, scores.items()):
+                found.setdefault(f"{name}/{score}", {})[record["id"]] = float(value)
     for other in ("wrong", "none"):
         pair = [found.get(f"{arm}/correct", {}) for arm in ("gold", other)]
         if both := [id for id in pair[0] if id in pair[1]]:

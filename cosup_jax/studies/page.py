@@ -131,7 +131,7 @@ def _plot(name: str, metric: str, rows: Rows) -> str:
     known = [row for row in rows if row["low"] is not None]
     if not known or not is_share(metric) or not all(0 <= row["mean"] <= 1 for row in known):
         return ""
-    scores = [Score(row["mean"], max(row["low"], 0.0), min(row["high"], 1.0)) for row in known]
+    scores = [Score(row["mean"], row["low"], row["high"]) for row in known]
     measured = [Measured("mean over seeds", 2, scores)]
     return by_row(metric, "share", [row["arm"] for row in known], measured, key=name)
 

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosup_jax.errors import UserError
+from cosup_jax.studies.run import Scores
 from cosup_jax.studies.verdict import POINT, Estimate, estimate, verdict
 
-Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # set -> metric -> item -> value
 Runs = Mapping[str, Sequence[Scores]]  # of each arm its seeds, in their order
-
 
 # Metrics that are no shares, wherever their values lie.
 _NO_SHARE = re.compile(
@@ -98,17 +97,16 @@ def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
             shares = is_share(claim.metric) and _shares(ours, theirs)
             told["log_odds"] = log_odds(ours) - log_odds(theirs) if shares else None
             told["verdict"] = verdict(towards_SxI)
-            if shares and _at_an_end(
-                ours, theirs
-            ):  # nobody can do it, or everybody: it cannot tell
+            if shares and _at_an_end(ours, theirs):  # nobody can do it, or everybody
                 told |= {"verdict": "undecided", "detectable": None}
             found.append(told)
     return found
 
 
-def untested(runs: Runs, claims: Sequence[Claim]) -> list[Claim]:
-    """Those of a metric that no set has of all runs compared."""
-    return [claim for claim in claims if not claim_rows(runs, [claim])]
+def untested(judged: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> list[str]:
+    """Those without a row of `claim_rows`: no set has their metric of all runs compared."""
+    told = {row["claim"] for row in judged}
+    return [claim for claim in map(str, claims) if claim not in told]
 
 
 def is_share(metric: str) -> bool:
