@@ -8,6 +8,7 @@ import pytest
 
 from cosup_jax import config_files
 from cosup_jax.config import make, set_dotted, to_dict
+from cosup_jax.config_files import File
 from cosup_jax.dotted import get_dotted, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import OFFICIAL, freeze
@@ -117,3 +118,15 @@ def test_compat_refuses_an_explicit_contradiction():
     assert freeze(config).loss.nsp_weight == 0.01
     with pytest.raises(UserError, match=r"loss\.nsp_weight"):
         freeze(config, frozenset({"loss.nsp_weight"}))
+
+
+def test_variants_are_joined_and_the_last_one_counts():
+    """Bug: of small+C only one is taken, or what C consists in is undone by small."""
+    variants = {"a": {"num_steps": 1, "batch_size": 8}, "b": {"num_steps": 2}}
+    joined = make({"num_steps": 9}, variants, "a+b")
+    assert (joined.num_steps, joined.batch_size) == (2, 8)
+    with pytest.raises(UserError, match="unknown config variant 'c'; this file has: a, b"):
+        make({}, variants, "a+c")
+    file = File("configs/x.py:small", {})
+    assert (file.of("C"), file.name) == ("configs/x.py:small+C", "x-small")
+    assert (File("x.py", {}).of("C"), File("x.py", {}).name) == ("x.py:C", "x")

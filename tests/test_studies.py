@@ -69,6 +69,8 @@ def test_the_verdict_follows_the_rule():
     jitter = np.tile([0.02, -0.02], (3, 20))
     assert verdict(jitter * 0.2) == "not seen"  # within a point of 0
     assert verdict(jitter * 20) == "undecided"
+    likely = np.tile([0.5, -0.4], (3, 20))  # every seed's mean is above 0, the interval is not
+    assert verdict(likely) == "undecided" and estimate(likely).low < 0 < likely.mean()
     against = steady + np.array([[0.0], [0.0], [-0.101]])
     many = np.concatenate([np.full((20, 40), 0.1), np.full((1, 40), -0.001)])
     assert verdict(against) == "undecided" and estimate(many).low > 0
@@ -171,10 +173,13 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     lines = page.markdown(study).splitlines()
     assert "- **C > N|C: corpus/correct**: confirmed in world.in_domain" in lines
     assert "- **N|C > C: corpus/correct**: not seen in world.in_domain" in lines
-    tables = [line for line in lines if line.startswith("|")]
     bars = lambda line: line.replace("\\|", "").count("|")
-    for head, row in itertools.pairwise(tables):
-        assert bars(head) == bars(row) or not row.startswith("| ---")
+    for is_table, rows in itertools.groupby(lines, lambda line: line.startswith("|")):
+        assert not is_table or len(set(map(bars, rows))) == 1
+    assert any(
+        line.startswith("| C > N\\|C: corpus/correct | world.in_domain | confirmed | +")
+        for line in lines
+    )
     (row,) = (r for r in study["measured"] if (r["arm"], r["metric"]) == ("C", "corpus/correct"))
     told = f"| C | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
     assert any(line.startswith(told) for line in lines)
@@ -188,6 +193,13 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert "N|C &gt; C: corpus/corect" in html and "python -m x --mode=study" in html
     assert page.closing(study).count("\n") == 6
     assert "\nN|C > C: corpus/corect: not tested: a run" in page.closing(study)
+
+
+def test_an_interval_of_a_share_ends_where_shares_do():
+    """Bug: "0.81 (-0.34 to 1.96)" of a share; or an interval of nats that is cut off at 1."""
+    rows = {(r["arm"], r["metric"]): r for r in a_study()["measured"]}
+    assert (rows["C", "corpus/correct"]["low"], rows["C", "corpus/correct"]["high"]) == (0.0, 1.0)
+    assert rows["C", "distance"]["low"] < 0 and rows["C", "distance"]["high"] > 1
 
 
 def test_log_odds_are_those_of_the_means():
