@@ -77,14 +77,15 @@ def test_freed_memory_goes_back(monkeypatch):
 
 def test_rows_of_several_lengths_have_a_program_each(monkeypatch):
     """Bug: the program of other Ctx rows is taken where Gen rows are as long: without packing a run
-    ends at its second batch; or each step compiles anew."""
-    seen = []
+    ends at its second batch; or each step compiles anew; or memory of compiling stays."""
+    seen, released = [], []
 
     def train_step(state, batch):
         seen.append((batch.gen_tokens_BxT.shape[1], batch.ctx_tokens_UxL.shape[1]))
         return state + 1, {"tokens": jnp.size(batch.gen_tokens_BxT)}
 
     monkeypatch.setattr(step_lib, "train_step", train_step)
+    monkeypatch.setattr(step_lib, "release_memory", lambda: released.append(len(seen)))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     step, state = step_lib.compile_step(mesh, sharding.replicated(mesh)), jnp.int32(0)
     for T, L in ((4, 8), (8, 8), (4, 4), (4, 8), (8, 8)):
@@ -92,7 +93,7 @@ def test_rows_of_several_lengths_have_a_program_each(monkeypatch):
         batch = jax.device_put(empty_batch(shape, 2, 2), sharding.rows(mesh))
         state, metrics = step(state, batch)
         assert metrics["tokens"] == 2 * T
-    assert state == 5 and seen == [(4, 8), (8, 8), (4, 4)]
+    assert state == 5 and seen == [(4, 8), (8, 8), (4, 4)] and released == [1, 2, 3]
 
 
 @pytest.mark.slow
