@@ -75,7 +75,7 @@ class Evaluation:
         self._trained, self._judge, self._workdir = trained, judge, workdir
         self._answers_to = workdir / folder
         self._prefix = getattr(judge, "prefix", "")
-        self._code = processes.codedigest()
+        self._code = processes.code_digest()
         self._libraries: dict[str, Library] = {}  # by the version of the source
         self._pair = Pair.of(trained, workdir)
         self._answering = Answering(

@@ -1,6 +1,8 @@
 """The house rules that a reader would otherwise have to check by eye."""
 
 import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -174,6 +176,33 @@ def test_config_has_no_get(path):
             owner = ast.unparse(node.func.value)
             got = node.func.attr == "get" and re.match(r"(self\._?)?config\b", owner)
             assert not got, f"line {node.lineno}: {owner}.get"
+
+
+def test_what_is_named_of_a_module_is_there():
+    """Catches `processes.codedigest()`, a name that moved, in a line that no quick test reaches."""
+    missing = []
+    for path in [*MODULES, *(ROOT / "tests").glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        ours = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cosup_jax"):
+                package = importlib.import_module(node.module)
+                for alias in node.names:
+                    value = getattr(package, alias.name, None)
+                    if value is None:
+                        value = importlib.import_module(f"{node.module}.{alias.name}")
+                    if inspect.ismodule(value):
+                        ours[alias.asname or alias.name] = value
+        rebound = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        rebound |= {
+            n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = ours.get(node.value.id) if node.value.id not in rebound else None
+                if module and not hasattr(module, node.attr):
+                    missing.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert not missing
 
 
 def test_no_file_names_a_private_path():
