@@ -247,7 +247,10 @@ def _check(config: Config) -> None:
         )
     for dotted in ("data.train", "data.eval"):
         if not sources(get_dotted(config, dotted)):
-            raise UserError(f"config.{dotted} names no source")
+            raise UserError(
+                f"config.{dotted} names no source; give --config.{dotted}=FILE.jsonl,... or "
+                "tfds:NAME"
+            )
 
 
 def _check_objective(config: Config) -> None:

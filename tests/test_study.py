@@ -12,9 +12,12 @@ import pytest
 
 from cosup_jax import assemble, config_files, export, optim, study
 from cosup_jax import main as main_lib
+from cosup_jax.config import SHAPE
 from cosup_jax.config_files import File
+from cosup_jax.dotted import differing
 from cosup_jax.errors import UserError
 from cosup_jax.studies import arms, measures
+from cosup_jax.studies.scales import SCALES
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "configs/studies").glob("*.py"))
@@ -40,6 +43,46 @@ def test_every_study_names_arms_measures_and_metrics_that_there_are(path):
     sizes = {int(n) for n in re.findall(r"corpus_(\d+)/", ",".join(found.shown))}
     assert sizes <= set(found.config.eval.sizes)
     assert found.config.eval.sizes or not any("slope/" in metric for metric in found.shown)
+
+
+OWN_DATA = {"data__train": "own.jsonl", "data__eval": "own.jsonl"}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_has_its_arms_and_steps_at_every_scale(path, scale):
+    """Bug: an arm that a scale cannot train; a claim about a step of which no checkpoint is kept; a
+    batch that is halved without twice the steps."""
+    given = OWN_DATA if scale.startswith("smollm2") else {}
+    found = asked(f"{path}:{scale}", **given)
+    one = found.config
+    every, last = one.checkpoint.every_steps, one.num_steps
+    kept = {*range(every, last, every), last}
+    assert len(kept) <= one.checkpoint.keep
+    named = {*found.shown, *(claim.metric for claim in found.claims)}
+    assert {int(name.partition("/step_")[2]) for name in named if "/step_" in name} <= kept
+    for name in found.arms:
+        arm = found.arm(name, 0).config
+        assert arm.num_steps * arm.batch_size == one.num_steps * one.batch_size
+        assert arm.num_steps * arm.data.ctx_rows == one.num_steps * one.data.ctx_rows
+        assert arm.bank.kind == "off" or 0 < arm.bank.start_step < arm.num_steps
+
+
+def test_smollm2_is_trained_as_its_config_file_trains_it():
+    """Bug: a learning rate, a dtype or a length of `world` for pretrained weights."""
+    aside = ("data.train", "data.eval", "data.ctx_rows", "data.vocab_size", "loss.mask_evidence")
+    aside += ("num_steps", "batch_size", "checkpoint.", "eval.", "generate.", "log.", "study.")
+    for scale, variant in (("smollm2", ""), ("smollm2_cpu", ":laptop")):
+        wanted = config_files.load(f"{ROOT}/configs/smollm2.py{variant}").to_dict()
+        found = config_files.load(f"{CORE}:{scale}+C").to_dict()
+        shape = [f"gen.arch.{name}" for name in SHAPE]
+        unlike = [key for key in differing(wanted, found) if key not in shape]
+        assert [key for key in unlike if not key.startswith(aside)] == []
+    assert found["num_steps"] == wanted["num_steps"]
+    with pytest.raises(
+        UserError, match=r"config\.data\.train names no source; give --config\.data"
+    ):
+        asked(f"{CORE}:smollm2")
 
 
 def test_an_arm_is_shared_by_all_studies_that_name_it():

@@ -6,7 +6,8 @@ Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/domains.md
 Command     python -m cosup_jax.main --config=configs/studies/domains.py --workdir=runs/studies \\
                 --mode=study
-Variants    small: some minutes, learns nothing; an arm, such as C: that run alone, by --mode=train
+Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
+            own (README); an arm, such as C: that run alone, by --mode=train
 """
 
 from cosup_jax.studies import arms

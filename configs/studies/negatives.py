@@ -1,42 +1,66 @@
 """Which negatives?
 
-Shows       the batch halved and doubled at the same number of examples, past passages and past
-            queries as negatives
+Shows       the batch halved and doubled at the same number of examples; past passages and past
+            queries as negatives; negatives that score above the passage masked as likely false.
+            Not by default, as they share nothing with C but the data: C_detached and C_full, the
+            released code's objective with and without a gradient through other ranks' passages
 Hardware    2 CPU cores, 4 GB of memory
 Expected    not run yet: docs/results/README.md
 Command     python -m cosup_jax.main --config=configs/studies/negatives.py --workdir=runs/studies \\
                 --mode=study
-Variants    small: minutes, learns nothing (the halved and the doubled batch take 400 and 100 steps
-            there too); an arm, such as C: that run alone, by --mode=train
+Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
+            own (README); an arm, such as C: that run alone, by --mode=train
 """
+
+import ml_collections
 
 from cosup_jax.studies import arms
 
-ARMS = {
-    "C_half": {
-        "batch_size": 8,
-        "data.ctx_rows": 8,
-        "num_steps": 400,
-        "checkpoint.every_steps": 100,
-    },
-    "C_double": {
-        "batch_size": 32,
-        "data.ctx_rows": 32,
-        "num_steps": 100,
-        "checkpoint.every_steps": 25,
-    },
-    "C_passage_bank": {"bank.kind": "passage", "bank.start_step": 140},
-    "C_dual_bank": {"bank.kind": "dual", "bank.start_step": 140},
-}
+
+def own_arms(at: ml_collections.ConfigDict):
+    """The arms at a scale."""
+    resized = lambda of, to: {
+        "batch_size": at.batch_size * to // of,
+        "data.ctx_rows": at.data.ctx_rows * to // of,
+        "num_steps": at.num_steps * of // to,
+        "checkpoint.every_steps": at.checkpoint.every_steps * of // to,
+    }
+    late = {"bank.start_step": at.num_steps * 7 // 10}  # when vectors no longer move much
+    return {
+        "C_half": resized(2, 1),
+        "C_double": resized(1, 2),
+        "C_passage_bank": {"bank.kind": "passage", **late},
+        "C_dual_bank": {"bank.kind": "dual", **late},
+        "C_margin": {"loss.margin_mask": True},
+    }
+
+
+def released(at: ml_collections.ConfigDict):
+    """compat=official at a scale: over 8 ranks gradients stop at other ranks' passages, over one
+    there are none; beside that, ranks are averaged over one by one, and padded one by one."""
+    official = {
+        "compat": "official",
+        "batch_size": 2 * at.batch_size,  # rows of one example
+        "data.ret_slots": 2,
+        "loss.temperature": 1.0,
+        "loss.mask_evidence": False,
+    }
+    return {
+        "C_detached": official | {"loss.compat_ranks": 8},
+        "C_full": official | {"loss.compat_ranks": 1},
+    }
 
 
 def get_config(variant=""):
+    at = arms.scale(variant)
+    own = own_arms(at)
     return arms.config(
         variant,
-        ARMS,
+        own | released(at),
         question="Which negatives?",
-        arms=f"C,{','.join(ARMS)}",
+        arms=f"C,{','.join(own)}",
         claims="C > C_half: corpus/retrieval_hit; C_double > C: corpus/retrieval_hit;"
-        "C_passage_bank > C: corpus/retrieval_hit; C_dual_bank > C: corpus/retrieval_hit",
+        "C_passage_bank > C: corpus/retrieval_hit; C_dual_bank > C: corpus/retrieval_hit;"
+        "C_margin > C: corpus/retrieval_hit",
         shown="corpus/correct,corpus/retrieval_hit,corpus/recall@5,gold/correct,none/correct",
     )

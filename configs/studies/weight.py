@@ -7,7 +7,8 @@ Hardware    2 CPU cores, 4 GB of memory
 Expected    not run yet: docs/results/README.md
 Command     python -m cosup_jax.main --config=configs/studies/weight.py --workdir=runs/studies \\
                 --mode=study
-Variants    small: some minutes, learns nothing; an arm, such as C: that run alone, by --mode=train
+Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
+            own (README); an arm, such as C: that run alone, by --mode=train
 """
 
 from cosup_jax.studies import arms
@@ -16,14 +17,18 @@ ARMS = {f"C_{weight:g}": {"loss.nsp_weight": weight} for weight in (0.1, 0.3, 3.
 
 
 def get_config(variant=""):
+    at = arms.scale(variant)
+    half = f"drift/to_last/step_{at.num_steps // 2}"
+    # A Gen that starts from random weights can have read the passages before, or not.
+    scratch = at.gen.init == "scratch"
     return arms.config(
         variant,
         ARMS,
         question="How much NSP, and is the sequence space stable without NTP?",
-        arms=f"N,C,S2,N_pre,C_pre,S2_pre,{','.join(ARMS)}",
+        arms=f"N,C,S2,{'N_pre,C_pre,S2_pre,' if scratch else ''}{','.join(ARMS)}",
         measures="answers,training,geometry",
         claims="C > C_0.1: corpus/retrieval_hit, none/correct; C > C_10: none/correct;"
-        "C > S2: drift/to_last/step_100; C_pre > S2_pre: drift/to_last/step_100",
+        f"C > S2: {half}" + (f"; C_pre > S2_pre: {half}" if scratch else ""),
         shown="corpus/retrieval_hit,corpus/correct,none/correct,passages/uniformity,"
         "passages/anisotropy,passages/effective_rank,alignment,gradient_ratio",
     )
