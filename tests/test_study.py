@@ -16,6 +16,7 @@ from cosup_jax.config import SHAPE
 from cosup_jax.config_files import File
 from cosup_jax.dotted import differing
 from cosup_jax.errors import UserError
+from cosup_jax.pretrained import resolve
 from cosup_jax.studies import arms, measures
 from cosup_jax.studies.scales import SCALES
 
@@ -83,6 +84,29 @@ def test_smollm2_is_trained_as_its_config_file_trains_it():
         UserError, match=r"config\.data\.train names no source; give --config\.data"
     ):
         asked(f"{CORE}:smollm2")
+
+
+@pytest.mark.parametrize("scale", ["", "small"])
+def test_a_random_ctx_is_another_gen(scale):
+    """Bug: Ctx by random weights is of another size than the one it is compared with."""
+    path = f"{ROOT}/configs/studies/ctx.py:{scale}"
+    config = resolve(asked(path).arm("C_random_ctx", 0).config)
+    shape = lambda tower: [getattr(getattr(config, tower).arch, name) for name in SHAPE]
+    assert shape("gen") == shape("ctx") and config.ctx.init == "scratch"
+
+
+@pytest.mark.parametrize(
+    ("path", "arms"), [("ctx", "C_minilm"), ("negatives", "C_detached,C_full")]
+)
+def test_what_is_not_trained_by_default_can_be_asked_for(path, arms):
+    """Bug: an arm that needs the hub, or that is no variant of C, in every run of a study; or one
+    that no longer is a config."""
+    path = f"{ROOT}/configs/studies/{path}.py"
+    names = arms.split(",")
+    assert not set(names) & set(asked(path).arms)
+    for scale in ("", *SCALES):
+        given = OWN_DATA if scale.startswith("smollm2") else {}
+        assert asked(f"{path}:{scale}", study__arms=arms, **given).arms == names
 
 
 def test_an_arm_is_shared_by_all_studies_that_name_it():
