@@ -8,53 +8,35 @@ WORKDIR/NAME/       study.json, study.md and index.html, written anew after ever
 What is finished is not done again, and a run that was stopped goes on.
 """
 
-import dataclasses
 import datetime
 import functools
 import gc
 import importlib.metadata
 import json
 import os
-import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from cosup_jax import export, train
-from cosup_jax.config import Config, StudyConfig, to_dict
-from cosup_jax.config_files import File, load
-from cosup_jax.dotted import differing, leaves, replace_dotted
+from cosup_jax.config import Config
+from cosup_jax.config_files import File
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import digest
 from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import is_url
 from cosup_jax.runtime.workdir import Workdir, write_atomic, writing
 from cosup_jax.studies import measures, page, results
-from cosup_jax.studies.arms import START
+from cosup_jax.studies.design import DIGITS, Arm, Design, of_pair, set_keys
 from cosup_jax.studies.measures import MEASURES
-from cosup_jax.studies.results import Scores
-from cosup_jax.studies.run import Run, opened
+from cosup_jax.studies.run import Run, Scores, opened
 
-# Groups of the config that a trained model does not depend on.
-_ASIDE = ("checkpoint", "eval", "export", "generate", "index", "log", "study")
-_DIGITS = 12  # of a digest, in a name
-_MEASURED_BY = ("eval", "generate", "index")  # of these: what the measures depend on
-
-
-class Arm(NamedTuple):
-    """One run: an arm under one seed."""
-
-    name: str
-    seed: int
-    config: Config
-    directory: Path
-
-    def __str__(self) -> str:
-        return f"{self.name}, seed {self.seed}"
+_MEASURED_BY = ("eval", "generate", "index")  # groups of the config that the measures depend on
 
 
 def study(config: Config, workdir: str, file: File) -> str | None:
@@ -64,14 +46,14 @@ def study(config: Config, workdir: str, file: File) -> str | None:
       file: where the config is from: its variants are the arms.
 
     Raises:
-      UserError: an arm, a claim's form or a measure that is none, an override that undoes an arm,
-        runs of unlike data; whatever the runs raise.
+      UserError: an arm, a claim's form, a measure or a metric that is none, an override that undoes
+        an arm, runs of unlike data; whatever the runs raise.
     """
     if jax.process_count() > 1:
         raise UserError("--mode=study runs in one process; start it on one host")
     if is_url(workdir):
         raise UserError(f"--mode=study needs a local directory, --workdir={workdir} is none")
-    asked = _Asked.of(config, Path(workdir).expanduser().absolute(), file)
+    asked = Design.of(config, Path(workdir).expanduser().absolute(), file)
     with Workdir(asked.directory) as directory:
         found = _Found(asked)
         for seed in range(config.seed, config.seed + config.study.seeds):
@@ -89,70 +71,10 @@ def study(config: Config, workdir: str, file: File) -> str | None:
     return None
 
 
-class _Asked(NamedTuple):
-    """What the config asks for, checked."""
-
-    config: Config
-    file: File
-    root: Path
-    directory: Path
-    arms: list[str]
-    crossed: list[tuple[str, str]]
-    measures: list[str]
-    shown: list[str]
-    claims: list[results.Claim]
-
-    @classmethod
-    def of(cls, config: Config, root: Path, file: File) -> "_Asked":
-        """Raises UserError."""
-        told = config.study
-        arms = _names(told.arms)
-        if not arms:
-            raise UserError(
-                f"{file.path_and_variant} names no arms in config.study.arms; the studies are in "
-                "configs/studies"
-            )
-        _check_arms(file, arms)
-        told = _without_absent(told, file, arms)
-        crossed = [tuple(pair.split("|")) for pair in _names(told.crossed)]
-        for pair in crossed:
-            if len(pair) != 2 or not set(pair) <= set(arms):
-                raise UserError(f"config.study.crossed: {'|'.join(pair)!r} is no ARM|ARM of {arms}")
-        asked = _names(told.measures)
-        for name in asked:
-            if name not in MEASURES:
-                raise UserError(f"config.study.measures: {name!r} is none of {', '.join(MEASURES)}")
-        claims = results.claims_of(told.claims, [*arms, *map("|".join, crossed)])
-        shown = _names(told.shown) or list(dict.fromkeys(claim.metric for claim in claims))
-        directory = root / file.name
-        return cls(config, file, root, directory, arms, crossed, asked, shown, claims)
-
-    def arm(self, name: str, seed: int) -> Arm:
-        """One run. Raises UserError for a variant that the file does not have."""
-        config = self.file.variant(name)
-        config = replace_dotted(replace_dotted(config, "seed", seed), "study", StudyConfig())
-        key = config
-        for tower in ("gen", "ctx"):
-            init = getattr(config, tower).init
-            if init.startswith(START):
-                start = self.arm(init.removeprefix(START), self.config.seed)  # one for all seeds
-                path = start.directory / "export" / "gen"
-                config = replace_dotted(config, f"{tower}.init", str(path))
-                key = replace_dotted(key, f"{tower}.init", START + start.directory.name)
-        return Arm(name, seed, config, self.root / "arms" / _key(key))
-
-    def starts(self, arm: Arm) -> Iterator[Arm]:
-        """The runs that an arm's towers come from."""
-        config = self.file.variant(arm.name)
-        for init in dict.fromkeys((config.gen.init, config.ctx.init)):
-            if init.startswith(START):
-                yield self.arm(init.removeprefix(START), self.config.seed)
-
-
 class _Found:
     """What was measured so far."""
 
-    def __init__(self, asked: _Asked):
+    def __init__(self, asked: Design):
         self._asked = asked
         crossed = map("|".join, asked.crossed)
         self._scores: dict[str, list[Scores]] = {name: [] for name in (*asked.arms, *crossed)}
@@ -177,7 +99,7 @@ class _Found:
     def add_crossed(self, writer: Arm, retriever: Arm) -> None:
         """The answers of one run's Gen by the retrieval of another run's pair."""
         by = replace_dotted(writer.config, "generate.retriever", str(retriever.directory))
-        arm = writer._replace(config=replace_dotted(by, "eval.arms", "corpus"))
+        arm = writer._replace(config=of_pair(by))
         name = f"answers-by-{retriever.directory.name}"
         with _Opened(arm) as run:
             scores = self._kept(arm, name, lambda: measures.answers(run(), name))
@@ -209,7 +131,7 @@ class _Found:
         asked = self._asked
         done = {name: scores for name, scores in self._scores.items() if scores}
         known = [claim for claim in asked.claims if {claim.better, claim.other} <= set(done)]
-        judged = results.claim_rows(done, known)
+        judged = results.claim_rows(done, known, asked.kinds)
         seeds = asked.config.study.seeds
         wanted = seeds * len(asked.arms)
         finished = all(len(scores) == seeds for scores in self._scores.values())
@@ -228,7 +150,8 @@ class _Found:
             "measured_by_code": sorted(self._codes),
             "claims": judged,
             "untested": results.untested(judged, known),
-            "measured": results.arm_rows(done, asked.shown),
+            "arms": list(self._scores),
+            "measured": results.arm_rows(done, {name: asked.kinds[name] for name in asked.shown}),
             "runs": self._runs,
         }
 
@@ -255,7 +178,7 @@ class _Opened:
         gc.collect()
 
 
-def _trained(arm: Arm, asked: _Asked) -> str:
+def _trained(arm: Arm, asked: Design) -> str:
     """Trains what is not finished, first what it starts from."""
     for start in asked.starts(arm):
         if _trained(start, asked) == "stopped":
@@ -276,13 +199,13 @@ def _trained(arm: Arm, asked: _Asked) -> str:
 
 
 def _measured(name: str, run: "_Opened") -> Scores:
-    return MEASURES[name](run())
+    return MEASURES[name].scores(run())
 
 
 def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
     """{"code", "found"} of `measure`, kept in the run's directory."""
-    told = [pair for pair in _set(arm.config) if pair[0].split(".")[0] in _MEASURED_BY]
-    by = digest(told)[:_DIGITS]
+    told = [pair for pair in set_keys(arm.config) if pair[0].split(".")[0] in _MEASURED_BY]
+    by = digest(told)[:DIGITS]
     path = arm.directory / "measured" / f"{name}-{by}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -293,7 +216,7 @@ def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
     return kept
 
 
-def _command(arm: Arm, asked: _Asked) -> str:
+def _command(arm: Arm, asked: Design) -> str:
     """What trains this run by itself."""
     flags = {k: text for k, text in asked.file.overrides.items() if not k.startswith("study.")}
     for tower in ("gen", "ctx"):
@@ -310,61 +233,7 @@ def _line(config: str, overrides: Mapping[str, str], *more: str) -> str:
     return shlex.join(["python", "-m", "cosup_jax.main", f"--config={config}", *keys, *more])
 
 
-def _check_arms(file: File, arms: Sequence[str]) -> None:
-    """Raises UserError for an arm that is none, and for an override of what an arm consists in."""
-    settings = lambda path: dict(leaves(load(path).to_dict())) if file.overrides else {}
-    base = settings(file.path_and_variant)
-    for name in arms:
-        try:
-            config = file.variant(name)
-        except UserError as error:
-            raise UserError(f"arm {name}: {error}") from error
-        own = settings(file.of(name))
-        for key in file.overrides:
-            if own[key] != base[key]:
-                raise UserError(
-                    f"--config.{key} would undo what arm {name} consists in, {key}={own[key]!r}; "
-                    f"drop it, or change the arm in {file.path_and_variant.partition(':')[0]}"
-                )
-        inits = {config.gen.init, config.ctx.init}
-        _check_arms(file, [i.removeprefix(START) for i in sorted(inits) if i.startswith(START)])
-
-
-def _without_absent(told: StudyConfig, file: File, arms: Sequence[str]) -> StudyConfig:
-    """Where the command line chooses among the file's arms, its pairs and claims of the others are
-    left out, and it is said which."""
-    if "study.arms" not in file.overrides:
-        return told
-    absent = set(_names(load(file.path_and_variant).study.arms)) - set(arms)
-    names = lambda part: set(re.split(r"[|\s:]+", part))
-    for key, mark in (("crossed", ","), ("claims", ";")):
-        parts = [part.strip() for part in getattr(told, key).split(mark) if part.strip()]
-        left_out = [part for part in parts if names(part.partition(":")[0]) & absent]
-        if f"study.{key}" not in file.overrides and left_out:
-            print(f"left out for want of arms: {'; '.join(left_out)}")
-            kept = mark.join(part for part in parts if part not in left_out)
-            told = dataclasses.replace(told, **{key: kept})
-    return told
-
-
-def _key(config: Config) -> str:
-    """Of all that training depends on."""
-    told = [pair for pair in _set(config) if pair[0].split(".")[0] not in _ASIDE]
-    return digest(told)[:_DIGITS]
-
-
-def _set(config: Config) -> list[tuple[str, Any]]:
-    """The keys that are not as by default: those that later versions add change no digest."""
-    changed = differing(to_dict(Config()), to_dict(config))
-    return [(key, value) for key, (_, value) in changed.items()]
-
-
-def _names(text: str) -> list[str]:
-    """Each once: an arm that is named twice has no more seeds."""
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _write(directory: Workdir, asked: _Asked, found: _Found) -> None:
+def _write(directory: Workdir, asked: Design, found: _Found) -> None:
     summary = found.summary()
     directory.write_json("study.json", summary)
     directory.write_text("study.md", page.markdown(summary))

@@ -53,6 +53,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "studies.geometry studies.gradients studies.evidence studies.results",
     "studies.spaces",
     "studies.measures studies.page",
+    "studies.design",
     "study",
     "main",
 )

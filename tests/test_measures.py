@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from declared import held_to_its_word, no_empty_words
 from flax.traverse_util import flatten_dict
 from towns import write_data
 from untrained import config_of, save_checkpoint, write_config
@@ -158,6 +159,8 @@ def test_geometry_of_a_run(run):
     """Bugs: a query with another question's passage; a checkpoint read as the newest; passages
     that differ from run to run; what is compared is not of length 1."""
     (part,), found = run.sets, geometry(run)
+    held_to_its_word("geometry", found)
+    no_empty_words("geometry", found)
     example = part.examples[5]
     passage = part.dataset.passages[example.evidence[0]]
     at_ret = state_at_ret(run, example)
@@ -185,6 +188,8 @@ def test_spaces_of_a_run(run):
     """Bugs: states before the last norm; control tokens or padding among the likeliest; the title
     of another passage, or a shuffled one that is its own; a hidden state of the wrong tower."""
     (part,), found, tokenizer = run.sets, spaces(run), run.trained.tokenizers.gen
+    held_to_its_word("spaces", found)
+    no_empty_words("spaces", found)
     kernel = np.asarray(run.trained.params["gen"]["head"]["kernel"], np.float64)
     text = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.control]
 
@@ -222,6 +227,7 @@ def test_gradients_of_a_run(run):
     """Bugs: layers mixed up, or the first layer's cosine for all; weights, or a loss that the run
     does not train, in a gradient; a cosine where NSP's gradient is zero."""
     found, trained = gradients(run)[""], run.trained
+    held_to_its_word("gradients", {"": found})
     config = trained.config
     loss = dataclasses.replace(config.loss, nsp_weight=1.0)
     rows = sharding.rows(trained.mesh)
@@ -251,6 +257,8 @@ def test_evidence_of_a_run(run):
     """Bugs: a target off by one; a neighbour in the row that is seen; a swapped passage that is
     not what was meant; nats that count [Ret] or the passage; a probability of control tokens."""
     (part,), found, tokenizer = run.sets, evidence(run)[SET], run.trained.tokenizers.gen
+    held_to_its_word("evidence", {SET: found})
+    no_empty_words("evidence", {SET: found})
     kernel = np.asarray(run.trained.params["gen"]["head"]["kernel"], np.float64)
     padding = range(tokenizer.vocab_size, kernel.shape[1])
     turned, skipped = conflicts(part, tokenizer, run.trained.config)

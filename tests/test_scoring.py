@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from declared import held_to_its_word
 
+from cosup_jax.config import Config
 from cosup_jax.data.schema import Passage
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.evaluation import scoring
 from cosup_jax.evaluation.nli import Containment
 
@@ -111,6 +114,17 @@ def test_what_a_question_has_no_ground_for_is_absent():
     assert scores_of(grouped)["str_em"] == 0.5
     long = scores_of(answer(answers=["x"], long_answer="Paris is big", answer="Paris is big"))
     assert long["rougel"] == pytest.approx(1) and long["em"] == 0 and long["rougeLsum"] < 0.6
+
+
+def test_a_study_may_name_every_score():
+    """Bug: a score that is added here and refused by every study, as one that nothing gives."""
+    more = {"long_answer": "Paris is big", "answer_groups": [["Paris"]]}
+    scores = scores_of(answer(**more)) | {"correct": 1.0}
+    held_to_its_word("answers", {"": {f"gold/{name}": {"q": v} for name, v in scores.items()}})
+    assert {"str_em", "rougeLsum", "KILT-rougel", "success_rate@10"} <= set(scores)
+    nli = {f"corpus/{name}": {"q": 1.0} for name in ("citation_rec", "citation_prec", "grounding")}
+    judged = replace_dotted(Config(), "eval.judge", "google/t5_xxl_true_nli_mixture")
+    held_to_its_word("answers", {"": nli}, judged)
 
 
 def test_a_long_answer_is_scored_whole():

@@ -8,7 +8,15 @@ from scipy import stats
 
 from cosup_jax.errors import UserError
 from cosup_jax.studies import page, results
+from cosup_jax.studies.run import NUMBER, SHARE
 from cosup_jax.studies.verdict import estimate, verdict
+
+KINDS = {
+    "corpus/correct": SHARE,
+    "corpus/recall@1": SHARE,
+    "distance": NUMBER,
+    "drift/to_last/step_1": NUMBER,
+}
 
 
 def drawn(rng, seeds, items, between_seeds, between_items, noise):
@@ -68,6 +76,8 @@ def test_the_verdict_follows_the_rule():
     assert verdict(steady[:1]) == "undecided"
     jitter = np.tile([0.02, -0.02], (3, 20))
     assert verdict(jitter * 0.2) == "not seen"  # within a point of 0
+    assert verdict(jitter * 0.2, 0.0) == "undecided"  # of nats no difference is none worth naming
+    assert verdict(jitter * 0.02 - 0.01, 0.0) == "not seen"
     assert verdict(jitter * 20) == "undecided"
     likely = np.tile([0.5, -0.4], (3, 20))  # every seed's mean is above 0, the interval is not
     assert verdict(likely) == "undecided" and estimate(likely).low < 0 < likely.mean()
@@ -88,10 +98,10 @@ def test_claims_are_tested_on_the_questions_all_runs_answered():
         "N": [scores(a=0.0, b=1.0), scores(a=1.0, b=0.0, d=1.0)],
     }
     (claim,) = results.claims_of("C > N: corpus/correct", runs)
-    (row,) = results.claim_rows(runs, [claim])
+    (row,) = results.claim_rows(runs, [claim], KINDS)
     assert (row["items"], row["seeds"], row["by_seed"]) == (2, 2, [0.5, 0.0])
     assert row["set"] == "world.in_domain" and row["mean"] == 0.25
-    c, n = results.arm_rows(runs, ["corpus/correct", "gold/correct"])
+    c, n = results.arm_rows(runs, KINDS)
     assert (c["arm"], c["seeds"], c["by_seed"]) == ("C", 3, [1.0, 0.5, 0.0])
     assert (n["arm"], n["items"]) == ("N", 2)
 
@@ -103,7 +113,7 @@ def test_a_claim_may_say_that_a_number_is_smaller():
         "N": [scores(a=2.0, b=2.1), scores(a=2.0, b=2.1)],
     }
     claims = results.claims_of("C > N: -corpus/correct; N > C: -corpus/correct", runs)
-    found = results.claim_rows(runs, claims)
+    found = results.claim_rows(runs, claims, {"corpus/correct": NUMBER})
     assert [row["verdict"] for row in found] == ["confirmed", "not seen"]
     assert found[0]["mean"] == -1 and found[0]["claim"] == "C < N: corpus/correct"
 
@@ -113,10 +123,10 @@ def test_what_nobody_can_answer_tells_nothing():
     zero, one = scores(a=0.0, b=0.0), scores(a=1.0, b=1.0)
     for same in (zero, one):
         runs = {"C": [same, same], "N": [same, same]}
-        (row,) = results.claim_rows(runs, results.claims_of("C > N: corpus/correct", runs))
+        (row,) = results.claim_rows(runs, results.claims_of("C > N: corpus/correct", runs), KINDS)
         assert row["verdict"] == "undecided" and row["detectable"] is None
     runs = {"C": [one, one], "N": [zero, zero]}
-    (row,) = results.claim_rows(runs, results.claims_of("C > N: corpus/correct", runs))
+    (row,) = results.claim_rows(runs, results.claims_of("C > N: corpus/correct", runs), KINDS)
     assert row["verdict"] == "confirmed"
 
 
@@ -131,7 +141,8 @@ def test_a_claim_of_a_metric_that_was_not_measured_is_named():
     """Bug: a typing error in a metric makes the claim vanish from the study."""
     runs = {"C": [scores(a=1.0)] * 2, "N": [scores(a=1.0)] * 2}
     claims = results.claims_of("C > N: corpus/correct, corpus/corect", runs)
-    assert results.untested(results.claim_rows(runs, claims), claims) == ["C > N: corpus/corect"]
+    rows = results.claim_rows(runs, claims, KINDS)
+    assert results.untested(rows, claims) == ["C > N: corpus/corect"]
 
 
 def a_study():
@@ -157,11 +168,10 @@ def a_study():
         "hardware": "1 x cpu",
         "versions": "jax 1",
         "command": "python -m x --mode=study",
-        "claims": results.claim_rows(runs, claims),
+        "arms": list(runs),
+        "claims": results.claim_rows(runs, claims, KINDS),
         "untested": ["N|C > C: corpus/corect"],
-        "measured": results.arm_rows(
-            runs, ["corpus/correct", "corpus/recall@1", "distance", "drift/to_last/step_1"]
-        ),
+        "measured": results.arm_rows(runs, KINDS),
         "runs": [{"arm": "C", "seed": 0, **run, **place}],
     }
 
@@ -193,6 +203,26 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert "N|C &gt; C: corpus/corect" in html and "python -m x --mode=study" in html
     assert page.closing(study).count("\n") == 6
     assert "\nN|C > C: corpus/corect: not tested: a run" in page.closing(study)
+
+
+def test_rows_stand_in_the_order_of_the_study():
+    """Bug: an arm that lacks the first metric falls behind those that have it."""
+    runs = {"N": [{"w": {"distance": {"": 1.0}}}] * 2, "C": [{"w": {"corpus/correct": {"a": 1.0}}}]}
+    cells = page.arm_cells(results.arm_rows(runs, KINDS), ["Q", *runs])
+    assert [row[0] for row in cells] == ["arm", "N", "C"]
+    assert cells[0][1:3] == ["corpus/correct", "distance"]
+
+
+def test_no_difference_of_nats_is_as_good_as_none():
+    """Bug: a loss that is some thousandths of a nat larger or smaller is "not seen", by a margin
+    that was made for shares."""
+    runs = {
+        arm: [{"w": {metric: {"a": 0.5, "b": b} for metric in ("corpus/correct", "distance")}}] * 3
+        for arm, b in (("C", 0.5004), ("N", 0.5))
+    }
+    claims = results.claims_of("C > N: corpus/correct, distance", runs)
+    rows = results.claim_rows(runs, claims, KINDS)
+    assert [row["verdict"] for row in rows] == ["not seen", "undecided"]
 
 
 def test_an_interval_of_a_share_ends_where_shares_do():

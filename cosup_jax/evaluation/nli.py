@@ -38,6 +38,11 @@ def judge_named(name: str) -> Judge:
     return Containment() if name == "containment" else TransformersNli(name)
 
 
+def prefix_of(name: str) -> str:
+    """That of `judge_named(name)`, whose model is not read."""
+    return Containment.prefix if name == "containment" else TransformersNli.prefix
+
+
 class Containment:
     """No NLI: a claim is contained if each of its normalised tokens occurs in the premise.
 

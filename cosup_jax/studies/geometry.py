@@ -5,8 +5,13 @@ import itertools
 import numpy as np
 
 from cosup_jax.studies import run as run_lib
-from cosup_jax.studies.run import Metrics, Run, Scores, by_item, whole
+from cosup_jax.studies.run import NUMBER, Gives, Metrics, Run, Scores, by_item, whole
 
+GIVES: Gives = {
+    r"alignment": NUMBER,
+    r"(queries|passages)/(uniformity|anisotropy|effective_rank|effective_rank_centred)": NUMBER,
+    r"drift/to_(next|last)(_rotated|_shuffled)?/step_\d+": NUMBER,
+}
 _SEED = 1  # of the shuffled baseline
 
 

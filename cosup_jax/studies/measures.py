@@ -2,8 +2,9 @@
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,15 +12,20 @@ import numpy as np
 from cosup_jax import assemble, optim
 from cosup_jax.answer import records
 from cosup_jax.answer.records import Record
+from cosup_jax.config import ARMS, Config
 from cosup_jax.data.plan import Plan
+from cosup_jax.errors import UserError
 from cosup_jax.evaluate import Evaluation
-from cosup_jax.evaluation.nli import judge_named
+from cosup_jax.evaluation import nli
 from cosup_jax.rehearsal import model_flops
-from cosup_jax.studies.evidence import evidence
-from cosup_jax.studies.geometry import geometry
-from cosup_jax.studies.gradients import gradients
-from cosup_jax.studies.run import Run, Scores
-from cosup_jax.studies.spaces import spaces
+from cosup_jax.studies import evidence, geometry, gradients, spaces
+from cosup_jax.studies.run import NUMBER, POINTS, SHARE, Gives, Run, Scores
+
+_SCORE = (  # all that `scoring.scored` may find, by a judge of some prefix, and `correct`
+    r"correct|(KILT-)?(accuracy|em|f1|rougel)|acc_substring|rougeLsum|str_em"
+    r"|Rprec|(precision|answer_in_context)@(1|5|10)|(recall|success_rate)@(5|10)"
+    r"|retrieval_hit|retrieval_precision|{prefix}(citation_rec|citation_prec|grounding)"
+)
 
 
 def answers(run: Run, folder: str = "evaluation") -> Scores:
@@ -34,7 +40,7 @@ def answers(run: Run, folder: str = "evaluation") -> Scores:
     Written to WORKDIR/evaluation, or another folder of the run's.
     """
     config = run.trained.config
-    judge = judge_named(config.eval.judge)
+    judge = nli.judge_named(config.eval.judge)
     summary = Evaluation(run.trained, judge, run.workdir, folder).summary()
     found = {}
     for part in summary["sets"]:
@@ -76,6 +82,18 @@ def of_set(
     return found
 
 
+def _answers_give(config: Config) -> Gives:
+    arms, score = config.eval.arm_names, _SCORE.format(prefix=nli.prefix_of(config.eval.judge))
+    if "corpus" in arms:
+        parts = ("seen", "unseen", *map(str, config.eval.sizes))
+        arms = [*arms, *(f"corpus_{part}" for part in parts)]
+    found = {rf"({'|'.join(arms)})/({score})": SHARE}
+    if "corpus" in arms:
+        found |= {r"corpus_(hit|miss)/correct": SHARE, r"slope/retrieval_hit": POINTS}
+    others = [name for name in ("wrong", "none") if {"gold", name} <= {*arms}]
+    return found | {f"gold_over_{name}/correct": POINTS for name in others}
+
+
 def training(run: Run) -> Scores:
     """What training itself has logged: `gradient_ratio`, how large NSP's gradient in Gen is beside
     NTP's, weights included, at each step at which it was probed; and of each set the last held-out
@@ -90,6 +108,15 @@ def training(run: Run) -> Scores:
             held_out, _, metric = rest.rpartition("/")
             found.setdefault(held_out, {})[metric] = {"": value}
     return found
+
+
+def _training_gives(config: Config) -> Gives:
+    score = _SCORE.format(prefix=nli.prefix_of(config.eval.judge))
+    return {
+        r"gradient_ratio|ntp_nats_per_token": NUMBER,
+        r"(recall_at_1|recall_at_10|mrr_at_10)(_seen|_unseen)?|top1_in_batch": SHARE,
+        rf"answers_({score})": SHARE,
+    }
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -111,11 +138,48 @@ def facts(run: Run) -> dict[str, Any]:
     }
 
 
-MEASURES: dict[str, Callable[[Run], Scores]] = {
-    "answers": answers,
-    "training": training,
-    "geometry": geometry,
-    "spaces": spaces,
-    "evidence": evidence,
-    "gradients": gradients,
+class Measure(NamedTuple):
+    """What is measured of a run, and the metrics that it may give, by the study's config."""
+
+    scores: Callable[[Run], Scores]
+    gives: Callable[[Config], Gives]
+
+
+MEASURES = {
+    "answers": Measure(answers, _answers_give),
+    "training": Measure(training, _training_gives),
+    "geometry": Measure(geometry.geometry, lambda _: geometry.GIVES),
+    "spaces": Measure(spaces.spaces, lambda _: spaces.GIVES),
+    "evidence": Measure(evidence.evidence, lambda _: evidence.GIVES),
+    "gradients": Measure(gradients.gradients, lambda _: gradients.GIVES),
 }
+
+
+def kind_of(metric: str, config: Config, asked: Iterable[str]) -> str | None:
+    """SHARE, POINTS or NUMBER; None of what none of these measures gives."""
+    for name in asked:
+        for pattern, kind in MEASURES[name].gives(config).items():
+            if re.fullmatch(pattern, metric):
+                return kind
+    return None
+
+
+def kinds(
+    where: str, metrics: Iterable[str], config: Config, asked: Sequence[str]
+) -> dict[str, str]:
+    """`kind_of` each. Raises UserError for a metric without one, named by `where` it stands."""
+    found = {metric: kind_of(metric, config, asked) for metric in metrics}
+    for metric, kind in found.items():
+        if kind is None:
+            others = [name for name in MEASURES if kind_of(metric, config, [name])]
+            arm = metric.partition("/")[0]
+            mend = "each function there says what it gives"
+            if others:
+                mend = f"add {others[0]} to config.study.measures"
+            elif arm in ARMS and arm not in config.eval.arm_names:
+                mend = f"config.eval.arms={config.eval.arms} lacks {arm}"
+            raise UserError(
+                f"{where}: {metric!r} is given by none of {', '.join(asked)} "
+                f"(cosup_jax/studies); {mend}"
+            )
+    return found

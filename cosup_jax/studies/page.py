@@ -7,7 +7,7 @@ from typing import Any
 from cosup_jax.report import tables
 from cosup_jax.report.plots import Measured, Score, by_row
 from cosup_jax.report.style import CSS, PAGE
-from cosup_jax.studies.results import is_share
+from cosup_jax.studies.run import SHARE
 from cosup_jax.studies.verdict import LEVEL, POINT, POWER
 
 Study = Mapping[str, Any]  # study.json
@@ -17,10 +17,11 @@ Cells = list[list[str]]
 RULE = (
     f"Intervals are of {LEVEL:.0%}, over seeds and questions both. *Confirmed*: the interval of "
     "the paired difference excludes 0 in the claimed direction, and all seeds agree. *Not seen*: "
-    f"it lies within {POINT:g} of 0, or on the other side. Else *undecided*, and also where both "
-    f"arms are right in at most {POINT:.0%} of the items, or wrong in as few. *Detectable* is the "
-    f"smallest true difference that would have shown with a chance of {POWER:.0%}. Each line is "
-    "judged by itself: of forty without any difference, about one is confirmed by chance."
+    f"it lies on the other side, or, of shares and their differences, within {POINT:g} of 0 (of "
+    "nats and the like nothing says what is as good as none). Else *undecided*, and also where "
+    f"both arms are right in at most {POINT:.0%} of the items, or wrong in as few. *Detectable* is "
+    f"the smallest true difference that would have shown with a chance of {POWER:.0%}. Each line "
+    "is judged by itself: of forty without any difference, about one is confirmed by chance."
 )
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (
@@ -35,7 +36,7 @@ def markdown(study: Study) -> str:
     parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
     parts += ["## Claims", RULE, _table(claim_cells(study["claims"]))]
     for name, rows in _by(study["measured"], "set").items():
-        parts += [f"## {name or WHOLE}", _table(arm_cells(rows))]
+        parts += [f"## {name or WHOLE}", _table(arm_cells(rows, study["arms"]))]
     parts += ["## Runs", _table(run_cells(study["runs"]))]
     return "\n\n".join(parts) + "\n"
 
@@ -46,7 +47,7 @@ def page(study: Study) -> str:
     sections.append(_html_table(claim_cells(study["claims"]), left=3))
     for name, rows in _by(study["measured"], "set").items():
         plots = "".join(_plot(name, metric, part) for metric, part in _by(rows, "metric").items())
-        content = _html_table(arm_cells(rows)) + (
+        content = _html_table(arm_cells(rows, study["arms"])) + (
             f'<div class="charts">{plots}</div>' if plots else ""
         )
         sections.append(f"<section><h2>{html.escape(name or WHOLE)}</h2>{content}</section>")
@@ -81,11 +82,12 @@ def claim_cells(rows: Rows) -> Cells:
     return cells
 
 
-def arm_cells(rows: Rows) -> Cells:
-    """A heading, and a row for each arm, of one set."""
-    metrics = list(_by(rows, "metric"))
+def arm_cells(rows: Rows, arms: Sequence[str]) -> Cells:
+    """A heading, and a row for each arm that has one, in the study's order, of one set."""
+    metrics, by_arm = list(_by(rows, "metric")), _by(rows, "arm")
     cells = [["arm", *metrics, "seeds", "items"]]
-    for arm, own in _by(rows, "arm").items():
+    for arm in filter(by_arm.__contains__, arms):
+        own = by_arm[arm]
         found = {row["metric"]: row for row in own}
         told = [_with_interval(found[m]) if m in found else _NONE for m in metrics]
         most = max(row["items"] for row in own)  # a mean over a set is one item
@@ -129,7 +131,7 @@ def _facts(study: Study) -> str:
 def _plot(name: str, metric: str, rows: Rows) -> str:
     """None of what is no share."""
     known = [row for row in rows if row["low"] is not None]
-    if not known or not is_share(metric) or not all(0 <= row["mean"] <= 1 for row in known):
+    if not known or known[0]["kind"] != SHARE:
         return ""
     scores = [Score(row["mean"], row["low"], row["high"]) for row in known]
     measured = [Measured("mean over seeds", 2, scores)]

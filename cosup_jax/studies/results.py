@@ -10,15 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosup_jax.errors import UserError
-from cosup_jax.studies.run import Scores
+from cosup_jax.studies.run import NUMBER, SHARE, Scores
 from cosup_jax.studies.verdict import POINT, Estimate, estimate, verdict
 
 Runs = Mapping[str, Sequence[Scores]]  # of each arm its seeds, in their order
-
-# Metrics that are no shares, wherever their values lie.
-_NO_SHARE = re.compile(
-    "nats|drift/|alignment|uniformity|anisotropy|_rank|cosine|gradient|slope/|_over_"
-)
+Kinds = Mapping[str, str]  # of each metric, as `run.Gives` has them
 
 
 class Claim(NamedTuple):
@@ -62,22 +58,19 @@ def items_of(runs: Iterable[Scores], name: str, metric: str) -> list[str]:
     return sorted(set.intersection(*scored)) if scored else []
 
 
-def arm_rows(runs: Runs, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """{"set", "metric", "arm", mean, low, high, ..., "by_seed"} of all that was measured."""
+def arm_rows(runs: Runs, kinds: Kinds) -> list[dict[str, Any]]:
+    """{"set", "metric", "kind", "arm", mean, low, ..., "by_seed"} of all that was measured."""
     found = []
     for name in _sets(runs):
-        for metric in metrics:
+        for metric, kind in kinds.items():
             for arm, seeds in runs.items():
                 if items := items_of(seeds, name, metric):
-                    value_SxI = values(seeds, name, metric, items)
-                    told = {"set": name, "metric": metric, "arm": arm} | _numbers(value_SxI)
-                    if is_share(metric) and _shares(value_SxI) and told["low"] is not None:
-                        told |= {"low": max(told["low"], 0.0), "high": min(told["high"], 1.0)}
-                    found.append(told)
+                    place = {"set": name, "metric": metric, "kind": kind, "arm": arm}
+                    found.append(place | _numbers(values(seeds, name, metric, items), kind))
     return found
 
 
-def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
+def claim_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[str, Any]]:
     """{"claim", "set", "verdict", mean, low, ...} of each claim in each set that can tell.
 
     The seeds that both arms have are compared, pair by pair: with a seed they share data and order.
@@ -94,10 +87,11 @@ def claim_rows(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
             difference_SxI = ours - theirs
             towards_SxI = -difference_SxI if claim.below else difference_SxI
             told = {"claim": str(claim), "set": name} | _numbers(difference_SxI)
-            shares = is_share(claim.metric) and _shares(ours, theirs)
-            told["log_odds"] = log_odds(ours) - log_odds(theirs) if shares else None
-            told["verdict"] = verdict(towards_SxI)
-            if shares and _at_an_end(ours, theirs):  # nobody can do it, or everybody
+            kind = kinds[claim.metric]
+            many = kind == SHARE and len(items) > 1  # a mean of a whole set is no count of items
+            told["log_odds"] = log_odds(ours) - log_odds(theirs) if many else None
+            told["verdict"] = verdict(towards_SxI, 0.0 if kind == NUMBER else POINT)
+            if kind == SHARE and _at_an_end(ours, theirs):  # nobody can do it, or everybody
                 told |= {"verdict": "undecided", "detectable": None}
             found.append(told)
     return found
@@ -107,11 +101,6 @@ def untested(judged: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> li
     """Those without a row of `claim_rows`: no set has their metric of all runs compared."""
     told = {row["claim"] for row in judged}
     return [claim for claim in map(str, claims) if claim not in told]
-
-
-def is_share(metric: str) -> bool:
-    """Whether its values are shares or scores of 0 to 1, by its name."""
-    return not _NO_SHARE.search(metric)
 
 
 def log_odds(share_SxI: np.ndarray) -> float:
@@ -125,12 +114,11 @@ def _at_an_end(*values: np.ndarray) -> bool:
     return max(means) <= POINT or min(means) >= 1 - POINT
 
 
-def _shares(*values: np.ndarray) -> bool:
-    return all(v.size > 1 and v.min() >= 0 and v.max() <= 1 for v in values)
-
-
-def _numbers(values_SxI: np.ndarray) -> dict[str, Any]:
+def _numbers(values_SxI: np.ndarray, kind: str = NUMBER) -> dict[str, Any]:
+    """The interval of a share ends where shares do."""
     found: Estimate = estimate(values_SxI)
+    if kind == SHARE and found.low is not None:
+        found = found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))
     return found._asdict() | {"by_seed": values_SxI.mean(axis=1).tolist()}
 
 

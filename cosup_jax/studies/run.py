@@ -1,7 +1,7 @@
 """A trained run as the measures of a study read it: its models, its held-out sets, its past."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,12 @@ from cosup_jax.towers import Towers
 # whole set, or of the whole run, has the one item "".
 Metrics = dict[str, dict[str, float]]
 Scores = dict[str, Metrics]  # by held-out set; "" is of none
+
+# What a metric's values are, and what a measure may give: a regular expression of whole names.
+SHARE = "share"  # of 0 to 1
+POINTS = "points"  # a difference of two shares
+NUMBER = "number"  # nats, cosines, ranks, counts: nothing says how much is as good as none
+Gives = Mapping[str, str]
 
 PASSAGES = 500  # that every run of a study is measured on
 _SEED = 0  # by which they are drawn: of the measure, not of the run

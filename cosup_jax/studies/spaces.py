@@ -16,8 +16,13 @@ from cosup_jax.held_out import HeldOut
 from cosup_jax.search import index
 from cosup_jax.studies import run as run_lib
 from cosup_jax.studies.geometry import unit
-from cosup_jax.studies.run import Asked, Metrics, Run, Sample, Scores, by_item, whole
+from cosup_jax.studies.run import SHARE, Asked, Gives, Metrics, Run, Sample, Scores, by_item, whole
 
+GIVES: Gives = {
+    r"(nearest_is_passage|passages_in_top10|mutual_nearest)(_centred)?": SHARE,
+    r"(title_at_ret|title_in_vector|mutual_knn10)(_centred)?(_shuffled)?": SHARE,
+    r"passages_in_index|mutual_nearest_most": SHARE,
+}
 NEIGHBOURS = 10
 TOKENS = 50  # the likeliest, among which a title's are sought
 _SEED = 2  # of the shuffled baselines

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL, POWER = 0.95, 0.8
-POINT = 0.01  # of a share: a difference below it is none worth naming
+POINT = 0.01  # of shares: a difference below it is none worth naming
 
 
 class Estimate(NamedTuple):
@@ -49,16 +49,20 @@ def _joined(reaches) -> float:
     return float(sum(reach**2 for reach in reaches) ** 0.5)
 
 
-def verdict(difference_SxI: np.ndarray) -> str:
+def verdict(difference_SxI: np.ndarray, none: float = POINT) -> str:
     """Of the claim that a difference is positive.
 
     confirmed   the interval excludes 0 on that side, and every seed's mean lies there
-    not seen    the interval lies within a point of 0, or on the other side
+    not seen    the interval lies on the other side, or within `none` of 0
     undecided   anything else, and whatever a single seed shows
+
+    Args:
+      none: a difference as good as none: a point of shares; 0 where, as of nats, nothing says what
+        that is.
     """
     found = estimate(difference_SxI)
     if found.low is None or found.seeds < 2:
         return "undecided"
     if found.low > 0 and (difference_SxI.mean(axis=1) > 0).all():
         return "confirmed"
-    return "not seen" if found.high <= POINT else "undecided"
+    return "not seen" if found.high <= none else "undecided"

@@ -1,0 +1,186 @@
+"""What a study compares and measures, from its config, checked before the first run."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cosup_jax.config import Config, StudyConfig, to_dict
+from cosup_jax.config_files import File, load
+from cosup_jax.dotted import differing, leaves, replace_dotted
+from cosup_jax.errors import UserError
+from cosup_jax.evaluate import digest
+from cosup_jax.studies import measures, results
+from cosup_jax.studies.arms import START
+from cosup_jax.studies.measures import MEASURES
+from cosup_jax.studies.results import Claim
+
+DIGITS = 12  # of a digest, in a name
+# Groups of the config that a trained model does not depend on.
+_ASIDE = ("checkpoint", "eval", "export", "generate", "index", "log", "study")
+
+
+class Arm(NamedTuple):
+    """One run: an arm under one seed."""
+
+    name: str
+    seed: int
+    config: Config
+    directory: Path
+
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+
+class Design(NamedTuple):
+    """What the config asks for."""
+
+    config: Config
+    file: File
+    root: Path
+    directory: Path
+    arms: list[str]
+    crossed: list[tuple[str, str]]
+    measures: list[str]
+    shown: list[str]
+    claims: list[Claim]
+    kinds: dict[str, str]  # of each metric shown or claimed, as `run.Gives` has them
+
+    @classmethod
+    def of(cls, config: Config, root: Path, file: File) -> "Design":
+        """Raises UserError."""
+        told = config.study
+        arms = _names(told.arms)
+        if not arms:
+            raise UserError(
+                f"{file.path_and_variant} names no arms in config.study.arms; the studies are in "
+                "configs/studies"
+            )
+        _check_arms(file, arms)
+        told = _without_absent(told, file, arms)
+        crossed = [tuple(pair.split("|")) for pair in _names(told.crossed)]
+        for pair in crossed:
+            if len(pair) != 2 or not set(pair) <= set(arms):
+                raise UserError(f"config.study.crossed: {'|'.join(pair)!r} is no ARM|ARM of {arms}")
+        asked = _names(told.measures)
+        for name in asked:
+            if name not in MEASURES:
+                raise UserError(f"config.study.measures: {name!r} is none of {', '.join(MEASURES)}")
+        claims = results.claims_of(told.claims, [*arms, *map("|".join, crossed)])
+        shown = _names(told.shown) or list(dict.fromkeys(claim.metric for claim in claims))
+        claims, shown = _without_unmeasured(claims, shown, config, file, asked)
+        kinds = _kinds(claims, shown, config, asked)
+        directory = root / file.name
+        return cls(config, file, root, directory, arms, crossed, asked, shown, claims, kinds)
+
+    @property
+    def writers(self) -> list[str]:
+        """The arms whose Gen was trained to write."""
+        return [name for name in self.arms if self.file.variant(name).loss.ntp_weight]
+
+    def arm(self, name: str, seed: int) -> Arm:
+        """One run. Raises UserError for a variant that the file does not have."""
+        config = self.file.variant(name)
+        config = replace_dotted(replace_dotted(config, "seed", seed), "study", StudyConfig())
+        key = config
+        for tower in ("gen", "ctx"):
+            init = getattr(config, tower).init
+            if init.startswith(START):
+                start = self.arm(init.removeprefix(START), self.config.seed)  # one for all seeds
+                path = start.directory / "export" / "gen"
+                config = replace_dotted(config, f"{tower}.init", str(path))
+                key = replace_dotted(key, f"{tower}.init", START + start.directory.name)
+        return Arm(name, seed, config, self.root / "arms" / _key(key))
+
+    def starts(self, arm: Arm) -> Iterator[Arm]:
+        """The runs that an arm's towers come from."""
+        config = self.file.variant(arm.name)
+        for init in dict.fromkeys((config.gen.init, config.ctx.init)):
+            if init.startswith(START):
+                yield self.arm(init.removeprefix(START), self.config.seed)
+
+
+def of_pair(config: Config) -> Config:
+    """By which one arm's Gen is asked where another arm's pair retrieves."""
+    return replace_dotted(replace_dotted(config, "eval.arms", "corpus"), "eval.corpus_sizes", "")
+
+
+def set_keys(config: Config) -> list[tuple[str, Any]]:
+    """The keys that are not as by default: those that later versions add change no digest."""
+    changed = differing(to_dict(Config()), to_dict(config))
+    return [(key, value) for key, (_, value) in changed.items()]
+
+
+def _check_arms(file: File, arms: Sequence[str]) -> None:
+    """Raises UserError for an arm that is none, and for an override of what an arm consists in."""
+    settings = lambda path: dict(leaves(load(path).to_dict())) if file.overrides else {}
+    base = settings(file.path_and_variant)
+    for name in arms:
+        try:
+            config = file.variant(name)
+        except UserError as error:
+            raise UserError(f"arm {name}: {error}") from error
+        own = settings(file.of(name))
+        for key in file.overrides:
+            if own[key] != base[key]:
+                raise UserError(
+                    f"--config.{key} would undo what arm {name} consists in, {key}={own[key]!r}; "
+                    f"drop it, or change the arm in {file.path_and_variant.partition(':')[0]}"
+                )
+        inits = {config.gen.init, config.ctx.init}
+        _check_arms(file, [i.removeprefix(START) for i in sorted(inits) if i.startswith(START)])
+
+
+def _without_absent(told: StudyConfig, file: File, arms: Sequence[str]) -> StudyConfig:
+    """Where the command line chooses among the file's arms, its pairs and claims of the others are
+    left out, and it is said which."""
+    if "study.arms" not in file.overrides:
+        return told
+    absent = set(_names(load(file.path_and_variant).study.arms)) - set(arms)
+    names = lambda part: set(re.split(r"[|\s:]+", part))
+    for key, mark in (("crossed", ","), ("claims", ";")):
+        parts = [part.strip() for part in getattr(told, key).split(mark) if part.strip()]
+        left_out = [part for part in parts if names(part.partition(":")[0]) & absent]
+        if f"study.{key}" not in file.overrides and left_out:
+            print(f"left out for want of arms: {'; '.join(left_out)}")
+            kept = mark.join(part for part in parts if part not in left_out)
+            told = dataclasses.replace(told, **{key: kept})
+    return told
+
+
+def _without_unmeasured(
+    claims: list[Claim], shown: list[str], config: Config, file: File, asked: Sequence[str]
+) -> tuple[list[Claim], list[str]]:
+    """Likewise, where it chooses among the file's measures."""
+    chosen = {"study.measures"} & set(file.overrides)
+    own = _names(load(file.path_and_variant).study.measures) if chosen else asked
+    given = lambda metric, names: measures.kind_of(metric, config, names) is not None
+    metrics = dict.fromkeys([*(claim.metric for claim in claims), *shown])
+    left_out = [m for m in metrics if given(m, own) and not given(m, asked)]
+    if left_out:
+        print(f"left out for want of measures: {', '.join(left_out)}")
+    claims = [claim for claim in claims if claim.metric not in left_out]
+    return claims, [metric for metric in shown if metric not in left_out]
+
+
+def _kinds(
+    claims: Sequence[Claim], shown: Sequence[str], config: Config, asked: Sequence[str]
+) -> dict[str, str]:
+    """Raises UserError for a metric that no measure gives, of arms or of a pair of them."""
+    of_pairs = [claim.metric for claim in claims if "|" in claim.better + claim.other]
+    measures.kinds("config.study.claims of pairs", of_pairs, of_pair(config), ["answers"])
+    claimed = [claim.metric for claim in claims]
+    kinds = measures.kinds("config.study.claims", claimed, config, asked)
+    return kinds | measures.kinds("config.study.shown", shown, config, asked)
+
+
+def _key(config: Config) -> str:
+    """Of all that training depends on."""
+    told = [pair for pair in set_keys(config) if pair[0].split(".")[0] not in _ASIDE]
+    return digest(told)[:DIGITS]
+
+
+def _names(text: str) -> list[str]:
+    """Each once: an arm that is named twice has no more seeds."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
