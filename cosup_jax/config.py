@@ -291,7 +291,7 @@ class StudyConfig:
     question: str = ""  # what the study asks, in a sentence
     arms: str = ""  # variants of the config file, comma-separated, the first one's claims first
     seeds: int = 3  # runs of each arm: config.seed and those after it
-    measures: str = "answers"  # of each finished run, comma-separated, as studies/measures.py has
+    measures: str = "answers,majority"  # of each run, comma-separated, as studies/measures.py has
     crossed: str = ""  # ARM|ARM,...: the first one's Gen answers, the second one's pair retrieves
     shown: str = ""  # metrics of the page's tables, comma-separated; empty = those of the claims
     claims: str = ""  # "A > B: METRIC, METRIC; ...": A's mean is above B's; - before one: below

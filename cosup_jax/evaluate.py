@@ -193,10 +193,8 @@ class Evaluation:
         """The most frequent label, where answers are labels, and BM25 of the bare question."""
         seed, found = self._trained.config.seed, []
         if all(fact["kind"] == "label" and fact["answers"] for fact in facts):
-            label, where = _majority(part)
-            said = {"answer": label, "text": label, "output": label}
-            records = [{**fact, "scores": scoring.answer_scores(fact | said)} for fact in facts]
-            found.append((f"{label!r}, {where}", None, records))
+            label, records = majority(part, facts)
+            found.append((label, None, records))
         if any(fact["evidence"] for fact in facts):
             asked_for = [fact for fact in facts if fact["evidence"]]
             ranked = bm25_rankings(part, asked_for, self._library(part).bm25)
@@ -250,14 +248,24 @@ class Evaluation:
         return digest(told)[:16]
 
 
-def _majority(part: HeldOut) -> tuple[str, str]:
-    """The most frequent first answer of the set's training rows, or of its own without any."""
+def majority(part: HeldOut, facts: Sequence[Record]) -> tuple[str, list[Record]]:
+    """What it would be to say one thing to all questions: its name, and records with scores.
+
+    That is the most frequent first answer of the set's training rows, or of its own without any.
+
+    Args:
+      facts: of the questions, some of them with answers, as `asked.about` has them.
+    """
     train = part.dataset.splits.get("train", ())
     examples = [part.dataset.examples[row] for row in train[:: len(train) // _LABELS_READ + 1]]
     first = lambda examples: collections.Counter(e.answers[0] for e in examples if e.answers)
     labels = first(examples)
     where = "most frequent in training" if labels else "most frequent here"
-    return (labels or first(part.split_sample())).most_common(1)[0][0], where
+    known = labels or first(part.split_sample()) or first(part.examples)
+    ((label, _),) = known.most_common(1)
+    said = {"answer": label, "text": label, "output": label}
+    records = [{**fact, "scores": scoring.answer_scores(fact | said)} for fact in facts]
+    return f"{label!r}, {where}", records
 
 
 def digest(value: Any) -> str:

@@ -1,5 +1,6 @@
 """What a study measures on a run, each against a plain computation of the same."""
 
+import collections
 import dataclasses
 
 import jax
@@ -16,6 +17,7 @@ from cosup_jax import cosup, sharding
 from cosup_jax.data import markup, pipeline
 from cosup_jax.data.plan import Plan
 from cosup_jax.data.schema import Example, Passage
+from cosup_jax.studies import measures
 from cosup_jax.studies import run as run_lib
 from cosup_jax.studies.evidence import conflict, conflicts, evidence, relation
 from cosup_jax.studies.geometry import drift, geometry, rotation, spread, unit
@@ -290,6 +292,22 @@ def test_evidence_of_a_run(run):
             assert found[f"{name}/swap_wins"][id] == (answer > swap)
             share = np.exp(-answer) / (np.exp(-answer) + np.exp(-swap))
             assert found[f"{name}/p_answer"][id] == pytest.approx(share, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_majority_of_a_run(run):
+    """Bugs: the answer most frequent among the questions themselves, which nobody may know; other
+    questions than `answers` asks."""
+    examples = run.sets[0].dataset.examples
+    train, dev = ([e for e in examples if e.id.endswith("boats") == held] for held in (0, 1))
+    answers = collections.Counter(e.answers[0] for e in train)
+    most = max(answers.values())
+    found = measures.majority(run)
+    held_to_its_word("majority", found)
+    right = found[SET]["majority/correct"]
+    assert right.keys() == {e.id for e in dev}
+    said = [a for a, n in answers.items() if n == most]
+    assert right in [{e.id: float(a in e.answers) for e in dev} for a in said]
 
 
 PASSAGES = {

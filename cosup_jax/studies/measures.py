@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cosup_jax import assemble, optim
-from cosup_jax.answer import records
+from cosup_jax import assemble, evaluate, held_out, optim
+from cosup_jax.answer import asked, records
 from cosup_jax.answer.records import Record
 from cosup_jax.config import ARMS, Config
-from cosup_jax.data.plan import Plan
+from cosup_jax.data.plan import Plan, left_out
 from cosup_jax.errors import UserError
-from cosup_jax.evaluate import Evaluation
-from cosup_jax.evaluation import nli
+from cosup_jax.evaluation import nli, scoring
 from cosup_jax.rehearsal import model_flops
 from cosup_jax.studies import evidence, geometry, gradients, spaces
 from cosup_jax.studies.run import NUMBER, POINTS, SHARE, Gives, Run, Scores
@@ -41,7 +40,7 @@ def answers(run: Run, folder: str = "evaluation") -> Scores:
     """
     config = run.trained.config
     judge = nli.judge_named(config.eval.judge)
-    summary = Evaluation(run.trained, judge, run.workdir, folder).summary()
+    summary = evaluate.Evaluation(run.trained, judge, run.workdir, folder).summary()
     found = {}
     for part in summary["sets"]:
         files, names = run.workdir / folder / part["name"], [arm["arm"] for arm in part["arms"]]
@@ -92,6 +91,24 @@ def _answers_give(config: Config) -> Gives:
         found |= {r"corpus_(hit|miss)/correct": SHARE, r"slope/retrieval_hit": POINTS}
     others = [name for name in ("wrong", "none") if {"gold", name} <= {*arms}]
     return found | {f"gold_over_{name}/correct": POINTS for name in others}
+
+
+def majority(run: Run) -> Scores:
+    """`majority/correct` of each question that `answers` asks: is the most frequent answer right?
+
+    No model is asked; see `evaluate.majority`.
+    """
+    trained, found = run.trained, {}
+    given = (trained.data.held_out, trained.tokenizers, trained.config, run.workdir / "data")
+    unread = left_out(run.store, trained.config)
+    for part in held_out.asked_sets(*given, run.store, unread):
+        facts = [asked.about(part, question) for question in range(len(part.examples))]
+        if any(fact["answers"] for fact in facts):
+            correct = scoring.judged_by(part.split_sample())
+            said = [(r["id"], r["scores"]) for r in evaluate.majority(part, facts)[1]]
+            right = {id: scores[correct] for id, scores in said if correct in scores}
+            found[part.name] = {"majority/correct": right}
+    return found
 
 
 def training(run: Run) -> Scores:
@@ -147,6 +164,7 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "answers": Measure(answers, _answers_give),
+    "majority": Measure(majority, lambda _: {r"majority/correct": SHARE}),
     "training": Measure(training, _training_gives),
     "geometry": Measure(geometry.geometry, lambda _: geometry.GIVES),
     "spaces": Measure(spaces.spaces, lambda _: spaces.GIVES),
