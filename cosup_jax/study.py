@@ -149,6 +149,7 @@ class _Found:
             ),
             "measured_by_code": sorted(self._codes),
             "claims": judged,
+            "matrix": results.matrix_rows(done, asked.writers),
             "untested": results.untested(judged, known),
             "arms": list(self._scores),
             "measured": results.arm_rows(done, {name: asked.kinds[name] for name in asked.shown}),

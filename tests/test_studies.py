@@ -168,8 +168,9 @@ def a_study():
         "hardware": "1 x cpu",
         "versions": "jax 1",
         "command": "python -m x --mode=study",
-        "arms": list(runs),
+        "arms": ["N", *runs],
         "claims": results.claim_rows(runs, claims, KINDS),
+        "matrix": results.matrix_rows(runs, ["N", "C"]),
         "untested": ["N|C > C: corpus/corect"],
         "measured": results.arm_rows(runs, KINDS),
         "runs": [{"arm": "C", "seed": 0, **run, **place}],
@@ -193,6 +194,8 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     (row,) = (r for r in study["measured"] if (r["arm"], r["metric"]) == ("C", "corpus/correct"))
     told = f"| C | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
     assert any(line.startswith(told) for line in lines)
+    at = lines.index("| generator | C |")
+    assert lines[at + 3].startswith(told) and lines[at + 2].startswith("| N | 0.")
     assert any("`python -m x --config=a.py:C`" in line and "| 1,500.0 |" in line for line in lines)
     assert "- **N|C > C: corpus/corect**: not tested: a run" in page.markdown(study)
     assert "`python -m x --mode=study`" in lines
@@ -223,6 +226,37 @@ def test_no_difference_of_nats_is_as_good_as_none():
     claims = results.claims_of("C > N: corpus/correct, distance", runs)
     rows = results.claim_rows(runs, claims, KINDS)
     assert [row["verdict"] for row in rows] == ["not seen", "undecided"]
+
+
+def test_the_matrix_is_of_who_writes_and_where_the_passage_comes_from():
+    """Bugs: a pair in its writer's column; the writer's recall beside another's retrieval; a row of
+    an arm that never learned to write; arms in another order than the study's."""
+
+    def runs_of(correct, hit=None, **more):
+        shares = {"corpus/correct": correct, "corpus/retrieval_hit": hit}
+        shares |= {name.replace("_", "/", 1): value for name, value in more.items()}
+        return [{"w": {name: dict.fromkeys("ab", v) for name, v in shares.items() if v}}] * 2
+
+    runs = {
+        "S2": runs_of(0.01, 0.6, gold_correct=0.02, bm25_retrieval_hit=0.5),
+        "S": runs_of(0.01, 0.7),
+        "N": runs_of(0.1, 0.05, bm25_correct=0.14, bm25_retrieval_hit=0.97, majority_correct=0.3),
+        "C": runs_of(0.2, 0.8, gold_correct=0.25),
+        "C|S2": runs_of(0.22, 0.61),
+        "N|C": runs_of(0.12, 0.81),
+        "N|S2": runs_of(0.11, 0.62),
+    }
+    rows = results.matrix_rows(runs, ["N", "C"])
+    cells = page.matrix_cells(rows, list(runs))
+    assert [[cell.partition(" (")[0] for cell in row] for row in cells] == [
+        ["generator", "S2", "N", "C", "BM25", "gold passage", "no retrieval"],
+        ["N", "0.110", "0.100", "0.120", "0.140", "-", "-"],
+        ["C", "0.220", "-", "0.200", "-", "0.250", "-"],
+        ["majority", "-", "-", "-", "-", "-", "0.300"],
+        ["retrieval_hit", "0.600", "0.050", "0.800", "0.970", "-", "-"],
+    ]
+    assert (rows[0]["set"], rows[0]["seeds"], rows[0]["items"]) == ("w", 2, 2)
+    assert results.matrix_rows({"S": runs["S"]}, []) == []
 
 
 def test_an_interval_of_a_share_ends_where_shares_do():

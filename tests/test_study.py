@@ -37,6 +37,8 @@ def test_every_study_names_arms_measures_and_metrics_that_there_are(path):
     """Bug: a study that ends after hours of training with an arm or a measure that is none."""
     found = asked(path)
     assert found.config.study.question and found.claims
+    assert {"answers", "majority"} <= set(found.measures)  # of which the matrix is made
+    assert {writer for writer, _ in found.crossed} <= set(found.writers)
     docstring = path.read_text().partition('"""\n\n')[0]
     assert f"--config=configs/studies/{path.name}" in docstring
     page = f"docs/results/{path.stem}.md"
@@ -292,7 +294,7 @@ def test_fewer_arms_leave_out_what_is_said_of_the_others(capsys):
     found = asked(study__arms="N,C")
     assert found.crossed == [("N", "C")] and {c.better for c in found.claims} == {"C"}
     assert {c.other for c in found.claims} == {"N"} and len(found.claims) == 4
-    assert "left out for want of arms: C|S2; N|S2" in capsys.readouterr().out
+    assert "left out for want of arms: C|S2; C|T; N|S2; N|T" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"study\.crossed: 'C\|S2'"):
         asked(study__arms="N,C", study__crossed="C|S2")
 
@@ -342,6 +344,8 @@ def test_a_small_study_runs_resumes_and_says_what_it_found(tmp_path, capsys):
     assert {row["arm"] for row in found["measured"]} == {"N", "C", "N|C"}
     own = [row for row in found["measured"] if row["metric"] == "corpus/retrieval_hit"]
     by_arm = {row["arm"]: row["by_seed"] for row in own if row["set"] == "world.in_domain"}
+    places = {(row["row"], row["column"]) for row in found["matrix"]}
+    assert {("N", "N"), ("N", "C"), ("C", "C"), ("C", "gold"), ("majority", "none")} <= places
     assert by_arm["N|C"] == by_arm["C"]  # the first [Ret] of another Gen, asked by the same pair
     again = shlex.split(n["command"].replace("runs/again/N-0", str(tmp_path / "again")))[3:]
     assert main_lib.main(again) == 0

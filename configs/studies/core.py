@@ -20,8 +20,8 @@ def get_config(variant=""):
         variant,
         question="Does co-supervision beat each supervision alone, and why?",
         arms="N,S,S2,C,T",
-        crossed="C|S2,N|C,N|S2",
-        measures="answers,training",
+        crossed=arms.CROSSED,
+        measures="answers,majority,training",
         claims="C > N: corpus/correct, bm25/correct, gold/correct, -ntp_nats_per_token;"
         "C > S2: corpus/retrieval_hit; T > S: corpus/retrieval_hit; T > C: corpus/retrieval_hit;"
         "C|S2 > N|S2: corpus/correct; C > N|S2: corpus/correct, corpus/containment_grounding",

@@ -18,10 +18,10 @@ def get_config(variant=""):
         variant,
         question="How does retrieval fare in larger corpora?",
         arms="S,S2,C,T",
+        crossed="C|S2,C|T",
         claims="C > S2: slope/retrieval_hit; T > S: slope/retrieval_hit",
         shown="corpus_250/retrieval_hit,corpus_500/retrieval_hit,corpus_1000/retrieval_hit,"
         "corpus/retrieval_hit,slope/retrieval_hit",
     )
-    config.eval.arms = "corpus"
     config.eval.corpus_sizes = "250,500,1000"  # a passage for each question is in the smallest
     return config

@@ -38,6 +38,7 @@ def get_config(variant=""):
         own,
         question="Which Ctx?",
         arms=f"C,{','.join(ARMS)}",
+        crossed=",".join(f"C|{name}" for name in ARMS),
         claims="C > C_random_ctx: corpus/retrieval_hit; C > C_frozen_ctx: corpus/retrieval_hit;"
         "C > C_rotated_ctx: corpus/retrieval_hit;"
         "C_rotated_ctx > C_random_ctx: corpus/retrieval_hit",

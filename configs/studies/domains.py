@@ -18,6 +18,7 @@ def get_config(variant=""):
         variant,
         question="Does what is gained in the domain hold out of it?",
         arms="N,S,S2,C,T",
+        crossed=arms.CROSSED,
         claims="C > N: corpus/correct, bm25/correct; C > S2: corpus/retrieval_hit;"
         "T > S: corpus/retrieval_hit",
         shown="corpus/correct,corpus/retrieval_hit,bm25/retrieval_hit,bm25/correct,gold/correct",

@@ -24,7 +24,8 @@ def get_config(variant=""):
         ARMS,
         question="Should the annotated evidence be a target of NTP, or be masked?",
         arms="C,C_target,N,N_target",
-        measures="answers,evidence",
+        crossed="C_target|C,N|C,N_target|C",
+        measures="answers,majority,evidence",
         claims="C > C_target: swapped/swap_wins, gold/correct, corpus/retrieval_hit;"
         "C_target > C: none/correct, -answer_nats_without_evidence",
         shown="corpus/correct,corpus/retrieval_hit,gold/correct,none/correct,swapped/swap_wins,"

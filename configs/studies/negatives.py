@@ -59,6 +59,7 @@ def get_config(variant=""):
         own | released(at),
         question="Which negatives?",
         arms=f"C,{','.join(own)}",
+        crossed=",".join(f"C|{name}" for name in own),
         claims="C > C_half: corpus/retrieval_hit; C_double > C: corpus/retrieval_hit;"
         "C_passage_bank > C: corpus/retrieval_hit; C_dual_bank > C: corpus/retrieval_hit;"
         "C_margin > C: corpus/retrieval_hit",

@@ -18,6 +18,7 @@ def get_config(variant=""):
         variant,
         question="What does a right passage do for the answer, and what a wrong one?",
         arms="N,S,S2,C,T",
+        crossed=arms.CROSSED,
         claims="C > N: gold_over_wrong/correct, gold_over_none/correct;"
         "T > N: gold_over_wrong/correct",
         shown="corpus_hit/correct,corpus_miss/correct,gold/correct,wrong/correct,none/correct,"

@@ -18,7 +18,8 @@ def get_config(variant=""):
         variant,
         question="Do the token space and the sequence space meet?",
         arms="N,S,S2,C,T",
-        measures="spaces,gradients",
+        crossed=arms.CROSSED,
+        measures="answers,majority,spaces,gradients",
         claims="C > S2: title_in_vector, title_at_ret, mutual_knn10, mutual_nearest;"
         "T > C: title_in_vector, mutual_knn10",
         shown="title_in_vector,title_in_vector_shuffled,title_at_ret,title_at_ret_shuffled,"

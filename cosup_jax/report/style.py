@@ -54,6 +54,7 @@ section > h3 { margin: 2.2rem 0 .3rem; }
 section .wide + .charts { margin-top: 1.4rem; }
 .note { color: var(--soft); font-size: .9rem; }
 table.scores { font-size: .9rem; }
+table.scores small { color: var(--soft); font-size: .8em; }
 table.scores td { border-top: 1px solid var(--rule); }
 th.left, td.left { text-align: left; }
 td.left:first-child, th.left:first-child { padding-left: 0; }

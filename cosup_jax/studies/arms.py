@@ -30,6 +30,9 @@ ARMS = {
     "S2_pre": PRETRAINED | {"loss.ntp_weight": 0.0},
     "C_pre": PRETRAINED,
 }
+# Whose Gen writes, and whose pair retrieves for it. Kept beside the runs: a study that names the
+# same pairs as one before it answers nothing anew.
+CROSSED = "C|S2,C|T,N|C,N|S2,N|T"
 
 
 def scale(variant: str) -> ml_collections.ConfigDict:

@@ -4,9 +4,11 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cosup_jax.config import ARMS
 from cosup_jax.report import tables
 from cosup_jax.report.plots import Measured, Score, by_row
 from cosup_jax.report.style import CSS, PAGE
+from cosup_jax.studies.results import FOUND, MAJORITY
 from cosup_jax.studies.run import SHARE
 from cosup_jax.studies.verdict import LEVEL, POINT, POWER
 
@@ -23,6 +25,14 @@ RULE = (
     f"the smallest true difference that would have shown with a chance of {POWER:.0%}. Each line "
     "is judged by itself: of forty without any difference, about one is confirmed by chance."
 )
+MATRIX = "Generator by retriever"
+MATRIX_NOTE = (
+    "Share of right answers. A row is an arm whose Gen was trained to write. A column says where "
+    "the passage comes from: an arm's Gen and Ctx retrieve it, for this Gen or for another arm's, "
+    "or it is given. Along a row the writer stays the same, down a column the retrieval. "
+    f"*{MAJORITY}*: one answer to all questions, the most frequent in training. *{FOUND}*: how "
+    "often the right passage is among those shown."
+)
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (
     "not tested: a run compared lacks this metric; config.study.measures names what is measured"
@@ -35,6 +45,10 @@ def markdown(study: Study) -> str:
     parts = [f"# {study['name']}", study["question"], _facts(study), f"`{study['command']}`"]
     parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
     parts += ["## Claims", RULE, _table(claim_cells(study["claims"]))]
+    if study["matrix"]:
+        parts += [f"## {MATRIX}", MATRIX_NOTE]
+    for name, rows in _by(study["matrix"], "set").items():
+        parts += [f"### {name}", _table(matrix_cells(rows, study["arms"]))]
     for name, rows in _by(study["measured"], "set").items():
         parts += [f"## {name or WHOLE}", _table(arm_cells(rows, study["arms"]))]
     parts += ["## Runs", _table(run_cells(study["runs"]))]
@@ -45,6 +59,11 @@ def page(study: Study) -> str:
     """The same, with plots of every metric that is a share."""
     sections = [f"<h2>Claims</h2><p class='note'>{_emphasised(RULE)}</p>"]
     sections.append(_html_table(claim_cells(study["claims"]), left=3))
+    if study["matrix"]:
+        sections.append(f"<h2>{MATRIX}</h2><p class='note'>{_emphasised(MATRIX_NOTE)}</p>")
+    for name, rows in _by(study["matrix"], "set").items():
+        table = _html_table(matrix_cells(rows, study["arms"]))
+        sections.append(f"<section><h3>{html.escape(name)}</h3>{table}</section>")
     for name, rows in _by(study["measured"], "set").items():
         plots = "".join(_plot(name, metric, part) for metric, part in _by(rows, "metric").items())
         content = _html_table(arm_cells(rows, study["arms"])) + (
@@ -79,6 +98,17 @@ def claim_cells(rows: Rows) -> Cells:
         numbers = [f"{row['mean']:+.3f}", _interval(row, "+"), odds, seeds, detectable]
         told = [row["claim"], row["set"] or WHOLE, row["verdict"]]
         cells.append([*told, *numbers, f"{row['items']:,}"])
+    return cells
+
+
+def matrix_cells(rows: Rows, arms: Sequence[str]) -> Cells:
+    """A heading, and a row for each writer, in the study's order, of one set."""
+    by_row, columns = _by(rows, "row"), list(_by(rows, "column"))
+    cells = [["generator", *(ARMS.get(column, column) for column in columns)]]
+    for name in filter(by_row.__contains__, (*arms, MAJORITY, FOUND)):
+        found = {row["column"]: row for row in by_row[name]}
+        told = [_with_interval(found[c]) if c in found else _NONE for c in columns]
+        cells.append([name, *told])
     return cells
 
 
@@ -165,7 +195,7 @@ def _table(cells: Cells) -> str:
 def _html_table(cells: Cells, left: int = 1) -> str:
     kind = lambda place: ' class="left"' if place < left else ""
     line = lambda row, tag: "".join(
-        f"<{tag}{kind(place)}>{html.escape(cell.strip('`'))}</{tag}>"
+        f"<{tag}{kind(place)}>{_html_cell(cell.strip('`'))}</{tag}>"
         for place, cell in enumerate(row)
     )
     head, *rows = cells
@@ -174,6 +204,12 @@ def _html_table(cells: Cells, left: int = 1) -> str:
         f'<div class="wide"><table class="scores"><thead><tr>{line(head, "th")}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _html_cell(text: str) -> str:
+    """An interval stands below its mean, in small."""
+    mean, bracket, interval = html.escape(text).partition(" (")
+    return f"{mean}<br><small>{interval.rstrip(')')}</small>" if bracket else mean
 
 
 def _emphasised(text: str) -> str:

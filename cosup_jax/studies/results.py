@@ -4,7 +4,7 @@ Everything is computed over the items (questions) that all runs compared have in
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,9 @@ from cosup_jax.studies.verdict import POINT, Estimate, estimate, verdict
 
 Runs = Mapping[str, Sequence[Scores]]  # of each arm its seeds, in their order
 Kinds = Mapping[str, str]  # of each metric, as `run.Gives` has them
+
+GIVEN = ("bm25", "gold", "wrong", "none")  # arms of config.eval: passages that no run retrieves
+MAJORITY, FOUND = "majority", "retrieval_hit"  # rows of the matrix that no arm has written
 
 
 class Claim(NamedTuple):
@@ -60,14 +63,50 @@ def items_of(runs: Iterable[Scores], name: str, metric: str) -> list[str]:
 
 def arm_rows(runs: Runs, kinds: Kinds) -> list[dict[str, Any]]:
     """{"set", "metric", "kind", "arm", mean, low, ..., "by_seed"} of all that was measured."""
-    found = []
-    for name in _sets(runs):
-        for metric, kind in kinds.items():
-            for arm, seeds in runs.items():
-                if items := items_of(seeds, name, metric):
-                    place = {"set": name, "metric": metric, "kind": kind, "arm": arm}
-                    found.append(place | _numbers(values(seeds, name, metric, items), kind))
-    return found
+    return [
+        {"set": name, "metric": metric, "kind": kind, "arm": arm} | numbers
+        for name in _sets(runs)
+        for metric, kind in kinds.items()
+        for arm, seeds in runs.items()
+        if (numbers := _measured(seeds, name, metric, kind))
+    ]
+
+
+def matrix_rows(runs: Runs, writers: Sequence[str]) -> list[dict[str, Any]]:
+    """{"set", "row", "column", mean, low, ...}: how often an answer is right, by who writes it and
+    where its passage comes from.
+
+    A row is a writer. A column is an arm whose pair retrieves, for itself or for another writer, or
+    one of GIVEN. Row FOUND says how often the right passage is among those shown: an arm's, where
+    it writes itself; of GIVEN, the first writer's. Row MAJORITY has neither Gen nor passage.
+
+    Args:
+      runs: arms, and pairs as WRITER|RETRIEVER.
+      writers: the arms whose Gen was trained to write.
+    """
+    found = [
+        {"set": name, "row": row, "column": column} | numbers
+        for name in _sets(runs)
+        for row, column, arm, metric in _places(runs, writers)
+        if (numbers := _measured(runs.get(arm, ()), name, metric, SHARE))
+    ]
+    answered = {row["column"] for row in found if row["row"] != FOUND}
+    return [row for row in found if row["column"] in answered]
+
+
+def _places(arms: Iterable[str], writers: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
+    """Row and column of the matrix, and of what runs and in which metric it is found."""
+    for column in (arm for arm in arms if "|" not in arm):
+        for writer in writers:
+            by = writer if writer == column else f"{writer}|{column}"
+            yield writer, column, by, "corpus/correct"
+        yield FOUND, column, column, "corpus/retrieval_hit"
+    for column in GIVEN if writers else ():
+        for writer in writers:
+            yield writer, column, writer, f"{column}/correct"
+        yield FOUND, column, writers[0], f"{column}/retrieval_hit"
+    for writer in writers[:1]:
+        yield MAJORITY, "none", writer, "majority/correct"
 
 
 def claim_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[str, Any]]:
@@ -112,6 +151,12 @@ def log_odds(share_SxI: np.ndarray) -> float:
 def _at_an_end(*values: np.ndarray) -> bool:
     means = [v.mean() for v in values]
     return max(means) <= POINT or min(means) >= 1 - POINT
+
+
+def _measured(seeds: Sequence[Scores], name: str, metric: str, kind: str) -> dict[str, Any] | None:
+    """`_numbers` of one arm over the items that its seeds share; None without any."""
+    items = items_of(seeds, name, metric)
+    return _numbers(values(seeds, name, metric, items), kind) if items else None
 
 
 def _numbers(values_SxI: np.ndarray, kind: str = NUMBER) -> dict[str, Any]:
