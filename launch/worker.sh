@@ -19,14 +19,16 @@ shift
 # Whether the process whose number is in this file lives and is still ours: numbers are used again.
 lives() {
   local pid
-  pid=$(cat "$here/$1" 2>/dev/null) && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q "$2"
+  pid=$(cat "$here/$1" 2>/dev/null) && tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qE "$2"
 }
 
+# Whether it lives is asked before its code, which is there once it does not. A moment long it is
+# still a copy of `start`.
 state() {
-  if [[ -f $here/code ]]; then
-    echo "ended $(<"$here/code")"
-  elif lives pid 'launch/worker.sh supervise'; then
+  if lives pid 'launch/worker.sh (start|supervise)'; then
     echo running
+  elif [[ -f $here/code ]]; then
+    echo "ended $(<"$here/code")"
   elif [[ -f $here/pid ]]; then
     echo "ended 137" # killed together with its shell, or the machine started anew
   else

@@ -405,6 +405,28 @@ def test_worker_stops_what_it_started(tmp_path):
     assert (run / "log").read_text().count("up") == 1
 
 
+@pytest.mark.parametrize("action", ["start", "supervise"])
+def test_worker_lives_until_it_has_ended(tmp_path, action):
+    """Catches a run told to be dead in the moment it starts or ends: it is started twice."""
+    argv = ["bash", "-c", "sleep 60; exit", "launch/worker.sh", action]
+    with subprocess.Popen(argv, start_new_session=True) as alive:
+        try:
+            (tmp_path / "pid").write_text(str(alive.pid))
+            state = lambda: subprocess.run(
+                ["bash", LAUNCH / "worker.sh", "state"],
+                env=os.environ | {"RUN": str(tmp_path)},
+                capture_output=True,
+                text=True,
+            )
+            assert state().stdout == "running\n"
+            (tmp_path / "code").write_text("0\n")  # the last thing that it does
+            assert state().stdout == "running\n"
+        finally:
+            os.killpg(alive.pid, signal.SIGKILL)
+    ended = state()
+    assert (ended.stdout, ended.stderr) == ("ended 0\n", "")
+
+
 def test_gke_restarts_what_was_stopped(tools):
     """Catches a stopped run that Kubernetes takes for finished, and lost quoting."""
     done, calls = tools(
