@@ -204,6 +204,10 @@ ARMS = {  # of --mode=evaluate: where passages come from at [Ret]
 BY_QUERY = ("corpus", "candidates")  # of these: where Gen's query decides
 
 
+def _numbers(text: str) -> list[int]:
+    return sorted(int(number) for number in text.split(",") if number.strip())
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation, during training and by --mode=evaluate."""
@@ -216,6 +220,9 @@ class EvalConfig:
     questions: int = 100  # evaluate: questions per set, drawn by seed; 0 = all
     arms: str = ",".join(ARMS)  # evaluate: where passages come from, each over the same questions
     corpus_sizes: str = "100,1000,10000"  # evaluate: passages searched besides all; gold is in each
+    hard_corpus_sizes: str = (
+        ""  # evaluate: likewise, of those that BM25 ranks best for the questions
+    )
     judge: str = "containment"  # of grounding: token containment | NLI model, hub id or directory
 
     @property
@@ -226,7 +233,12 @@ class EvalConfig:
     @property
     def sizes(self) -> list[int]:
         """Of `corpus_sizes`, ascending. Raises ValueError for what is no number."""
-        return sorted(int(size) for size in self.corpus_sizes.split(",") if size.strip())
+        return _numbers(self.corpus_sizes)
+
+    @property
+    def hard_sizes(self) -> list[int]:
+        """Of `hard_corpus_sizes`, likewise."""
+        return _numbers(self.hard_corpus_sizes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -303,12 +303,13 @@ def _check_evaluation(config: Config) -> None:
             raise UserError(
                 f"config.eval.arms={config.eval.arms!r}: name some of {', '.join(ARMS)}, each once"
             )
-    try:
-        sizes = config.eval.sizes
-    except ValueError:
-        sizes = [0]
-    if min(sizes, default=1) < 1:
-        raise UserError(
-            f"config.eval.corpus_sizes={config.eval.corpus_sizes!r} must be numbers of passages, "
-            "comma-separated, such as 100,1000; empty for none but all"
-        )
+    for key, sizes in (("corpus_sizes", "sizes"), ("hard_corpus_sizes", "hard_sizes")):
+        try:
+            least = min(getattr(config.eval, sizes), default=1)
+        except ValueError:
+            least = 0
+        if least < 1:
+            raise UserError(
+                f"config.eval.{key}={getattr(config.eval, key)!r} must be numbers of passages, "
+                "comma-separated, such as 100,1000; empty for none but all"
+            )

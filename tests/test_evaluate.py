@@ -359,7 +359,7 @@ def test_wrong_input(home, tmp_path):
         ({"eval__arms": "corpus,golden"}, "golden"),
         ({"eval__arms": "gold,gold"}, "each once"),
         ({"eval__corpus_sizes": "100,ten"}, "numbers of passages"),
-        ({"eval__corpus_sizes": "0"}, "numbers of passages"),
+        ({"eval__hard_corpus_sizes": "0"}, "numbers of passages"),
     ):
         with pytest.raises(UserError, match=says):
             config_of(home, **flags)

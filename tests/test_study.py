@@ -12,9 +12,9 @@ from declared import held_to_its_word
 
 from cosup_jax import assemble, config_files, export, optim, study
 from cosup_jax import main as main_lib
-from cosup_jax.config import SHAPE
+from cosup_jax.config import SHAPE, Config
 from cosup_jax.config_files import File
-from cosup_jax.dotted import differing
+from cosup_jax.dotted import differing, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.pretrained import resolve
 from cosup_jax.studies import arms, measures
@@ -306,15 +306,18 @@ def record(id, correct, hit=1.0, seen=True):
 
 def test_metrics_of_answers_are_those_of_the_records():
     """Bug: what a passage is worth is taken over other questions than it was given for; means where
-    retrieval failed hold answers where it succeeded; a slope over passages instead of tenfolds."""
+    retrieval failed hold answers where it succeeded; a slope over passages instead of tenfolds, or
+    over hard corpora and drawn ones together."""
     answered = {
         "corpus": [record("a", 1.0), record("b", 0.0, hit=0.0, seen=False), record("c", 1.0)],
         "corpus_100": [record("a", 1.0), record("b", 0.0), record("c", 1.0)],
+        "corpus_hard_1000": [record("a", 1.0), record("b", 0.0, 0.0), record("c", 1.0, 0.0)],
         "gold": [record("a", 1.0), record("b", 1.0)],
         "wrong": [record("a", 0.0), record("b", 1.0), record("c", 1.0)],
         "none": [record("a", 0.0), record("b", 0.5)],
     }
-    passages = {"corpus": 10_000, "corpus_100": 100, "gold": None}
+    passages = {"corpus": 10_000, "corpus_100": 100, "corpus_hard_1000": 1000, "gold": None}
+    sized = replace_dotted(Config(), "eval.hard_corpus_sizes", "1000")
     found = measures.of_set(answered, passages)
     assert found["corpus/correct"] == {"a": 1.0, "b": 0.0, "c": 1.0}
     assert found["corpus_seen/correct"] == {"a": 1.0, "c": 1.0}
@@ -323,7 +326,8 @@ def test_metrics_of_answers_are_those_of_the_records():
     assert found["gold_over_none/correct"] == {"a": 1.0, "b": 0.5}
     assert found["corpus_hit/correct"] == {"": 1.0} and found["corpus_miss/correct"] == {"": 0.0}
     assert found["slope/retrieval_hit"][""] == pytest.approx((2 / 3 - 1) / 2)
-    held_to_its_word("answers", {"": found})
+    assert found["slope_hard/retrieval_hit"][""] == pytest.approx(2 / 3 - 1 / 3)
+    held_to_its_word("answers", {"": found}, sized)
 
 
 @pytest.mark.slow

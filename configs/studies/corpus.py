@@ -1,7 +1,7 @@
 """How does retrieval fare in larger corpora?
 
-Shows       nested corpora of rising size, with the right passages in each; the slope of recall per
-            tenfold size, arm by arm
+Shows       nested corpora of rising size, with the right passages in each, filled at random and by
+            what BM25 ranks best for the questions; the slope of recall per tenfold size, arm by arm
 Hardware    2 CPU cores, 4 GB of memory
 Expected    not run yet: docs/results/README.md
 Command     python -m cosup_jax.main --config=configs/studies/corpus.py --workdir=runs/studies \\
@@ -19,9 +19,12 @@ def get_config(variant=""):
         question="How does retrieval fare in larger corpora?",
         arms="S,S2,C,T",
         crossed="C|S2,C|T",
-        claims="C > S2: slope/retrieval_hit; T > S: slope/retrieval_hit",
+        claims="C > S2: slope/retrieval_hit, slope_hard/retrieval_hit;"
+        "T > S: slope/retrieval_hit, slope_hard/retrieval_hit",
         shown="corpus_250/retrieval_hit,corpus_500/retrieval_hit,corpus_1000/retrieval_hit,"
-        "corpus/retrieval_hit,slope/retrieval_hit",
+        "corpus/retrieval_hit,slope/retrieval_hit,corpus_hard_250/retrieval_hit,"
+        "corpus_hard_500/retrieval_hit,corpus_hard_1000/retrieval_hit,slope_hard/retrieval_hit",
     )
     config.eval.corpus_sizes = "250,500,1000"  # a passage for each question is in the smallest
+    config.eval.hard_corpus_sizes = config.eval.corpus_sizes
     return config

@@ -1,6 +1,7 @@
 """What an evaluation asks of a set: its questions, in several arms."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +9,10 @@ import numpy as np
 from cosup_jax.config import ARMS, BY_QUERY, Config
 from cosup_jax.data import markup
 from cosup_jax.evaluation import scoring
+from cosup_jax.evaluation.baselines import BM25
 from cosup_jax.held_out import HeldOut
+
+HARD = "corpus_hard_"  # before the size: the corpus is filled with what resembles the questions
 
 
 class Arm(NamedTuple):
@@ -32,6 +36,8 @@ class Arm(NamedTuple):
 
 def arms(held_out: HeldOut, config: Config) -> list[Arm]:
     """Those that config.eval names and the set allows, each size of the corpus behind the whole."""
+    drawn = np.random.default_rng(config.eval.seed).permutation
+    hard = functools.partial(hardest, held_out)
     passages, found = len(held_out.corpus), []
     for name in config.eval.arm_names:
         if name == "candidates" and not all(e.candidates for e in held_out.examples):
@@ -42,8 +48,10 @@ def arms(held_out: HeldOut, config: Config) -> list[Arm]:
         label = _label(name, config)
         found.append(Arm(name, label, searched))
         if name == "corpus":
-            for rows in subsets(held_out, config.eval.sizes, config.eval.seed):
+            for rows in subsets(held_out, config.eval.sizes, drawn):
                 found.append(Arm(f"corpus_{len(rows)}", label, len(rows), rows))
+            for rows in subsets(held_out, config.eval.hard_sizes, hard):
+                found.append(Arm(f"{HARD}{len(rows)}", f"{label}, hard passages", len(rows), rows))
     return found
 
 
@@ -54,19 +62,34 @@ def _label(name: str, config: Config) -> str:
     return f"retrieval by {retriever}" if name == "corpus" else f"{ARMS[name]}, by {retriever}"
 
 
-def subsets(held_out: HeldOut, sizes: Sequence[int], seed: int) -> list[np.ndarray]:
+def subsets(
+    held_out: HeldOut, sizes: Sequence[int], ordered: Callable[[np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
     """Rows of the corpus, ascending, of each size below the whole; every one holds the smaller.
 
-    All hold the evidence of all questions, which may make one larger than asked; the rest is drawn
-    by the seed. Sizes that come to the same rows are one.
+    All hold the evidence of all questions, which may make one larger than asked; the rest comes in
+    the order that `ordered` brings it in. Sizes that come to the same rows are one.
     """
+    if not sizes:
+        return []
     total = len(held_out.corpus)
     evidence = [held_out.evidence(question) for question in range(len(held_out.examples))]
     gold = np.unique(np.array([row for rows in evidence for row in rows], np.int64))
     others = np.setdiff1d(np.arange(total), gold)
-    order = np.concatenate([gold, np.random.default_rng(seed).permutation(others)])
+    order = np.concatenate([gold, ordered(others)])
     counts = dict.fromkeys(max(size, len(gold)) for size in sizes)
     return [np.sort(order[:count]) for count in counts if 0 < count < total]
+
+
+def hardest(held_out: HeldOut, rows: np.ndarray) -> np.ndarray:
+    """The same rows of the corpus, by the best rank that any question has for them under BM25."""
+    passages = held_out.corpus.passages
+    bm25 = BM25([markup.passage_text(passages[int(row)]) for row in rows])
+    best = np.full(len(rows), len(rows))
+    for example in held_out.examples:
+        order = np.argsort(-bm25.scores(example.question), kind="stable")
+        best[order] = np.minimum(best[order], np.arange(len(rows)))
+    return rows[np.argsort(best, kind="stable")]
 
 
 def about(held_out: HeldOut, question: int) -> dict[str, Any]:

@@ -97,17 +97,17 @@ def _plots(part: Mapping[str, Any], prefix: str) -> str:
     name, metrics = part["name"], {part["correct"]: ("correct", 2)}
     metrics |= {"retrieval_hit": ("evidence found", 4), f"{prefix}citation_rec": ("grounded", 3)}
     whole = [arm for arm in part["arms"] if not arm["subset"]]
-    sized = [arm for arm in part["arms"] if arm["subset"] or arm["arm"] == "corpus"]
-    sized.sort(key=lambda arm: arm["passages"])
     drawn = []
     if whole:
         measured = _measured([arm["scores"] for arm in whole], metrics)
         labels = [arm["label"] for arm in whole]
         drawn.append(by_row("Where passages come from", "share", labels, measured, name))
-    if len(sized) > 1:
+    for label in dict.fromkeys(arm["label"] for arm in part["arms"] if arm["subset"]):
+        sized = [arm for arm in part["arms"] if arm["subset"] and arm["label"] == label]
+        sized += [arm for arm in part["arms"] if arm["arm"] == "corpus"]
         measured = _measured([arm["scores"] for arm in sized], metrics)
         sizes = [arm["passages"] for arm in sized]
-        drawn.append(by_size("Size of the corpus", "share", sizes, measured, name))
+        drawn.append(by_size(f"Size of the corpus, {label}", "share", sizes, measured, name))
     for arm in part["arms"]:
         parts = {k: v for k, v in arm["splits"].items() if v["questions"]}
         if arm["arm"] == "corpus" and len(parts) > 1:

@@ -27,6 +27,10 @@ _SCORE = (  # all that `scoring.scored` may find, by a judge of some prefix, and
 )
 
 
+# Of the corpora that an arm searches, those through whose recall a line is laid.
+_SLOPES = {"slope": r"corpus(_\d+)?", "slope_hard": rf"corpus|{asked.HARD}\d+"}
+
+
 def answers(run: Run, folder: str = "evaluation") -> Scores:
     """All that --mode=evaluate scores, as `ARM/SCORE`: `corpus/retrieval_hit`, `gold/correct`, ...
 
@@ -34,7 +38,8 @@ def answers(run: Run, folder: str = "evaluation") -> Scores:
     passage is worth; corpus_seen/SCORE and corpus_unseen/SCORE, where training reads its evidence
     and where not. Of each set: corpus_hit/correct and corpus_miss/correct, means where retrieval
     succeeded and where it failed, over other questions in each run; slope/retrieval_hit, of the
-    line through it over log10 of the passages searched.
+    line through it over log10 of the passages searched, and slope_hard/retrieval_hit where those
+    are the ones that BM25 ranks best.
 
     Written to WORKDIR/evaluation, or another folder of the run's.
     """
@@ -73,11 +78,12 @@ def of_set(
     for name, hit in (("hit", 1.0), ("miss", 0.0)):
         if values := [right[id] for id in right if hits.get(id) == hit]:
             found[f"corpus_{name}/correct"] = {"": float(np.mean(values))}
-    searched = {a: n for a, n in passages.items() if n and a.startswith("corpus")}
-    if len(set(searched.values())) > 1:
-        recalls = [np.mean([*found[f"{arm}/retrieval_hit"].values()]) for arm in searched]
-        slope = np.polyfit(np.log10([*searched.values()]), recalls, 1)[0]
-        found["slope/retrieval_hit"] = {"": float(slope)}
+    for slope, pattern in _SLOPES.items():
+        searched = {a: n for a, n in passages.items() if n and re.fullmatch(pattern, a)}
+        if len(set(searched.values())) > 1:
+            recalls = [np.mean([*found[f"{arm}/retrieval_hit"].values()]) for arm in searched]
+            along = np.polyfit(np.log10([*searched.values()]), recalls, 1)[0]
+            found[f"{slope}/retrieval_hit"] = {"": float(along)}
     return found
 
 
@@ -86,9 +92,10 @@ def _answers_give(config: Config) -> Gives:
     if "corpus" in arms:
         parts = ("seen", "unseen", *map(str, config.eval.sizes))
         arms = [*arms, *(f"corpus_{part}" for part in parts)]
+        arms += [f"{asked.HARD}{size}" for size in config.eval.hard_sizes]
     found = {rf"({'|'.join(arms)})/({score})": SHARE}
     if "corpus" in arms:
-        found |= {r"corpus_(hit|miss)/correct": SHARE, r"slope/retrieval_hit": POINTS}
+        found |= {r"corpus_(hit|miss)/correct": SHARE, r"slope(_hard)?/retrieval_hit": POINTS}
     others = [name for name in ("wrong", "none") if {"gold", name} <= {*arms}]
     return found | {f"gold_over_{name}/correct": POINTS for name in others}
 
