@@ -4,6 +4,7 @@ A table as it is measured, and WORKDIR/benchmark.json: the peaks of the machine 
 """
 
 import dataclasses
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -54,6 +55,7 @@ def benchmark(
         data = assemble.read_sources(config, directory.path / "data")
         for line in assemble.refuse_bad_rows(data, config):
             print(line)
+        _say("the machine's peaks")
         chip, found = roofline.measured(mesh.devices.flat[0]), []
         print(f"machine: {roofline.ceilings(chip)}", flush=True)
 
@@ -66,12 +68,14 @@ def benchmark(
 
         given, config = config, assemble.resolve(config)
         tokenizers = assemble.read_tokenizers(config, directory.path, data)
+        _say("tokenising")
         with tempfile.TemporaryDirectory(dir=directory.path) as fresh:
             store = lambda: tokens.tokenize(data.train, *tokenizers, config, fresh)
             show(_rate("tokenising", store, lambda s: len(s.gen_tokens) + len(s.ctx_tokens)))
         store = tokens.tokenize(data.train, *tokenizers, config, directory.path / "data")
         plan, rows = Plan(store, config), sharding.rows(mesh)
         if batches:
+            _say("reading")
             plan.locate(batches + 1)  # planning is not what is measured
             reader = pipeline.batches(store, plan, config, rows, rows, 0, batches + 2)
             for _ in range(2):  # starts Grain and its workers, and compiles what it needs
@@ -81,6 +85,7 @@ def benchmark(
         if steps or passages or answers:
             state = assemble.initial_state(config, job.towers, tokenizers, job.tx, job.state)
         if steps:
+            _say("training")
             figures, state = training.step_speed(job, state, plan, steps, chip)
             show(figures)
             batch = pipeline.batch_at(store, plan, config, rows, rows, 0)
@@ -88,12 +93,20 @@ def benchmark(
         if passages or answers:
             first, served = data.train[0][0], (tokenizers, job.towers, config, mesh, state.params)
         if passages:
+            _say("encoding")
             show(serving.encode_speed(first, passages, *served, directory.path / "data"))
         if vectors:
+            _say("searching")
             show(serving.search_speed(vectors, width or config.gen.arch.width))
         if answers:
+            _say("answering")
             show(serving.answer_speed(first, answers, *served))
         show(curves_lib.curves(wanted, given))
+
+
+def _say(what: str) -> None:
+    """What is measured now, which can take a minute without a row."""
+    print(f"measuring: {what}", file=sys.stderr, flush=True)
 
 
 def _tokens(batch: Batch) -> int:
