@@ -28,6 +28,7 @@ from cosup_jax.studies.spaces import (
     neighbours,
     overlap,
     spaces,
+    spaces_over_training,
 )
 
 SET = "towns.dev"
@@ -222,6 +223,29 @@ def test_spaces_of_a_run(run):
     )
     for p, value in zip(passages, overlap(own, tokens), strict=True):
         assert found[""]["mutual_knn10"][f"towns/{p.id}"] == pytest.approx(value)
+
+
+@pytest.mark.slow
+def test_spaces_over_training_of_a_run(run):
+    """Bugs: the newest checkpoint's shares under every step's name; queries of one step beside the
+    passages of another."""
+    found, endings = spaces_over_training(run), ("", "_shuffled", "_centred", "_centred_shuffled")
+    shares = {f"{name}{end}" for name in ("title_in_vector", "mutual_knn10") for end in endings}
+    of_set = {f"title_at_ret{end}" for end in endings} | {
+        "mutual_nearest",
+        "mutual_nearest_centred",
+    }
+    for held_out, names in (("", shares), (SET, of_set)):
+        assert found[held_out].keys() == {
+            f"{name}/step_{step}" for name in names for step in (1, 2)
+        }
+    for at in run_lib.over_training(run):
+        for held_out, metrics in spaces(at).items():
+            for name in metrics.keys() & (shares | of_set):
+                assert found[held_out][f"{name}/step_{at.trained.step}"] == metrics[name]
+    held_to_its_word("spaces_over_training", found)
+    knn = [found[""][f"mutual_knn10/step_{step}"] for step in (1, 2)]
+    assert knn[0] != knn[1]
 
 
 @pytest.mark.slow

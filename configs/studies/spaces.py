@@ -1,7 +1,8 @@
 """Do the token space and the sequence space meet?
 
 Shows       how near the states at [Ret], the passage vectors and the rows of the vocabulary come to
-            each other in every arm at the end of training, beside shuffled baselines
+            each other in every arm, at the end of training and on the way, beside shuffled
+            baselines
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/spaces.md
 Command     python -m cosup_jax.main --config=configs/studies/spaces.py --workdir=runs/studies \\
@@ -14,15 +15,20 @@ from cosup_jax.studies import arms
 
 
 def get_config(variant=""):
+    at = arms.scale(variant)
+    kept = range(at.checkpoint.every_steps, at.num_steps, at.checkpoint.every_steps)
+    shares = ("title_in_vector", "title_at_ret", "mutual_knn10", "mutual_nearest")
+    on_the_way = [f"{share}/step_{step}" for share in shares for step in kept]
     return arms.config(
         variant,
         question="Do the token space and the sequence space meet?",
         arms="N,S,S2,C,T",
         crossed=arms.CROSSED,
-        measures="answers,majority,spaces,gradients",
+        measures="answers,majority,spaces,spaces_over_training,gradients",
         claims="C > S2: title_in_vector, title_at_ret, mutual_knn10, mutual_nearest;"
         "T > C: title_in_vector, mutual_knn10",
         shown="title_in_vector,title_in_vector_shuffled,title_at_ret,title_at_ret_shuffled,"
         "mutual_knn10,mutual_knn10_shuffled,mutual_nearest,nearest_is_passage,passages_in_top10,"
-        "gradient_cosine/gen,gradient_cosine/layer_0,gradient_cosine/layer_1",
+        "gradient_cosine/gen,gradient_cosine/layer_0,gradient_cosine/layer_1,"
+        + ",".join(on_the_way),
     )

@@ -175,6 +175,9 @@ MEASURES = {
     "training": Measure(training, _training_gives),
     "geometry": Measure(geometry.geometry, lambda _: geometry.GIVES),
     "spaces": Measure(spaces.spaces, lambda _: spaces.GIVES),
+    "spaces_over_training": Measure(
+        spaces.spaces_over_training, lambda _: spaces.OVER_TRAINING_GIVES
+    ),
     "evidence": Measure(evidence.evidence, lambda _: evidence.GIVES),
     "gradients": Measure(gradients.gradients, lambda _: gradients.GIVES),
 }

@@ -23,6 +23,11 @@ GIVES: Gives = {
     r"(title_at_ret|title_in_vector|mutual_knn10)(_centred)?(_shuffled)?": SHARE,
     r"passages_in_index|mutual_nearest_most": SHARE,
 }
+# Whose shares are also taken of earlier checkpoints.
+OVER_TRAINING = ("title_in_vector", "title_at_ret", "mutual_knn10", "mutual_nearest")
+OVER_TRAINING_GIVES: Gives = {
+    rf"({'|'.join(OVER_TRAINING)})(_centred)?(_shuffled)?/step_\d+": SHARE,
+}
 NEIGHBOURS = 10
 TOKENS = 50  # the likeliest, among which a title's are sought
 _SEED = 2  # of the shuffled baselines
@@ -72,6 +77,19 @@ def spaces(run: Run) -> Scores:
             titles = [_title(run, part, row) for row in asked.passage_Q.tolist()]
             given = (asked, gold_Q, titles, corpora[source])
             found[part.name] = _of_queries(*given, vocabulary)
+    return found
+
+
+def spaces_over_training(run: Run) -> Scores:
+    """`NAME/step_N` of every kept checkpoint: what `spaces` has for each NAME of OVER_TRAINING and
+    its endings."""
+    found: Scores = {}
+    for at in run_lib.over_training(run):
+        for held_out, metrics in spaces(at).items():
+            of_set = found.setdefault(held_out, {})
+            for name, values in metrics.items():
+                if name.startswith(OVER_TRAINING) and not name.endswith("_most"):
+                    of_set[f"{name}/step_{at.trained.step}"] = values
     return found
 
 
