@@ -351,6 +351,10 @@ def test_a_small_study_runs_resumes_and_says_what_it_found(tmp_path, capsys):
     places = {(row["row"], row["column"]) for row in found["matrix"]}
     assert {("N", "N"), ("N", "C"), ("C", "C"), ("C", "gold"), ("majority", "none")} <= places
     assert by_arm["N|C"] == by_arm["C"]  # the first [Ret] of another Gen, asked by the same pair
+    for path in tmp_path.glob("arms/*/measured/*.json"):
+        measure, kept = path.name.partition("-")[0], json.loads(path.read_text())["found"]
+        if measure != "facts":
+            held_to_its_word(measure, kept, asked().config)
     again = shlex.split(n["command"].replace("runs/again/N-0", str(tmp_path / "again")))[3:]
     assert main_lib.main(again) == 0
     one, two = (
