@@ -18,7 +18,7 @@ from cosup_jax.dotted import differing, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.pretrained import resolve
 from cosup_jax.studies import arms, measures
-from cosup_jax.studies.design import Design
+from cosup_jax.studies.design import Design, of_pair
 from cosup_jax.studies.scales import SCALES
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +120,13 @@ def test_an_arm_is_shared_by_all_studies_that_name_it():
     assert len(set.union(*directories.values())) == len(directories)
     core = asked()
     assert core.arm("C", 0).directory != core.arm("C", 1).directory
+
+
+def test_a_pair_is_answered_once_for_all_studies_that_name_it():
+    """Bug: a study of larger corpora has the answers of a pair in each of them, or anew."""
+    configs = [of_pair(asked(path).config) for path in STUDIES]
+    assert len({(config.eval, config.generate, config.index) for config in configs}) == 1
+    assert configs[0].eval.arms == "corpus"
 
 
 def test_what_a_model_does_not_depend_on_does_not_train_it_anew():

@@ -103,7 +103,8 @@ class Design(NamedTuple):
 
 def of_pair(config: Config) -> Config:
     """By which one arm's Gen is asked where another arm's pair retrieves."""
-    return replace_dotted(replace_dotted(config, "eval.arms", "corpus"), "eval.corpus_sizes", "")
+    whole = dataclasses.replace(config.eval, arms="corpus", corpus_sizes="", hard_corpus_sizes="")
+    return dataclasses.replace(config, eval=whole)
 
 
 def set_keys(config: Config) -> list[tuple[str, Any]]:
