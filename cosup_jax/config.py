@@ -220,9 +220,7 @@ class EvalConfig:
     questions: int = 100  # evaluate: questions per set, drawn by seed; 0 = all
     arms: str = ",".join(ARMS)  # evaluate: where passages come from, each over the same questions
     corpus_sizes: str = "100,1000,10000"  # evaluate: passages searched besides all; gold is in each
-    hard_corpus_sizes: str = (
-        ""  # evaluate: likewise, of those that BM25 ranks best for the questions
-    )
+    hard_corpus_sizes: str = ""  # evaluate: likewise, of what BM25 ranks best for the questions
     judge: str = "containment"  # of grounding: token containment | NLI model, hub id or directory
 
     @property

@@ -106,6 +106,7 @@ def test_corpora_of_growing_size(towns):
     for small, large in itertools.pairwise(found):
         assert set(small) < set(large)
     assert gold == set(found[0]) and all((np.diff(rows) > 0).all() for rows in found)
+    assert asked.subsets(part, [20, 100], ordered=None) == []  # asked for no order
     again = asked.subsets(part, [12], drawn(1))
     assert set(again[0]) != set(found[1]) and gold < set(again[0])
 
@@ -129,6 +130,12 @@ def test_hard_corpora_hold_what_resembles_the_questions(towns):
     assert [arm.name for arm in arms] == ["corpus", "corpus_hard_10", "corpus_hard_13"]
     assert [set(arm.rows) - gold for arm in arms[1:]] == [set(wanted[:2]), set(wanted[:5])]
     assert wanted[:5] != others[:5] and all(gold < set(arm.rows) for arm in arms[1:])
+
+
+def test_no_passage_needs_a_word():
+    """Bug: BM25 has nothing to index, and the evaluation ends in a traceback."""
+    for texts in ([], ["?", "!"]):
+        assert BM25(texts).scores("Which town?").tolist() == [0.0] * len(texts)
 
 
 def test_arms(towns):

@@ -70,15 +70,14 @@ def subsets(
     All hold the evidence of all questions, which may make one larger than asked; the rest comes in
     the order that `ordered` brings it in. Sizes that come to the same rows are one.
     """
-    if not sizes:
-        return []
     total = len(held_out.corpus)
     evidence = [held_out.evidence(question) for question in range(len(held_out.examples))]
     gold = np.unique(np.array([row for rows in evidence for row in rows], np.int64))
-    others = np.setdiff1d(np.arange(total), gold)
-    order = np.concatenate([gold, ordered(others)])
-    counts = dict.fromkeys(max(size, len(gold)) for size in sizes)
-    return [np.sort(order[:count]) for count in counts if 0 < count < total]
+    counts = [n for n in dict.fromkeys(max(size, len(gold)) for size in sizes) if 0 < n < total]
+    if not counts:
+        return []
+    order = np.concatenate([gold, ordered(np.setdiff1d(np.arange(total), gold))])
+    return [np.sort(order[:count]) for count in counts]
 
 
 def hardest(held_out: HeldOut, rows: np.ndarray) -> np.ndarray:

@@ -10,17 +10,20 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index it b
 
 
 class BM25:
-    """An index of texts (bm25s, its defaults, no stop words)."""
+    """An index of texts (bm25s, its defaults, no stop words), also of none and of wordless ones."""
 
     def __init__(self, texts: Sequence[str]):
         self._index, self._count = bm25s.BM25(), len(texts)
         words = bm25s.tokenize(list(texts), stopwords=None, show_progress=False)
-        self._index.index(words, show_progress=False)
+        self._any = any(words.ids)  # bm25s can index no texts without a word
+        if self._any:
+            self._index.index(words, show_progress=False)
 
     def scores(self, query: str) -> np.ndarray:
         """[N] of every text; 0 where no word is shared."""
         (words,) = bm25s.tokenize([query], stopwords=None, return_ids=False, show_progress=False)
-        return self._index.get_scores(words) if words else np.zeros(self._count, np.float32)
+        known = words and self._any
+        return self._index.get_scores(words) if known else np.zeros(self._count, np.float32)
 
 
 def bm25_ranks(bm25: BM25, queries: Sequence[str], gold: np.ndarray) -> np.ndarray:
