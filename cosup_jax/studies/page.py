@@ -19,19 +19,20 @@ Cells = list[list[str]]
 RULE = (
     f"Intervals are of {LEVEL:.0%}, over seeds and questions both. *Confirmed*: the interval of "
     "the paired difference excludes 0 in the claimed direction, and all seeds agree. *Not seen*: "
-    f"it lies on the other side, or, of shares and their differences, within {POINT:g} of 0 (of "
-    "nats and the like nothing says what is as good as none). Else *undecided*, and also where "
-    f"both arms are right in at most {POINT:.0%} of the items, or wrong in as few. *Detectable* is "
-    f"the smallest true difference that would have shown with a chance of {POWER:.0%}. Each line "
-    "is judged by itself: of forty without any difference, about one is confirmed by chance."
+    "it holds nothing on that side, or, of shares and their differences, nothing beyond "
+    f"{POINT:g} (of nats and the like nothing says what is as good as none). Else *undecided*, "
+    f"and also where both arms are right in at most {POINT:.0%} of the items, or wrong in as few. "
+    "*Detectable* is the smallest true difference that would have shown with a chance of "
+    f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
+    "confirmed by chance."
 )
 MATRIX = "Generator by retriever"
 MATRIX_NOTE = (
     "Share of right answers. A row is an arm whose Gen was trained to write. A column says where "
     "the passage comes from: an arm's Gen and Ctx retrieve it, for this Gen or for another arm's, "
     "or it is given. Along a row the writer stays the same, down a column the retrieval. "
-    f"*{MAJORITY}*: one answer to all questions, the most frequent in training. *{FOUND}*: how "
-    "often the right passage is among those shown."
+    f"*{MAJORITY}*: one answer to all questions, the most frequent of the set's training rows, or "
+    f"of the set where it has none. *{FOUND}*: how often the right passage is among those shown."
 )
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (

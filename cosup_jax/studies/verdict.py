@@ -53,7 +53,7 @@ def verdict(difference_SxI: np.ndarray, none: float = POINT) -> str:
     """Of the claim that a difference is positive.
 
     confirmed   the interval excludes 0 on that side, and every seed's mean lies there
-    not seen    the interval lies on the other side, or within `none` of 0
+    not seen    the interval holds nothing on that side, or nothing beyond `none`
     undecided   anything else, and whatever a single seed shows
 
     Args:
