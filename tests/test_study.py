@@ -280,6 +280,15 @@ def test_fewer_measures_leave_out_what_the_others_would_show(capsys):
         asked(spaces, study__measures="spaces", study__shown="gradient_cosin")
 
 
+@pytest.mark.parametrize(("key", "value"), [("claims", "C > N: alignment"), ("shown", "alignment")])
+def test_what_is_asked_for_is_not_left_out(key, value):
+    """Bug: a study that trains for an hour and drops the one claim that the command line makes."""
+    weight = f"{ROOT}/configs/studies/weight.py:small"
+    told = {"study.measures": "training", f"study.{key}": value}
+    with pytest.raises(UserError, match=rf"study\.{key}: 'alignment' .*; add geometry to config"):
+        asked(weight, **told)
+
+
 def test_what_training_logged_is_read_by_step_and_by_set(tmp_path):
     """Bug: numbers of an evaluation half-way stand for those of the end; a set's name is cut at its
     dot; steps without a probe count as 0."""
@@ -335,6 +344,14 @@ def test_metrics_of_answers_are_those_of_the_records():
     assert found["slope/retrieval_hit"][""] == pytest.approx((2 / 3 - 1) / 2)
     assert found["slope_hard/retrieval_hit"][""] == pytest.approx(2 / 3 - 1 / 3)
     held_to_its_word("answers", {"": found}, sized)
+
+
+def test_without_a_right_passage_recall_has_no_slope():
+    """Bug: a set of questions without evidence, searched in two corpora, ends the study."""
+    passages = {"corpus": 1000, "corpus_100": 100, "corpus_hard_100": 100}
+    one = {"id": "a", "scores": {}, "correct": 1.0, "seen": None}
+    found = measures.of_set({arm: [one] for arm in passages}, passages)
+    assert found == {f"{arm}/correct": {"a": 1.0} for arm in passages}
 
 
 @pytest.mark.slow

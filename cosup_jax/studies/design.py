@@ -154,15 +154,19 @@ def _without_unmeasured(
     claims: list[Claim], shown: list[str], config: Config, file: File, asked: Sequence[str]
 ) -> tuple[list[Claim], list[str]]:
     """Likewise, where it chooses among the file's measures."""
-    chosen = {"study.measures"} & set(file.overrides)
-    own = _names(load(file.path_and_variant).study.measures) if chosen else asked
+    if "study.measures" not in file.overrides:
+        return claims, shown
+    own = _names(load(file.path_and_variant).study.measures)
     given = lambda metric, names: measures.kind_of(metric, config, names) is not None
-    metrics = dict.fromkeys([*(claim.metric for claim in claims), *shown])
-    left_out = [m for m in metrics if given(m, own) and not given(m, asked)]
-    if left_out:
+    absent = lambda key, metric: (
+        f"study.{key}" not in file.overrides and given(metric, own) and not given(metric, asked)
+    )
+    of_claims = [claim.metric for claim in claims if absent("claims", claim.metric)]
+    of_shown = [metric for metric in shown if absent("shown", metric)]
+    if left_out := dict.fromkeys([*of_claims, *of_shown]):
         print(f"left out for want of measures: {', '.join(left_out)}")
-    claims = [claim for claim in claims if claim.metric not in left_out]
-    return claims, [metric for metric in shown if metric not in left_out]
+    claims = [claim for claim in claims if claim.metric not in of_claims]
+    return claims, [metric for metric in shown if metric not in of_shown]
 
 
 def _kinds(

@@ -79,7 +79,11 @@ def of_set(
         if values := [right[id] for id in right if hits.get(id) == hit]:
             found[f"corpus_{name}/correct"] = {"": float(np.mean(values))}
     for slope, pattern in _SLOPES.items():
-        searched = {a: n for a, n in passages.items() if n and re.fullmatch(pattern, a)}
+        searched = {
+            arm: count
+            for arm, count in passages.items()
+            if count and re.fullmatch(pattern, arm) and f"{arm}/retrieval_hit" in found
+        }
         if len(set(searched.values())) > 1:
             recalls = [np.mean([*found[f"{arm}/retrieval_hit"].values()]) for arm in searched]
             along = np.polyfit(np.log10([*searched.values()]), recalls, 1)[0]
