@@ -8,7 +8,7 @@ from scipy import stats
 
 from cosup_jax.errors import UserError
 from cosup_jax.studies import page, results
-from cosup_jax.studies.run import NUMBER, SHARE
+from cosup_jax.studies.run import NUMBER, POINTS, SHARE
 from cosup_jax.studies.verdict import estimate, verdict
 
 KINDS = {
@@ -204,28 +204,35 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert "corpus/recall@1 <span" in html and "distance <span" not in html
     assert "drift/to_last/step_1" in html and "drift/to_last/step_1 <span" not in html
     assert "N|C &gt; C: corpus/corect" in html and "python -m x --mode=study" in html
+    matrix = html.partition("<section><h3>world.in_domain</h3>")[2].partition("</section>")[0]
+    interval = f"<small>{row['low']:.3f} to {row['high']:.3f}</small>"
+    assert f"{row['mean']:.3f}<br>{interval}" in matrix
     assert page.closing(study).count("\n") == 6
     assert "\nN|C > C: corpus/corect: not tested: a run" in page.closing(study)
 
 
 def test_rows_stand_in_the_order_of_the_study():
-    """Bug: an arm that lacks the first metric falls behind those that have it."""
-    runs = {"N": [{"w": {"distance": {"": 1.0}}}] * 2, "C": [{"w": {"corpus/correct": {"a": 1.0}}}]}
+    """Bugs: an arm that lacks the first metric falls behind those that have it; the one item of a
+    mean over a set stands for the questions of the others."""
+    distance = {"distance": {"": 1.0}}
+    both = {"corpus/correct": {"a": 1.0, "b": 0.0}} | distance
+    runs = {"N": [{"w": distance}] * 2, "C": [{"w": both}]}
     cells = page.arm_cells(results.arm_rows(runs, KINDS), ["Q", *runs])
-    assert [row[0] for row in cells] == ["arm", "N", "C"]
+    assert [(row[0], *row[-2:]) for row in cells[1:]] == [("N", "2", "1"), ("C", "1", "2")]
     assert cells[0][1:3] == ["corpus/correct", "distance"]
 
 
 def test_no_difference_of_nats_is_as_good_as_none():
     """Bug: a loss that is some thousandths of a nat larger or smaller is "not seen", by a margin
-    that was made for shares."""
+    that was made for shares and their differences."""
+    kinds = {"corpus/correct": SHARE, "gold_over_none/correct": POINTS, "distance": NUMBER}
     runs = {
-        arm: [{"w": {metric: {"a": 0.5, "b": b} for metric in ("corpus/correct", "distance")}}] * 3
+        arm: [{"w": {metric: {"a": 0.5, "b": b} for metric in kinds}}] * 3
         for arm, b in (("C", 0.5004), ("N", 0.5))
     }
-    claims = results.claims_of("C > N: corpus/correct, distance", runs)
-    rows = results.claim_rows(runs, claims, KINDS)
-    assert [row["verdict"] for row in rows] == ["not seen", "undecided"]
+    claims = results.claims_of(f"C > N: {', '.join(kinds)}", runs)
+    rows = results.claim_rows(runs, claims, kinds)
+    assert [row["verdict"] for row in rows] == ["not seen", "not seen", "undecided"]
 
 
 def test_the_matrix_is_of_who_writes_and_where_the_passage_comes_from():
@@ -241,7 +248,7 @@ def test_the_matrix_is_of_who_writes_and_where_the_passage_comes_from():
         "S2": runs_of(0.01, 0.6, gold_correct=0.02, bm25_retrieval_hit=0.5),
         "S": runs_of(0.01, 0.7),
         "N": runs_of(0.1, 0.05, bm25_correct=0.14, bm25_retrieval_hit=0.97, majority_correct=0.3),
-        "C": runs_of(0.2, 0.8, gold_correct=0.25),
+        "C": runs_of(0.2, 0.8, gold_correct=0.25, majority_correct=0.4),
         "C|S2": runs_of(0.22, 0.61),
         "N|C": runs_of(0.12, 0.81),
         "N|S2": runs_of(0.11, 0.62),

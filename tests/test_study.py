@@ -248,6 +248,7 @@ def test_a_run_that_starts_from_another_is_another_when_that_one_is(monkeypatch)
         ("study.arms", "C,Q", "unknown config variant 'Q'"),
         ("study.arms", "", "names no arms in config.study.arms"),
         ("study.crossed", "C|Q", r"study\.crossed: 'C\|Q'"),
+        ("study.crossed", "C|N|C", r"study\.crossed: 'C\|N\|C'"),
         ("study.measures", "answers,vibes", r"study\.measures: 'vibes' is none of answers"),
         ("study.claims", "C > Q: corpus/correct", r"study\.claims: 'Q' is no arm"),
         ("study.claims", "C > N: corpus/corect", r"study\.claims: 'corpus/corect' is given by"),
@@ -268,7 +269,7 @@ def test_a_mistake_is_told_before_anything_is_trained(key, value, match):
         asked(**{key: value})
 
 
-def test_fewer_measures_leave_out_what_the_others_would_show(capsys):
+def test_fewer_measures_leave_out_what_the_others_would_show(capsys, tmp_path):
     """Bug: whoever leaves out a costly measure must empty what is shown of it by hand; or a typing
     error is left out with it."""
     spaces = f"{ROOT}/configs/studies/spaces.py:small"
@@ -276,8 +277,13 @@ def test_fewer_measures_leave_out_what_the_others_would_show(capsys):
     assert "mutual_knn10" in found.shown and "gradient_cosine/gen" not in found.shown
     said = "left out for want of measures: gradient_cosine/gen, gradient_cosine/layer_0"
     assert said in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"study\.shown: 'gradient_cosin' is given by none of spa"):
-        asked(spaces, study__measures="spaces", study__shown="gradient_cosin")
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from cosup_jax.studies import arms\n\n\ndef get_config(variant):\n"
+        "    return arms.config(variant, arms='C', measures='training,geometry', shown='alinment')"
+    )
+    with pytest.raises(UserError, match=r"study\.shown: 'alinment' is given by none of training"):
+        asked(f"{own}:small", study__measures="training")
 
 
 @pytest.mark.parametrize(("key", "value"), [("claims", "C > N: alignment"), ("shown", "alignment")])
@@ -333,7 +339,8 @@ def test_metrics_of_answers_are_those_of_the_records():
         "none": [record("a", 0.0), record("b", 0.5)],
     }
     passages = {"corpus": 10_000, "corpus_100": 100, "corpus_hard_1000": 1000, "gold": None}
-    sized = replace_dotted(Config(), "eval.hard_corpus_sizes", "1000")
+    sized = replace_dotted(Config(), "eval.corpus_sizes", "100")
+    sized = replace_dotted(sized, "eval.hard_corpus_sizes", "1000")
     found = measures.of_set(answered, passages)
     assert found["corpus/correct"] == {"a": 1.0, "b": 0.0, "c": 1.0}
     assert found["corpus_seen/correct"] == {"a": 1.0, "c": 1.0}
