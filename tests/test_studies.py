@@ -274,10 +274,14 @@ def test_an_interval_of_a_share_ends_where_shares_do():
 
 
 def test_log_odds_are_those_of_the_means():
-    """Bug: a log-odds ratio upside down, or one of a number that is no share."""
+    """Bug: a log-odds ratio upside down, or one of a number that is no share, or no count."""
     correct, smaller, other, cosine = a_study()["claims"]
     by_hand = lambda share, n: np.log((share * n + 0.5) / (n - share * n + 0.5))
     c, n = (r["mean"] for r in a_study()["measured"] if r["metric"] == "corpus/correct")
     assert correct["log_odds"] == pytest.approx(by_hand(c, 100) - by_hand(n, 100))
     assert other["log_odds"] == -correct["log_odds"] and smaller["log_odds"] is None
     assert cosine["log_odds"] is None  # though all values lie in 0 to 1
+    runs = {arm: [{"w": {"corpus/recall@1": {"": 0.5}}}] * 2 for arm in "CN"}
+    claims = results.claims_of("C > N: corpus/recall@1", runs)
+    (whole,) = results.claim_rows(runs, claims, KINDS)
+    assert whole["items"] == 1 and whole["log_odds"] is None
