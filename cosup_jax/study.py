@@ -22,16 +22,17 @@ from typing import Any
 
 import jax
 
-from cosup_jax import export, train
-from cosup_jax.config import Config
+from cosup_jax import export, mine, train
+from cosup_jax.config import Config, to_dict
 from cosup_jax.config_files import File
-from cosup_jax.dotted import replace_dotted
+from cosup_jax.dotted import leaves, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import digest
 from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import is_url
 from cosup_jax.runtime.workdir import Workdir, write_atomic, writing
 from cosup_jax.studies import measures, page, results
+from cosup_jax.studies.arms import MINED
 from cosup_jax.studies.design import DIGITS, Arm, Design, of_pair, set_keys
 from cosup_jax.studies.measures import MEASURES
 from cosup_jax.studies.run import Run, Scores, opened
@@ -181,10 +182,13 @@ class _Opened:
 
 def _trained(arm: Arm, asked: Design) -> str:
     """Trains what is not finished, first what it starts from."""
-    for start in asked.starts(arm):
+    for start, mark in asked.starts(arm):
         if _trained(start, asked) == "stopped":
             return "stopped"
-        if not (start.directory / "export").is_dir():
+        if mark == MINED:
+            mining = functools.partial(mine.mine, start.config, str(start.directory))
+            _kept(start, "hard_negatives", mining)
+        elif not (start.directory / "export").is_dir():
             whole = replace_dotted(start.config, "export.dtype", "float32")
             export.export(whole, str(start.directory))
     with Workdir(arm.directory) as directory:
@@ -220,10 +224,9 @@ def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
 def _command(arm: Arm, asked: Design) -> str:
     """What trains this run by itself."""
     flags = {k: text for k, text in asked.file.overrides.items() if not k.startswith("study.")}
-    for tower in ("gen", "ctx"):
-        init = getattr(arm.config, tower).init
-        if init.startswith(str(asked.root)):
-            flags[f"{tower}.init"] = os.path.relpath(init)
+    for key, value in leaves(to_dict(arm.config)):
+        if isinstance(value, str) and value.startswith(f"{asked.root}/"):
+            flags[key] = os.path.relpath(value)
     flags["seed"] = str(arm.seed)
     return _line(asked.file.of(arm.name), flags, f"--workdir=runs/again/{arm.name}-{arm.seed}")
 

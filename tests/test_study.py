@@ -18,6 +18,7 @@ from cosup_jax.dotted import differing, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.pretrained import resolve
 from cosup_jax.studies import arms, measures
+from cosup_jax.studies import run as run_lib
 from cosup_jax.studies.design import Design, of_pair
 from cosup_jax.studies.scales import SCALES
 
@@ -65,7 +66,8 @@ def test_every_study_has_its_arms_and_steps_at_every_scale(path, scale):
     for name in found.arms:
         arm = found.arm(name, 0).config
         assert arm.num_steps * arm.batch_size == one.num_steps * one.batch_size
-        assert arm.num_steps * arm.data.ctx_rows == one.num_steps * one.data.ctx_rows
+        room = 3 if "mined/" in arm.data.train else 1  # for hard negatives
+        assert arm.num_steps * arm.data.ctx_rows == room * one.num_steps * one.data.ctx_rows
         assert arm.bank.kind == "off" or 0 < arm.bank.start_step < arm.num_steps
 
 
@@ -242,6 +244,20 @@ def test_a_run_that_starts_from_another_is_another_when_that_one_is(monkeypatch)
     assert place().directory.name != first.directory.name
 
 
+def test_a_run_on_mined_data_is_another_when_the_miner_is():
+    """Bug: other hard negatives, and the run on them is not trained anew; the miner's path, which
+    differs on every machine, is in the key; questions are held out of other data."""
+    hard = lambda **keys: asked(f"{ROOT}/configs/studies/negatives.py:small", **keys)
+    first, miner = (hard().arm(name, 0) for name in ("C_hard", "C"))
+    assert first.config.data.train == first.config.data.eval == f"{miner.directory}/mined/*.jsonl"
+    assert list(hard().starts(first)) == [(miner, arms.MINED)]
+    assert hard(root="elsewhere").arm("C_hard", 0).directory.name == first.directory.name
+    other = hard(loss__temperature="0.2")
+    assert other.arm("C_hard", 0).config.data.train != first.config.data.train
+    assert hard().arm("C_hard", 1).config.data == first.config.data  # one miner for all seeds
+    assert "C_hard" not in asked(f"{ROOT}/configs/studies/negatives.py:smollm2", **OWN_DATA).arms
+
+
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
@@ -403,23 +419,35 @@ def test_a_small_study_runs_resumes_and_says_what_it_found(tmp_path, capsys):
     )
 
 
+NEXT = """
+from cosup_jax.studies import arms
+OWN = {"next": {"gen.init": "start:C", "data.train": "mined:C", "data.eval": "mined:C"}}
+STUDY = {"question": "?", "arms": "next", "measures": "training", "shown": "gradient_ratio"}
+def get_config(variant=""):
+    return arms.config(variant, OWN, **STUDY)
+"""
+SETS = {f"world.{split}" for split in ("in_domain", "unseen_entities", "unseen_task")}
+
+
 @pytest.mark.slow
-def test_a_run_starts_from_what_another_has_learned(tmp_path, capsys):
+def test_a_run_starts_from_what_another_has_made(tmp_path, capsys):
     """Bugs: an arm that starts from random weights after all, or from an export that a kill has cut
-    off; a first run that is trained again for each that starts from it."""
-    flags = [f"--config={ROOT}/configs/studies/weight.py:small", f"--workdir={tmp_path}"]
-    flags += ["--mode=study", "--config.study.arms=C_pre", "--config.study.seeds=1"]
-    flags += ["--config.study.claims=", "--config.study.measures=training"]
+    off; one that trains without the hard negatives that were mined for it; a first run that is
+    trained or mined again for each that starts from it."""
+    (tmp_path / "next.py").write_text(NEXT)
+    flags = [f"--config={tmp_path}/next.py:small", f"--workdir={tmp_path}", "--mode=study"]
+    flags += ["--config.study.seeds=1"]
     assert main_lib.main(flags) == 0
     said = capsys.readouterr().out
-    assert said.index("--- stage0, seed 0: finished") < said.index("--- C_pre, seed 0: finished")
-    (run,) = json.loads((tmp_path / "weight-small/study.json").read_text())["runs"]
+    places = [said.index(f"--- {name}, seed 0: finished") for name in ("C", "next")]
+    assert places[0] < said.index("hard negatives for") < places[1]
+    (run,) = json.loads((tmp_path / "next-small/study.json").read_text())["runs"]
     arm = tmp_path / run["directory"]
     config = json.loads((arm / "config.json").read_text())
     start = Path(config["gen"]["init"])
     assert start.parents[2] == arm.parent and config["ctx"]["init"] == "gen"
-    stage0 = start.parent.parent
-    first = assemble.trained(config_files.frozen(f"{stage0}/config.json", {}), stage0)
+    other = start.parent.parent
+    first = assemble.trained(config_files.frozen(f"{other}/config.json", {}), other)
     learned, rows = first.params["gen"]["embed"]["table"], first.tokenizers.gen.vocab_size
     own = config_files.frozen(f"{arm}/config.json", {})
     parts = assemble.make_towers(own, first.tokenizers), first.tokenizers, optim.make(own, 1, 1)
@@ -427,10 +455,14 @@ def test_a_run_starts_from_what_another_has_learned(tmp_path, capsys):
     begun = assemble.initial_state(own, *parts, abstract).params
     for tower in ("gen", "ctx"):
         np.testing.assert_array_equal(begun[tower]["embed"]["table"][:rows], learned[:rows])
+    opened = run_lib.opened(own, arm)
+    given = [len(opened.store.negatives(example)) for example in range(20)]
+    assert sum(given) > 20 and {part.name for part in opened.sets} == SETS
     # A kill within the export, and within the run that starts from it.
-    shutil.move(start.parent, stage0 / export.NEW)
+    shutil.move(start.parent, other / export.NEW)
     (arm / "status.json").write_text(json.dumps({"state": "running", "step": 2}))
     assert main_lib.main(flags) == 0
     said = capsys.readouterr().out
-    assert "stage0, seed 0: finished after" not in said and "writing the towers" in said
-    assert start.is_dir() and "--- C_pre, seed 0: finished after" in said
+    assert "--- C, seed 0: finished after" not in said and "writing the towers" in said
+    assert start.is_dir() and "--- next, seed 0: finished after" in said
+    assert "hard negatives for" not in said

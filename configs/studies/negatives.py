@@ -1,9 +1,10 @@
 """Which negatives?
 
 Shows       the batch halved and doubled at the same number of examples; past passages and past
-            queries as negatives; negatives that score above the passage masked as likely false.
-            Not by default, as they share nothing with C but the data: C_detached and C_full, the
-            released code's objective with and without a gradient through other ranks' passages
+            queries as negatives; four hard ones an example, which the arm C finds; negatives that
+            score above the passage masked as likely false. Not by default, as they share nothing
+            with C but the data: C_detached and C_full, the released code's objective with and
+            without a gradient through other ranks' passages
 Hardware    2 CPU cores, 4 GB of memory
 Expected    not run yet: docs/results/README.md
 Command     python -m cosup_jax.main --config=configs/studies/negatives.py --workdir=runs/studies \\
@@ -26,13 +27,17 @@ def own_arms(at: ml_collections.ConfigDict):
         "checkpoint.every_steps": at.checkpoint.every_steps * of // to,
     }
     late = {"bank.start_step": at.num_steps * 7 // 10}  # when vectors no longer move much
-    return {
+    mined = dict.fromkeys(("data.train", "data.eval"), f"{arms.MINED}C")
+    room = {"data.ctx_rows": 3 * at.data.ctx_rows}  # five passages an example, examples as before
+    own = {
         "C_half": resized(2, 1),
         "C_double": resized(1, 2),
         "C_passage_bank": {"bank.kind": "passage", **late},
         "C_dual_bank": {"bank.kind": "dual", **late},
         "C_margin": {"loss.margin_mask": True},
     }
+    # Data that the command line gives is that of every arm.
+    return own | ({"C_hard": mined | room} if at.data.train else {})
 
 
 def released(at: ml_collections.ConfigDict):
@@ -60,8 +65,7 @@ def get_config(variant=""):
         question="Which negatives?",
         arms=f"C,{','.join(own)}",
         crossed=",".join(f"C|{name}" for name in own),
-        claims="C > C_half: corpus/retrieval_hit; C_double > C: corpus/retrieval_hit;"
-        "C_passage_bank > C: corpus/retrieval_hit; C_dual_bank > C: corpus/retrieval_hit;"
-        "C_margin > C: corpus/retrieval_hit",
+        claims="C > C_half: corpus/retrieval_hit; "
+        + "; ".join(f"{name} > C: corpus/retrieval_hit" for name in own if name != "C_half"),
         shown="corpus/correct,corpus/retrieval_hit,corpus/recall@5,gold/correct,none/correct",
     )

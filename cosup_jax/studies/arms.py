@@ -8,7 +8,9 @@ import ml_collections
 from cosup_jax.config import make
 from cosup_jax.studies.scales import SCALES, WORLD
 
-START = "start:"  # before a variant, as a tower's init: what that variant's run exports as Gen
+# Before a variant: what its run has made. As a tower's init, the Gen that it exports; as data, its
+# sources with the hard negatives that its towers find.
+START, MINED = "start:", "mined:"
 PRETRAINED = {  # Gen has read the passages before, Ctx starts from its weights
     "gen.init": f"{START}stage0",
     "optim.gen_learning_rate": 1e-3,

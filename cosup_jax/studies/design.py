@@ -8,15 +8,18 @@ from typing import Any, NamedTuple
 
 from cosup_jax.config import Config, StudyConfig, to_dict
 from cosup_jax.config_files import File, load
-from cosup_jax.dotted import differing, leaves, replace_dotted
+from cosup_jax.dotted import differing, get_dotted, leaves, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import digest
 from cosup_jax.studies import measures, results
-from cosup_jax.studies.arms import START
+from cosup_jax.studies.arms import MINED, START
 from cosup_jax.studies.measures import MEASURES
 from cosup_jax.studies.results import Claim
 
 DIGITS = 12  # of a digest, in a name
+# Keys that may name what another run has made.
+_FROM_RUNS = {"gen.init": START, "ctx.init": START, "data.train": MINED, "data.eval": MINED}
+_MADE = {START: "export/gen", MINED: "mined/*.jsonl"}  # in the directory of that other run
 # Groups of the config that a trained model does not depend on.
 _ASIDE = ("checkpoint", "eval", "export", "generate", "index", "log", "study")
 
@@ -84,21 +87,17 @@ class Design(NamedTuple):
         config = self.file.variant(name)
         config = replace_dotted(replace_dotted(config, "seed", seed), "study", StudyConfig())
         key = config
-        for tower in ("gen", "ctx"):
-            init = getattr(config, tower).init
-            if init.startswith(START):
-                start = self.arm(init.removeprefix(START), self.config.seed)  # one for all seeds
-                path = start.directory / "export" / "gen"
-                config = replace_dotted(config, f"{tower}.init", str(path))
-                key = replace_dotted(key, f"{tower}.init", START + start.directory.name)
+        for setting, mark, variant in _from_runs(config):
+            start = self.arm(variant, self.config.seed)  # one for all seeds
+            config = replace_dotted(config, setting, str(start.directory / _MADE[mark]))
+            key = replace_dotted(key, setting, mark + start.directory.name)
         return Arm(name, seed, config, self.root / "arms" / _key(key))
 
-    def starts(self, arm: Arm) -> Iterator[Arm]:
-        """The runs that an arm's towers come from."""
-        config = self.file.variant(arm.name)
-        for init in dict.fromkeys((config.gen.init, config.ctx.init)):
-            if init.startswith(START):
-                yield self.arm(init.removeprefix(START), self.config.seed)
+    def starts(self, arm: Arm) -> Iterator[tuple[Arm, str]]:
+        """The runs that an arm's towers or data come from, and START or MINED."""
+        told = _from_runs(self.file.variant(arm.name))
+        for variant, mark in dict.fromkeys((variant, mark) for _, mark, variant in told):
+            yield self.arm(variant, self.config.seed), mark
 
 
 def of_pair(config: Config) -> Config:
@@ -111,6 +110,13 @@ def set_keys(config: Config) -> list[tuple[str, Any]]:
     """The keys that are not as by default: those that later versions add change no digest."""
     changed = differing(to_dict(Config()), to_dict(config))
     return [(key, value) for key, (_, value) in changed.items()]
+
+
+def _from_runs(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Those that do, START or MINED, and the variant of the other run."""
+    for setting, mark in _FROM_RUNS.items():
+        if (told := get_dotted(config, setting)).startswith(mark):
+            yield setting, mark, told.removeprefix(mark)
 
 
 def _check_arms(file: File, arms: Sequence[str]) -> None:
@@ -129,8 +135,7 @@ def _check_arms(file: File, arms: Sequence[str]) -> None:
                     f"--config.{key} would undo what arm {name} consists in, {key}={own[key]!r}; "
                     f"drop it, or change the arm in {file.path_and_variant.partition(':')[0]}"
                 )
-        inits = {config.gen.init, config.ctx.init}
-        _check_arms(file, [i.removeprefix(START) for i in sorted(inits) if i.startswith(START)])
+        _check_arms(file, [variant for *_, variant in _from_runs(config)])
 
 
 def _without_absent(told: StudyConfig, file: File, arms: Sequence[str]) -> StudyConfig:
