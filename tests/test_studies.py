@@ -167,6 +167,7 @@ def a_study():
         "date": "2030-01-01",
         "hardware": "1 x cpu",
         "versions": "jax 1",
+        "measured_by_code": ["3fa9c1d2"],
         "command": "python -m x --mode=study",
         "arms": ["N", *runs],
         "claims": results.claim_rows(runs, claims, KINDS),

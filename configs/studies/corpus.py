@@ -3,7 +3,7 @@
 Shows       nested corpora of rising size, with the right passages in each, filled at random and by
             what BM25 ranks best for the questions; the slope of recall per tenfold size, arm by arm
 Hardware    2 CPU cores, 4 GB of memory
-Expected    not run yet: docs/results/README.md
+Expected    docs/results/corpus.md
 Command     python -m cosup_jax.main --config=configs/studies/corpus.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's

@@ -3,7 +3,7 @@
 Shows       whether Gen that is trained to write the passage too knows its answers without it, and
             follows it less where it contradicts what Gen has learned
 Hardware    2 CPU cores, 4 GB of memory
-Expected    not run yet: docs/results/README.md
+Expected    docs/results/evidence.md
 Command     python -m cosup_jax.main --config=configs/studies/evidence.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's

@@ -156,7 +156,8 @@ def _few(number: float) -> str:
 
 
 def _facts(study: Study) -> str:
-    return f"{study['date']}, {study['hardware']}, {study['versions']}; {study['state']}."
+    code = f"measured by code {', '.join(study['measured_by_code'])}"
+    return f"{study['date']}, {study['hardware']}, {study['versions']}, {code}; {study['state']}."
 
 
 def _plot(name: str, metric: str, rows: Rows) -> str:
