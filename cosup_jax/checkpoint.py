@@ -285,7 +285,7 @@ def _check_run(path: Path, now: Mapping[str, Any], saved: Mapping[str, Any]) -> 
 
 
 def _check_leaves(path: Path, wanted: Mapping, found: Mapping, partial: bool) -> None:
-    mend = f"use its --config={path.parent.parent / 'config.json'}, or a new --workdir"
+    mend = f"use the config it was made with, {path.parent.parent}/config.json, or a new --workdir"
     for name, leaf in wanted.items():
         expected, saved = [str(leaf.dtype), list(leaf.shape)], found.get(name, [None])[:2]
         if saved != expected:
