@@ -155,7 +155,7 @@ class Evaluation:
     ) -> dict[str, tuple[Arm, list[Record]]]:
         """Of each arm its answers, scored, in the order of the questions."""
         params, library, found = self._trained.params, self._library(part), {}
-        for arm in asked.arms(part, self._trained.config):
+        for arm in asked.arms(part, lambda: library.bm25, self._trained.config):
             path = self._answers_to / part.name / f"{arm.name}.jsonl"
             bm25 = library.bm25 if arm.name == "bm25" else None
             with Answers(path, self._run(part, arm), like=RECORD | {"code": ""}) as answers:

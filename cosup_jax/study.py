@@ -99,10 +99,10 @@ class _Found:
 
     def add_crossed(self, writer: Arm, retriever: Arm) -> None:
         """The answers of one run's Gen by the retrieval of another run's pair."""
-        by = replace_dotted(writer.config, "generate.retriever", str(retriever.directory))
-        arm = writer._replace(config=of_pair(by))
-        name = f"answers-by-{retriever.directory.name}"
-        with _Opened(arm) as run:
+        arm = writer._replace(config=of_pair(writer.config))
+        by = replace_dotted(arm.config, "generate.retriever", str(retriever.directory))
+        name = f"answers-by-{retriever.directory.name}"  # not by its path: that may be moved
+        with _Opened(arm._replace(config=by)) as run:
             scores = self._kept(arm, name, lambda: measures.answers(run(), name))
         self._scores[f"{writer.name}|{retriever.name}"].append(scores)
 

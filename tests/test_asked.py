@@ -61,9 +61,8 @@ def test_questions_are_not_drawn_by_the_seed_of_the_run(towns):
         ]
         assert ids() == ids(run_seed=1) != ids(seed=1)
     part = towns(questions=0)
-    rows = lambda **seeds: asked.arms(part, config(eval__corpus_sizes="12", **seeds))[
-        1
-    ].rows.tolist()
+    found = lambda **seeds: asked.arms(part, None, config(eval__corpus_sizes="12", **seeds))
+    rows = lambda **seeds: found(**seeds)[1].rows.tolist()
     assert rows() == rows(seed=1) != rows(eval__seed=1)
 
 
@@ -118,15 +117,16 @@ def test_hard_corpora_hold_what_resembles_the_questions(towns):
     passages = [markup.passage_text(part.corpus.passages[row]) for row in range(20)]
     gold = {row for question in range(13) for row in part.evidence(question)}
     others = [row for row in range(20) if row not in gold]
-    bm25 = BM25([passages[row] for row in others])
+    bm25 = BM25(passages)
     best = dict.fromkeys(others, len(others))
     for example in part.examples:
         scores = bm25.scores(example.question).tolist()
-        ranked = sorted(range(len(others)), key=lambda i, scores=scores: (-scores[i], i))
-        for rank, i in enumerate(ranked):
-            best[others[i]] = min(best[others[i]], rank)
+        ranked = sorted(others, key=lambda row, scores=scores: (-scores[row], row))
+        for rank, row in enumerate(ranked):
+            best[row] = min(best[row], rank)
     wanted = sorted(others, key=lambda row: (best[row], row))
-    arms = asked.arms(part, config(eval__hard_corpus_sizes="10,13", eval__arms="corpus"))
+    c = config(eval__hard_corpus_sizes="10,13", eval__arms="corpus")
+    arms = asked.arms(part, lambda: bm25, c)
     assert [arm.name for arm in arms] == ["corpus", "corpus_hard_10", "corpus_hard_13"]
     assert [set(arm.rows) - gold for arm in arms[1:]] == [set(wanted[:2]), set(wanted[:5])]
     assert wanted[:5] != others[:5] and all(gold < set(arm.rows) for arm in arms[1:])
@@ -142,7 +142,7 @@ def test_arms(towns):
     """Bugs: an arm without passages to take, or a size of the corpus passed off as the whole."""
     part = towns(questions=0, corpus_sizes="12", arms="none,corpus,candidates,gold")
     c = config(eval__corpus_sizes="12", eval__arms="none,corpus,candidates,gold")
-    arms = asked.arms(part, c)
+    arms = asked.arms(part, None, c)
     assert [(a.name, a.passages, a.subset) for a in arms] == [
         ("none", None, False),
         ("corpus", 20, False),
@@ -150,5 +150,5 @@ def test_arms(towns):
         ("gold", None, False),
     ]
     named = [dataclasses.replace(e, candidates=("p1",), evidence=()) for e in part.examples]
-    arms = asked.arms(part._replace(examples=named), c)
+    arms = asked.arms(part._replace(examples=named), None, c)
     assert [a.name for a in arms] == ["none", "corpus", "corpus_12", "candidates"]

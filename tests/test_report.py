@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from cosup_jax.report import answers
 from cosup_jax.report.page import closing_rows, closing_table, write_report
 from cosup_jax.report.plots import Measured, Score, by_row
 from cosup_jax.report.tables import answers_table
@@ -64,7 +65,9 @@ def arm(name, label, mean, **more):
 def make_summary():
     arms = [
         arm("corpus", "trained <retrieval>", 0.7, passages=1000),
+        arm("corpus_300", "trained <retrieval>", 0.75, passages=300, subset=True),
         arm("corpus_100", "trained <retrieval>", 0.8, passages=100, subset=True),
+        arm("corpus_hard_10", "trained, hard passages", 0.6, passages=10, subset=True),
         arm("gold", "gold passage", 0.9, passages=None, minus_trained=scores(0.2)),
     ]
     part = {"name": "world <b>", "questions": 20, "passages": 1000, "in_domain": True}
@@ -165,11 +168,24 @@ def test_page_needs_nothing_else(page):
 def test_plots_follow_the_theme(page):
     """Catches colours fixed at drawing time, which vanish on a dark page."""
     plots = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
-    assert len(plots) == 6 + 2 * 3
+    assert len(plots) == 6 + 2 * 4
     for plot in plots:
         assert not re.search(r"#[0-9a-f]{6}", plot)
         assert "var(--series-1)" in plot or "var(--series-2)" in plot
     assert "prefers-color-scheme: dark" in page
+
+
+def test_each_way_to_fill_a_corpus_has_its_plot(monkeypatch):
+    """Bugs: one line through drawn passages and hard ones; a line that goes back and forth, as
+    sizes were asked for in no order."""
+    drawn = {}
+    draw = lambda title, unit, sizes, *_: drawn.setdefault(title, sizes) and ""
+    monkeypatch.setattr(answers, "by_size", draw)
+    answers.tables_and_plots(make_summary())
+    assert drawn == {
+        "Size of the corpus, trained <retrieval>": [100, 300, 1000],
+        "Size of the corpus, trained, hard passages": [10, 1000],
+    }
 
 
 def test_svg_names_do_not_clash(page):
@@ -299,8 +315,8 @@ def test_table_of_answers_is_aligned():
         "acc_substring 0.700"
     )
     end = lines[0].index("correct") + len("correct")
-    found = [line[end - 5 : end] for line in lines[2:8]]
-    assert found == ["0.700", "0.700", "0.350", "0.800", "0.900", "0.300"]
+    found = [line[end - 5 : end] for line in lines[2:10]]
+    assert found == ["0.700", "0.700", "0.350", "0.750", "0.800", "0.600", "0.900", "0.300"]
     assert "- retrieval failed" in lines[4] and lines[4].endswith(" 8")
     assert lines[2].startswith("world <b>") and lines[3].startswith("  acc_substring")
-    assert lines[8].startswith("elements")
+    assert lines[10].startswith("elements")

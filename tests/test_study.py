@@ -164,6 +164,24 @@ def test_an_arm_named_twice_is_one():
     ]
 
 
+def test_a_pair_that_was_moved_is_the_same(tmp_path, monkeypatch):
+    """Bug: all pairs are answered anew where the studies' directory has another path; or answers by
+    another run's pair are taken for these."""
+    monkeypatch.setattr(measures, "answers", lambda run, name: {})
+    monkeypatch.setattr(study, "opened", lambda config, directory: asked_by.append(config))
+    monkeypatch.setattr(study, "Workdir", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    names, asked_by = [], []
+    for root in (tmp_path / "a", tmp_path / "b"):
+        design = asked(root=root)
+        writer, *retrievers = (design.arm(name, 0) for name in ("C", "S2", "T"))
+        for retriever in retrievers:
+            study._Found(design).add_crossed(writer, retriever)
+        assert [Path(c.generate.retriever) for c in asked_by] == [r.directory for r in retrievers]
+        asked_by.clear()
+        names.append(sorted(path.name for path in (writer.directory / "measured").iterdir()))
+    assert names[0] == names[1] and len(names[0]) == 2
+
+
 def measured(arm):
     """The names of what is measured of a run, as it was not measured before."""
     return study._kept(arm, "answers", lambda: {})["found"], sorted(
@@ -336,6 +354,18 @@ def test_fewer_arms_leave_out_what_is_said_of_the_others(capsys):
     assert "left out for want of arms: C|S2; C|T; N|S2; N|T" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"study\.crossed: 'C\|S2'"):
         asked(study__arms="N,C", study__crossed="C|S2")
+
+
+def test_fewer_pairs_leave_out_what_is_said_of_the_others(capsys):
+    """Bug: whoever asks for one pair must empty the claims of the others by hand; or all claims go
+    with them."""
+    everything = asked()
+    capsys.readouterr()
+    found = asked(study__crossed="C|T")
+    gone = [claim for claim in everything.claims if claim not in found.claims]
+    assert gone and all({"N|C", "N|S2"} & {claim.better, claim.other} for claim in gone)
+    assert len(found.claims) + len(gone) == len(everything.claims) and found.arms == everything.arms
+    assert "left out for want of arms: " in capsys.readouterr().out
 
 
 def record(id, correct, hit=1.0, seen=True):

@@ -34,10 +34,13 @@ class Arm(NamedTuple):
         return self.subset or self.name in BY_QUERY
 
 
-def arms(held_out: HeldOut, config: Config) -> list[Arm]:
-    """Those that config.eval names and the set allows, each size of the corpus behind the whole."""
+def arms(held_out: HeldOut, indexed: Callable[[], BM25], config: Config) -> list[Arm]:
+    """Those that config.eval names and the set allows, each size of the corpus behind the whole.
+
+    `indexed`: the set's corpus, by row; not called where no arm needs it.
+    """
     drawn = np.random.default_rng(config.eval.seed).permutation
-    hard = functools.partial(hardest, held_out)
+    hard = functools.partial(hardest, held_out, indexed)
     passages, found = len(held_out.corpus), []
     for name in config.eval.arm_names:
         if name == "candidates" and not all(e.candidates for e in held_out.examples):
@@ -80,13 +83,11 @@ def subsets(
     return [np.sort(order[:count]) for count in counts]
 
 
-def hardest(held_out: HeldOut, rows: np.ndarray) -> np.ndarray:
+def hardest(held_out: HeldOut, indexed: Callable[[], BM25], rows: np.ndarray) -> np.ndarray:
     """The same rows of the corpus, by the best rank that any question has for them under BM25."""
-    passages = held_out.corpus.passages
-    bm25 = BM25([markup.passage_text(passages[int(row)]) for row in rows])
-    best = np.full(len(rows), len(rows))
+    bm25, best = indexed(), np.full(len(rows), len(rows))
     for example in held_out.examples:
-        order = np.argsort(-bm25.scores(example.question), kind="stable")
+        order = np.argsort(-bm25.scores(example.question)[rows], kind="stable")
         best[order] = np.minimum(best[order], np.arange(len(rows)))
     return rows[np.argsort(best, kind="stable")]
 

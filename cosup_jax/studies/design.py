@@ -1,7 +1,6 @@
 """What a study compares and measures, from its config, checked before the first run."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,19 +138,26 @@ def _check_arms(file: File, arms: Sequence[str]) -> None:
 
 
 def _without_absent(told: StudyConfig, file: File, arms: Sequence[str]) -> StudyConfig:
-    """Where the command line chooses among the file's arms, its pairs and claims of the others are
-    left out, and it is said which."""
-    if "study.arms" not in file.overrides:
+    """Where the command line chooses among the file's arms or pairs, its pairs and claims of the
+    others are left out, and it is said which."""
+    if not {"study.arms", "study.crossed"} & set(file.overrides):
         return told
-    absent = set(_names(load(file.path_and_variant).study.arms)) - set(arms)
-    names = lambda part: set(re.split(r"[|\s:]+", part))
+    own = load(file.path_and_variant).study
+    absent = set(_names(own.arms)) - set(arms)
     for key, mark in (("crossed", ","), ("claims", ";")):
         parts = [part.strip() for part in getattr(told, key).split(mark) if part.strip()]
-        left_out = [part for part in parts if names(part.partition(":")[0]) & absent]
+        named = lambda part: set(part.partition(":")[0].split())
+        left_out = [
+            part
+            for part in parts
+            if any(name in absent or absent & set(name.split("|")) for name in named(part))
+        ]
         if f"study.{key}" not in file.overrides and left_out:
             print(f"left out for want of arms: {'; '.join(left_out)}")
             kept = mark.join(part for part in parts if part not in left_out)
             told = dataclasses.replace(told, **{key: kept})
+        if key == "crossed":
+            absent |= set(_names(own.crossed)) - set(_names(told.crossed))
     return told
 
 
