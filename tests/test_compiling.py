@@ -113,6 +113,8 @@ def test_a_program_from_disk_computes_the_same(tmp_path):
         command = [sys.executable, "-m", "cosup_jax.main", "--config=configs/base.py:smoke"]
         command += [f"--workdir={tmp_path / name}", f"--config.num_steps={steps}"]
         command.append("--config.optim.schedule=constant")  # else a longer run is another program
+        command += ["--config.generate.examples=0", "--config.eval.examples=4"]
+        command.append("--config.log.probe_every_steps=0")
         subprocess.run(command, check=True, cwd=root, env=environ, capture_output=True)
         return set(kept.glob("*train_step*-cache"))
 

@@ -65,7 +65,6 @@ def arm(name, label, mean, **more):
 def make_summary():
     arms = [
         arm("corpus", "trained <retrieval>", 0.7, passages=1000),
-        arm("corpus_300", "trained <retrieval>", 0.75, passages=300, subset=True),
         arm("corpus_100", "trained <retrieval>", 0.8, passages=100, subset=True),
         arm("corpus_hard_10", "trained, hard passages", 0.6, passages=10, subset=True),
         arm("gold", "gold passage", 0.9, passages=None, minus_trained=scores(0.2)),
@@ -176,14 +175,13 @@ def test_plots_follow_the_theme(page):
 
 
 def test_each_way_to_fill_a_corpus_has_its_plot(monkeypatch):
-    """Bugs: one line through drawn passages and hard ones; a line that goes back and forth, as
-    sizes were asked for in no order."""
+    """Bug: one line through drawn passages and hard ones, or one of the two without the whole."""
     drawn = {}
     draw = lambda title, unit, sizes, *_: drawn.setdefault(title, sizes) and ""
     monkeypatch.setattr(answers, "by_size", draw)
     answers.tables_and_plots(make_summary())
     assert drawn == {
-        "Size of the corpus, trained <retrieval>": [100, 300, 1000],
+        "Size of the corpus, trained <retrieval>": [100, 1000],
         "Size of the corpus, trained, hard passages": [10, 1000],
     }
 
@@ -315,8 +313,8 @@ def test_table_of_answers_is_aligned():
         "acc_substring 0.700"
     )
     end = lines[0].index("correct") + len("correct")
-    found = [line[end - 5 : end] for line in lines[2:10]]
-    assert found == ["0.700", "0.700", "0.350", "0.750", "0.800", "0.600", "0.900", "0.300"]
+    found = [line[end - 5 : end] for line in lines[2:9]]
+    assert found == ["0.700", "0.700", "0.350", "0.800", "0.600", "0.900", "0.300"]
     assert "- retrieval failed" in lines[4] and lines[4].endswith(" 8")
     assert lines[2].startswith("world <b>") and lines[3].startswith("  acc_substring")
-    assert lines[10].startswith("elements")
+    assert lines[9].startswith("elements")

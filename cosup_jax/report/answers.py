@@ -105,7 +105,6 @@ def _plots(part: Mapping[str, Any], prefix: str) -> str:
     for label in dict.fromkeys(arm["label"] for arm in part["arms"] if arm["subset"]):
         sized = [arm for arm in part["arms"] if arm["subset"] and arm["label"] == label]
         sized += [arm for arm in part["arms"] if arm["arm"] == "corpus"]
-        sized.sort(key=lambda arm: arm["passages"])
         measured = _measured([arm["scores"] for arm in sized], metrics)
         sizes = [arm["passages"] for arm in sized]
         drawn.append(by_size(f"Size of the corpus, {label}", "share", sizes, measured, name))
