@@ -1,7 +1,7 @@
 """The paper's model: Llama-2-7B as Gen and as Ctx, trained as the official code trains it.
 
 Reproduces  arXiv 2403.09024, NTP + NSP; every value is the official code's default, where it has
-            one. What that code does by mistake is repaired (README, departures); the variant
+            one. What that code does by mistake is repaired (docs/official.md); the variant
             `official` keeps it, for comparison.
 Hardware    two towers of 6.7 B parameters: with fp32 parameters, gradients and Adam moments about
             216 GB of state, split over all devices (fsdp); activations come on top. Computed, not

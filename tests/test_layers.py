@@ -81,7 +81,7 @@ def layer(module: str) -> int:
         for number, names in enumerate(LAYERS):
             if name in names.split():
                 return number
-    raise AssertionError(f"{module} has no layer: give it one in LAYERS and in the README")
+    raise AssertionError(f"{module} has no layer: give it one in LAYERS and in docs/house.md")
 
 
 def module_name(path: Path) -> str:
@@ -217,3 +217,18 @@ def test_no_file_names_a_private_path():
         for match in private.finditer(path.read_text())
     ]
     assert not found
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_between_pages_lead_somewhere(page):
+    """Bug: a page or a heading moves, and what pointed at it leads nowhere."""
+    slug = lambda heading: re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+    for place, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        target = page.parent / place if place else page
+        assert target.exists(), f"{page.name} links to {place}, which is not there"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in map(slug, headings), f"{page.name}: {place} has no #{heading}"

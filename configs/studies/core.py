@@ -9,7 +9,7 @@ Expected    docs/results/core.md
 Command     python -m cosup_jax.main --config=configs/studies/core.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
-            own (README); an arm, such as C: that run alone, by --mode=train
+            own (docs/results); an arm, such as C: that run alone, by --mode=train
 """
 
 from cosup_jax.studies import arms

@@ -7,7 +7,7 @@ Expected    docs/results/corpus.md
 Command     python -m cosup_jax.main --config=configs/studies/corpus.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
-            own (README); an arm, such as C: that run alone, by --mode=train
+            own (docs/results); an arm, such as C: that run alone, by --mode=train
 """
 
 from cosup_jax.studies import arms
