@@ -257,14 +257,21 @@ def initial_state(
     )(pretrained)
 
 
-def embedding_contract(config: Config, tokenizers: Tokenizers, digest: str) -> EmbeddingContract:
-    """What vectors depend on; `digest` is that of both towers."""
+def embedding_contract(
+    config: Config, tokenizers: Tokenizers, digest: str, temperature: float | None = None
+) -> EmbeddingContract:
+    """What vectors depend on.
+
+    Args:
+      digest: of both towers' weights.
+      temperature: where it is learned, as it is now.
+    """
     gen = tokenizers.gen
     return EmbeddingContract(
         pooling=config.ctx.pooling,
         prompt=config.ctx.prompt,
         normalize=config.loss.normalize,
-        temperature=config.loss.temperature,
+        temperature=config.loss.temperature if temperature is None else temperature,
         template=str(markup.VERSION),
         ret=gen.ret,
         cs=gen.cs,
@@ -286,7 +293,8 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
     """
     what = "the workdir's checkpoint"
     saved = EmbeddingContract.from_dict(meta["contract"], what)
-    check_match(embedding_contract(config, tokenizers, saved.weights), saved, what)
+    learned = saved.temperature if config.loss.learn_temperature else None
+    check_match(embedding_contract(config, tokenizers, saved.weights, learned), saved, what)
     now = to_dict(config)
     rotated = meta["config"]["ctx"].get("rotate", False)  # the first checkpoints do not say
     if rotated != config.ctx.rotate:

@@ -137,7 +137,7 @@ class OptimConfig:
     schedule: str = "cosine"  # constant | cosine (to final_fraction) | epoch (a factor an epoch)
     warmup_steps: int = 0  # linear warm-up, steps
     final_fraction: float = 0.1  # cosine: last learning rate over peak
-    epoch_decay: float = 0.85  # epoch: factor per epoch
+    epoch_decay: float = 0.85  # epoch: factor per as many updates as the first epoch has steps
     b1: float = 0.9  # AdamW first-moment decay
     b2: float = 0.999  # AdamW second-moment decay
     eps: float = 1e-8  # AdamW epsilon

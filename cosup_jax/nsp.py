@@ -61,9 +61,16 @@ def scale_of(learned: dict, config: LossConfig) -> Scale:
     bias = jnp.float32(config.sigmoid_bias if config.contrastive == "sigmoid" else 0.0)
     if not config.learn_temperature:
         return Scale(jnp.float32(config.temperature), bias)
-    log_range = map(jnp.log, TEMPERATURE_RANGE)
-    temperature = jnp.exp(jnp.clip(learned["log_temperature"], *log_range))
-    return Scale(temperature, learned.get("bias", bias))
+    return Scale(jnp.exp(learned["log_temperature"]), learned.get("bias", bias))
+
+
+def within_range(learned: dict) -> dict:
+    """params["nsp"] after an update: a temperature that would leave TEMPERATURE_RANGE stays at its
+    end, from where it can come back; one that was clipped where it is read could not."""
+    if "log_temperature" not in learned:
+        return learned
+    low, high = map(jnp.log, TEMPERATURE_RANGE)
+    return learned | {"log_temperature": jnp.clip(learned["log_temperature"], low, high)}
 
 
 def metrics(

@@ -8,7 +8,8 @@ from cosup_jax.config import Config, OptimConfig
 
 
 def schedule(config: OptimConfig, peak: float, num_steps: int, steps_per_epoch: int):
-    """Learning rate at a step counted from 0; `epoch` multiplies by epoch_decay every epoch."""
+    """Learning rate at an update counted from 0; `epoch` multiplies by epoch_decay after every
+    `steps_per_epoch` of them, the steps of the first epoch (others may have a few more or less)."""
     warmup = config.warmup_steps
 
     def learning_rate(step):

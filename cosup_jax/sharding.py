@@ -146,6 +146,27 @@ gather.defvjp(
 )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table_VxD: jax.Array, ids: jax.Array, axis: str | None, dtype: str) -> jax.Array:
+    """[..., D] rows in `dtype` of a table that lies as (axis, "embed") says.
+
+    The gradient is summed in float32: in bfloat16 the row of a frequent token stops growing.
+    """
+    return constrain(table_VxD.astype(dtype), axis, None)[ids]  # gathered once, over fsdp
+
+
+def _lookup_back(axis: str | None, dtype: str, kept, grad):
+    table_VxD, ids = kept
+    sum_VxD = jnp.zeros(table_VxD.shape).at[ids].add(grad.astype(jnp.float32))
+    return constrain(sum_VxD, axis, "embed").astype(table_VxD.dtype), None
+
+
+lookup.defvjp(
+    lambda table_VxD, ids, axis, dtype: (lookup(table_VxD, ids, axis, dtype), (table_VxD, ids)),
+    _lookup_back,
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """jnp.einsum, with a gradient of the kernel that is made the way XLA does best."""

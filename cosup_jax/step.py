@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from cosup_jax import bank as bank_lib
-from cosup_jax import cosup, official, sharding
+from cosup_jax import cosup, nsp, official, sharding
 from cosup_jax.config import Config
 from cosup_jax.data.batch import Batch, batch_shape
 from cosup_jax.errors import UserError
@@ -35,7 +35,7 @@ class TrainState:
     params: dict  # {"gen", "ctx", "nsp"}; no "ctx" if the towers are tied
     opt_state: Any
     bank: Any  # bank.Bank or None
-    ema_ctx: Any  # moving average of Ctx's parameters, or None
+    ema_ctx: Any  # moving average of what is trained of Ctx, or None
     skipped: Skipped
     key: jax.Array
 
@@ -89,6 +89,12 @@ def trainable(params: dict, config: Config) -> dict:
     return unflatten_dict({path: x for path, x in flat.items() if _is_trained(path, config)})
 
 
+def _averaged(params: dict, config: Config) -> dict:
+    """What bank.ema_decay averages: of Ctx, or of a tied Gen, all that is trained."""
+    trained = trainable(params, config)
+    return trained["gen" if config.tie_ctx_to_gen else "ctx"]
+
+
 def _dtype(path: tuple[str, ...], config: Config) -> str:
     whole = path[0] == "nsp" or path[-1] == "projection" or _is_trained(path, config)
     return "float32" if whole else getattr(config, path[0]).arch.frozen_dtype
@@ -104,6 +110,8 @@ def _is_trained(path: tuple[str, ...], config: Config) -> bool:
         return True
     given, part = getattr(config, tower), path[1]
     if given.freeze or part == "frozen_blocks":
+        return False
+    if part == "head" and not config.loss.ntp_weight:
         return False
     if part in ("embed", "head"):
         return not given.arch.freeze_embeddings
@@ -132,7 +140,7 @@ def init_state(params: dict, key: jax.Array, tx: optax.GradientTransformation, c
         params=params,
         opt_state=tx.init(trainable(params, config)),
         bank=bank_lib.init(config.bank, shape, width),
-        ema_ctx=params.get("ctx", params["gen"]) if config.bank.ema_decay else None,
+        ema_ctx=_averaged(params, config) if config.bank.ema_decay else None,
         skipped=Skipped(jnp.int32(0), jnp.int32(0)),
         key=key,
     )
@@ -174,7 +182,10 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     good = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(grads))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    trained = keep(optax.apply_updates(trained, updates), trained)
+    updated = optax.apply_updates(trained, updates)
+    if "nsp" in updated:
+        updated |= {"nsp": nsp.within_range(updated["nsp"])}
+    trained = keep(updated, trained)
     params = overlaid(state.params, trained)
     skipped = Skipped(
         total=state.skipped.total + ~good,
@@ -182,10 +193,11 @@ def train_step(
     )
     live, ema_ctx = found.live, state.ema_ctx
     if ema_ctx is not None:
-        live = cosup.condense(ema_ctx, batch, state.step, towers, config)
+        averaged = overlaid(towers.ctx_params(state.params), ema_ctx)
+        live = cosup.condense(averaged, batch, state.step, towers, config)
         decay = config.bank.ema_decay
         average = lambda old, new: decay * old + (1 - decay) * new
-        ema_ctx = keep(jax.tree.map(average, ema_ctx, towers.ctx_params(params)), ema_ctx)
+        ema_ctx = keep(jax.tree.map(average, ema_ctx, _averaged(params, config)), ema_ctx)
     metrics = found.metrics | {
         f"grad/norm_{name}": optax.tree.norm(grads[name])
         for name in ("gen", "ctx")
@@ -231,7 +243,7 @@ def state_shardings(abstract: TrainState, mesh: Mesh, towers: Towers, config: Co
         params=params,
         opt_state=jax.tree_util.tree_map_with_path(like_param, abstract.opt_state),
         bank=bank and sharding.tree_shardings(mesh, bank, abstract.bank),
-        ema_ctx=abstract.ema_ctx and params.get("ctx", params["gen"]),
+        ema_ctx=abstract.ema_ctx and _averaged(params, config),
         skipped=Skipped(sharding.replicated(mesh), sharding.replicated(mesh)),
         key=sharding.replicated(mesh),
     )

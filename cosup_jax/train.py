@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, bank, optim, sharding
+from cosup_jax import assemble, bank, nsp, optim, sharding
 from cosup_jax import held_out as held_out_lib
 from cosup_jax import step as step_lib
 from cosup_jax.answer import records
@@ -305,7 +305,10 @@ def _finish(job: Job, state: TrainState, sample: Sample, count: int) -> None:
 def _meta(job: Job, state: TrainState, owes_measures: bool) -> dict[str, Any]:
     towers = {name: state.params[name] for name in state.params if name != "nsp"}
     digest = weights_digest(towers)
-    contract = assemble.embedding_contract(job.config, job.tokenizers, digest)
+    loss = job.config.loss
+    scale = nsp.scale_of(state.params["nsp"], loss) if loss.learn_temperature else None
+    temperature = scale and float(scale.temperature)
+    contract = assemble.embedding_contract(job.config, job.tokenizers, digest, temperature)
     return {
         "config": to_dict(job.config),
         "contract": contract.to_dict(),

@@ -141,6 +141,22 @@ def test_a_checkpoint_of_another_shape_is_refused(key, value):
         assemble.check_contract(replace_dotted(run, key, value), shared, meta)
 
 
+def test_a_learned_temperature_is_that_of_the_contract():
+    """Bug: an export says with which temperature its training began, or a checkpoint is refused
+    for the one that it has learned."""
+    bpe = tokenizer.train(["a passage"], 300)
+    shared = assemble.Tokenizers(bpe, bpe)
+    for learns in (True, False):
+        run = config(loss__learn_temperature=learns, loss__temperature=0.1)
+        saved = assemble.embedding_contract(run, shared, "w", 0.07)
+        meta = {"contract": saved.to_dict(), "config": to_dict(run)}
+        if learns:
+            assert assemble.check_contract(run, shared, meta).temperature == 0.07
+        else:
+            with pytest.raises(UserError, match=r"temperature=0\.07, this model has temper"):
+                assemble.check_contract(run, shared, meta)
+
+
 def test_a_tied_tower_pools_at_a_token_of_its_own():
     """Bug: the config is refused, or vectors read at eos and at [Emb] are compared."""
     tokens = tokenizer.train(["a passage"], 300)

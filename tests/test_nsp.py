@@ -200,12 +200,17 @@ def test_scores_are_never_whole():
 
 
 def test_the_scale_that_is_learned():
-    """Bug: a clamp that is not applied, a learned bias that is not read."""
+    """Bug: a clamp that is not applied, or has no gradient, or half of one, at its ends; a learned
+    bias that is not read."""
     c = config(loss__contrastive="sigmoid", loss__learn_temperature=True).loss
     for wanted, used in ((1e-5, 0.01), (0.3, 0.3), (1e5, 100.0)):
         learned = {"log_temperature": jnp.log(jnp.float32(wanted)), "bias": jnp.float32(-3)}
-        found = nsp.scale_of(learned, c)
-        np.testing.assert_allclose((found.temperature, found.bias), (used, -3), rtol=1e-5)
+        kept = nsp.within_range(learned)
+        found, slope = jax.value_and_grad(lambda x: nsp.scale_of(x, c).temperature)(kept)
+        np.testing.assert_allclose((found, kept["bias"]), (used, -3), rtol=1e-5)
+        np.testing.assert_allclose(slope["log_temperature"], used, rtol=1e-5)
+        assert nsp.scale_of(kept, c).bias == -3
+    assert nsp.within_range({}) == {}
 
 
 def test_first_of_each():

@@ -99,8 +99,9 @@ def test_the_same_questions_each_time(told):
 
 
 def test_what_is_logged(told):
-    """Bugs: a mean over questions that a score has no ground for, or None in it; a score without
-    NLI under the name of one with it; a set judged by another score than it is judged by after."""
+    """Bugs: a mean over answers that are only shown, or over questions that a score has no ground
+    for, or None in it; a score without NLI under the name of one with it; a set judged by another
+    score than it is judged by after."""
     sets = [held_out("a", "1"), held_out("b", "2", groups=4)]
     found, _ = sample_of(sets, eval__answers=COUNT, generate__examples=1)
     logged = found.metrics(5, None)
@@ -111,5 +112,9 @@ def test_what_is_logged(told):
     assert not any("answers_citation" in name for name in logged)
     assert logged["eval/b.test/answers_correct"] == 1  # STR-EM, of the four that have groups
     assert logged["eval/b.test/answers_Rprec"] == 0  # of the three others
+    fewer, _ = sample_of(sets[:1], eval__answers=1, generate__examples=COUNT)
+    first = [record["correct"] for record in fewer.at(5, None)["a.test"]]
+    assert len(first) == COUNT and fewer.metrics(5, None)["eval/a.test/answers_correct"] == first[0]
+    assert first[0] != np.mean(first)
     right = [record["correct"] for record in found.at(5, None)["b.test"]]
     assert sorted(map(str, right)) == ["1.0"] * 4 + ["None"] * 3

@@ -272,6 +272,9 @@ def test_a_run_on_mined_data_is_another_when_the_miner_is(monkeypatch):
     assert hard(root="elsewhere").arm("C_hard", 0).directory.name == first.directory.name
     assert hard().arm("C_hard", 1).config.data == first.config.data  # one miner for all seeds
     assert "C_hard" not in asked(f"{ROOT}/configs/studies/negatives.py:smollm2", **OWN_DATA).arms
+    more = hard(index__mine_keep="8")
+    assert more.arm("C_hard", 0).directory.name != first.directory.name
+    assert more.arm("C", 0).directory == miner.directory
     monkeypatch.setitem(arms.ARMS, "C", {"optim.gen_learning_rate": 5e-4})
     assert hard().arm("C_hard", 0).config.data.train != first.config.data.train
     assert hard().arm("C_hard", 0).directory.name != first.directory.name

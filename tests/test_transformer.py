@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from batches import ARCH, VOCAB, assert_close
+from flax.traverse_util import flatten_dict
 
 from cosup_jax.model import attention
 from cosup_jax.model.transformer import Transformer, padded_vocab
@@ -117,6 +118,29 @@ def test_padded_vocabulary_never_wins(params):
     logits = MODEL.logits(params, HIDDEN(params, *rows))
     share = jax.nn.softmax(logits)[..., VOCAB:].sum()
     assert share == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_bfloat16_sums_no_gradient_in_bfloat16(family):
+    """Bug: the row of a frequent token, or a bias, gets half its gradient, as a sum in bfloat16
+    stops growing once a term is less than half a unit in its last place."""
+    arch = dataclasses.replace(ARCH, family=family, layers=1, kv_heads=ARCH.heads, max_positions=32)
+    often = jax.random.bernoulli(jax.random.key(2), 0.9, (128, 32))  # of 4,096 tokens
+    rows = jnp.where(often, 3, _rows(128, 32)[0]), *_rows(128, 32)[1:]
+    exact, half = (
+        Transformer(dataclasses.replace(arch, dtype=dtype), VOCAB, has_head=False)
+        for dtype in ("float32", "bfloat16")
+    )
+    params = jax.jit(exact.init)(jax.random.key(0))
+    pull_D = jax.random.normal(jax.random.key(3), (arch.width,))
+    gradient = lambda model: jax.jit(
+        jax.grad(lambda p: jnp.sum(jnp.einsum("btd,d->", model.hidden(p, *rows), pull_D)))
+    )(params)
+    wanted = flatten_dict(gradient(exact), sep="/")
+    for name, found in flatten_dict(gradient(half), sep="/").items():
+        length = jnp.linalg.norm(wanted[name])
+        off = jnp.linalg.norm(found - wanted[name])
+        assert off < 0.04 * length or length < 1, f"{name}: off by {off / length:.0%}"
 
 
 def test_bfloat16_computes_in_bfloat16_and_scores_in_float32(params):

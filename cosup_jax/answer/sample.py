@@ -58,8 +58,9 @@ class Sample:
         """`eval/<set>/answers_<score>` of a few scores: means over the answers that have them."""
         found = {}
         for name, records in self.at(step, params).items():
-            rows = [record["scores"] for record in records]
-            rows += [{"correct": r["correct"]} for r in records if r["correct"] is not None]
+            asked_for = records[: self._config.eval.answers]  # any others are there to be shown
+            rows = [record["scores"] for record in asked_for]
+            rows += [{"correct": r["correct"]} for r in asked_for if r["correct"] is not None]
             for score in (*_LOGGED, *(f"{self._prefix}{name}" for name in _GROUNDING)):
                 if values := [row[score] for row in rows if score in row]:
                     found[f"eval/{name}/answers_{score}"] = float(np.mean(values))

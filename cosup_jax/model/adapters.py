@@ -15,7 +15,8 @@ def merge_adapters(params: dict, arch: ArchConfig) -> dict:
             name = (*path[:-1], path[-1].removesuffix("_lora_a"))
             kernel, b = merged[name], flat[(*name[:-1], f"{name[-1]}_lora_b")]
             layers, rank = len(kernel), arch.lora.rank
-            update = a.reshape(layers, -1, rank) @ b.reshape(layers, rank, -1)
+            down, up = a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
+            update = jnp.matmul(down, up, precision="highest")
             update = (arch.lora.alpha / rank) * update.reshape(kernel.shape)
             merged[name] = kernel.astype(jnp.float32) + update
     return unflatten_dict(merged)

@@ -26,7 +26,7 @@ from cosup_jax.config import ArchConfig, LoraConfig
 from cosup_jax.model import attention, fused
 from cosup_jax.model.families import FAMILIES
 from cosup_jax.model.rotary import rotate
-from cosup_jax.sharding import constrain, gather, product
+from cosup_jax.sharding import constrain, lookup, product
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to it, so that any tensor axis up to 128 splits it
 _NEVER = -1e30  # logit of a padded vocabulary entry; finite, so that gradients stay finite
@@ -177,7 +177,8 @@ def _linear(module: nn.Module, name: str, x, spec: str, gain: float = 1.0, bias:
     y = product(f"bt{inputs},{over}->bt{outputs}", x, kernel.astype(x.dtype))
     if bias:
         bias = _param(module, f"{name}_bias", shape(outputs), axes(outputs), zeros)
-        y += constrain(bias, *[None] * len(outputs)).astype(x.dtype)[None, None]
+        bias = constrain(bias, *[None] * len(outputs))[None, None]
+        y = (y.astype(jnp.float32) + bias).astype(x.dtype)  # float32: its gradient is a sum
     if a.lora.rank and name in a.lora.kernels.split(","):
         down, up = inputs + "r", "r" + outputs
         lora_a = _param(module, f"{name}_lora_a", shape(down), axes(down), normal(scale))
@@ -334,19 +335,17 @@ class _Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BxT, positions_BxT):
         a, family = self.arch, FAMILIES[self.arch.family]
-        normal = nn.initializers.normal(0.02)
-        rows = lambda name, count, axis: _param(
-            self, name, (count, a.width), (axis, "embed"), normal
-        ).astype(a.dtype)
-        table_VxD = rows("table", self.padded_vocab, "vocab")
-        table_VxD = gather(table_VxD, ("vocab", "embed"), ("vocab", None))  # once, over fsdp
-        x_BxTxD = constrain(table_VxD[tokens_BxT], "batch", None, None)
+
+        def rows(name, count, axis, ids_BxT):
+            normal = nn.initializers.normal(0.02)
+            table = _param(self, name, (count, a.width), (axis, "embed"), normal)
+            return constrain(lookup(table, ids_BxT, axis, a.dtype), "batch", None, None)
+
+        x_BxTxD = rows("table", self.padded_vocab, "vocab", tokens_BxT)
         if family.positions == "learned":
-            x_BxTxD += constrain(rows("positions", a.max_positions, None), None, None)[
-                positions_BxT
-            ]
+            x_BxTxD += rows("positions", a.max_positions, None, positions_BxT)
         if family.block == "post":
-            x_BxTxD += constrain(rows("types", BERT_TYPES, None), None, None)[:1, None]
+            x_BxTxD += rows("types", BERT_TYPES, None, jnp.zeros_like(tokens_BxT))
             x_BxTxD = _Norm(a, name="norm")(x_BxTxD)
         return constrain(x_BxTxD, "batch", None, None)
 

@@ -89,7 +89,9 @@ class Design(NamedTuple):
         for setting, mark, variant in _from_runs(config):
             start = self.arm(variant, self.config.seed)  # one for all seeds
             config = replace_dotted(config, setting, str(start.directory / _MADE[mark]))
-            key = replace_dotted(key, setting, mark + start.directory.name)
+            mining = [pair for pair in set_keys(config) if pair[0].startswith("index.mine")]
+            made_by = digest(mining)[:DIGITS] if mark == MINED and mining else ""
+            key = replace_dotted(key, setting, mark + start.directory.name + made_by)
         return Arm(name, seed, config, self.root / "arms" / _key(key))
 
     def starts(self, arm: Arm) -> Iterator[tuple[Arm, str]]:
