@@ -4,6 +4,7 @@ A table as it is measured, and WORKDIR/benchmark.json: the peaks of the machine 
 """
 
 import dataclasses
+import math
 import sys
 import tempfile
 import time
@@ -62,14 +63,15 @@ def benchmark(
         def show(figures: Iterable[Figure]) -> None:
             for figure in figures:
                 print(figure, flush=True)
-                found.append(figure._asdict())
+                value = figure.value if math.isfinite(figure.value) else None  # as JSON has none
+                found.append(figure._asdict() | {"value": value})
                 kept = {"chip": dataclasses.asdict(chip), "figures": found}
                 directory.write_json("benchmark.json", kept)
 
         given, config = config, assemble.resolve(config)
         tokenizers = assemble.read_tokenizers(config, directory.path, data)
         _say("tokenising")
-        with tempfile.TemporaryDirectory(dir=directory.path) as fresh:
+        with tempfile.TemporaryDirectory(".part", ".benchmark.", directory.path) as fresh:
             store = lambda: tokens.tokenize(data.train, *tokenizers, config, fresh)
             show(_rate("tokenising", store, lambda s: len(s.gen_tokens) + len(s.ctx_tokens)))
         store = tokens.tokenize(data.train, *tokenizers, config, directory.path / "data")

@@ -60,6 +60,8 @@ def load(path_and_variant: str) -> ml_collections.ConfigDict:
     Raises UserError, naming file and line, for whatever goes wrong inside the file too.
     """
     path, _, variant = path_and_variant.partition(":")
+    if "://" in path_and_variant:
+        raise UserError(f"--config={path_and_variant} must be a local file: copy it here")
     if not os.path.isfile(path):
         raise UserError(f"config file {path!r} does not exist (from {os.getcwd()})")
     try:

@@ -1,6 +1,13 @@
 """The two exceptions that are no fault of ours, which `main` prints as one line; exit codes."""
 
+import errno
 import os
+
+# Of an OSError: what the place is at fault for, and not we.
+REFUSED = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+}
 
 
 class UserError(Exception):

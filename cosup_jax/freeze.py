@@ -1,6 +1,7 @@
 """ConfigDict -> frozen Config: types, ranges, choices, and settings that contradict each other."""
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -41,6 +42,9 @@ _CHOICES = {
     "optim.clip": ("global", "tower"),
     "optim.schedule": ("constant", "cosine", "epoch"),
 }
+_LARGEST = 2**31 - 1  # as steps are counted
+_AT_MOST = {"optim.final_fraction": 1.0, "optim.epoch_decay": 1.0}
+_BELOW_ONE = ("optim.b1", "optim.b2")
 _MAY_BE_ZERO = {
     *("seed", "num_steps", "num_epochs", "data.workers", "data.no_evidence_fraction"),
     *("loss.ntp_weight", "loss.nsp_weight", "loss.nsp_ramp_steps", "loss.nsp_ramp_from"),
@@ -146,8 +150,13 @@ def _typed(dotted: str, value: Any, kind: type) -> Any:
         options = ", ".join(repr(option) for option in _CHOICES[dotted])
         raise UserError(f"config.{dotted} must be one of {options}, not {value!r}")
     if kind in (int, float):
-        if value != value:
-            raise UserError(f"config.{dotted} must be a number, not {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise UserError(f"config.{dotted} must be a finite number, not {value!r}")
+        most = _AT_MOST.get(dotted, math.inf if kind is float else _LARGEST)
+        if value > most and dotted != "seed":  # which has an error of its own
+            raise UserError(f"config.{dotted} must be {most} or less, not {value!r}")
+        if dotted in _BELOW_ONE and value >= 1:
+            raise UserError(f"config.{dotted} must be less than 1, not {value!r}")
         low_ok = value > 0 or (value == 0 and dotted in _MAY_BE_ZERO) or dotted in _MAY_BE_NEGATIVE
         if not low_ok and not (value == -1 and dotted in _MAY_BE_MINUS_ONE):
             low = "0 or more" if dotted in _MAY_BE_ZERO else "positive"

@@ -30,7 +30,7 @@ from cosup_jax.assemble import Trained
 from cosup_jax.config import Config, GenerateConfig
 from cosup_jax.data import markup
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, existing, read_lines
+from cosup_jax.data.rows import Row, existing, expanded, read_lines
 from cosup_jax.data.schema import Example
 from cosup_jax.errors import UserError
 from cosup_jax.report.answers import stretches
@@ -72,7 +72,7 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
         writer = Writer(trained, library, most, pair)
         if questions:
             default = directory.path / "answers" / f"{Path(questions).stem}.jsonl"
-            _answer_file(Path(output) if output else default, asked, writer)
+            _answer_file(expanded(output) if output else default, asked, writer)
     if not questions:  # the workdir is free while somebody thinks of one
         converse(writer)
 
@@ -239,6 +239,7 @@ def converse(writer: Writer) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        question = question.encode(errors="replace").decode()  # what was typed is no UTF-8
         if question:
             asked = Question("1", "open_qa", question, (), (), budget=budget)
             (record,) = writer.answers([asked])

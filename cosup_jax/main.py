@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from cosup_jax import dependencies
-from cosup_jax.errors import LostProcess, UserError, stopped_code
+from cosup_jax.errors import REFUSED, LostProcess, UserError, stopped_code
 
 MODES = {  # mode M runs cosup_jax.M.M(config, workdir)
     "train": "train, evaluate and checkpoint; resume where the workdir left off (default)",
@@ -87,9 +87,8 @@ def main(argv: Sequence[str]) -> int:
         flags = parse_flags(argv)
         stopped = _run(flags) == "stopped"
         return stopped_code(0) if stopped else 0
-    except (UserError, LostProcess, ModuleNotFoundError) as error:
-        absent = isinstance(error, ModuleNotFoundError)
-        mistake = dependencies.missing(error) if absent else error
+    except (UserError, LostProcess, ModuleNotFoundError, OSError) as error:
+        mistake = _mistake(error)
         if mistake is None:
             raise
         _tell_the_others(mistake, mistake.code, functools.partial(_print_error, mistake))
@@ -101,6 +100,17 @@ def main(argv: Sequence[str]) -> int:
         _tell_the_others(error, LostProcess.code, say)
         trains = flags.get("--mode", "train") == "train"
         return stopped_code(0 if trains else 128 + number)
+
+
+def _mistake(error: Exception) -> UserError | LostProcess | None:
+    """What is told in one line; None of a fault of ours."""
+    if isinstance(error, ModuleNotFoundError):
+        return dependencies.missing(error)
+    if isinstance(error, OSError):
+        refused = error.errno in REFUSED and error.filename is not None
+        told = f"{error.filename}: {error.strerror}; check the path and its permissions"
+        return UserError(told) if refused else None
+    return error
 
 
 def _stopped(flags: Mapping[str, str]) -> str:
@@ -229,6 +239,10 @@ def _tell_the_others(error: BaseException, code: int, say: Callable[[], None]) -
 def _run_and_exit() -> None:
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what we print has closed it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except Exception as error:
         code = 1
         _tell_the_others(error, code, traceback.print_exc)

@@ -130,6 +130,20 @@ def _run(job: Job, given: dict[str, Any], told: Notices) -> tuple[int, bool]:
     job.workdir.write_json("config.json", to_dict(config))
     job.workdir.write_json(".given.json", given)
     job.workdir.status("running", start)
+    try:
+        step, stop = _go_on(job, towers, tx, abstract, restored, checkpointer, told)
+    except BaseException as error:
+        liveness.await_news(error)
+        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        job.workdir.status(state, max([start, *checkpointer.steps()]))
+        raise
+    job.workdir.status("stopped" if stop else "finished", step)
+    return step, stop
+
+
+def _go_on(job: Job, towers, tx, abstract, restored: Restored | None, checkpointer, told: Notices):
+    """From an accepted checkpoint, or from the start; returns as `_run`."""
+    config, mesh, start = job.config, job.mesh, restored.step if restored else 0
     fresh = lambda: assemble.initial_state(config, towers, job.tokenizers, tx, abstract)
     state = restored.state if restored else fresh()
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
@@ -146,24 +160,17 @@ def _run(job: Job, given: dict[str, Any], told: Notices) -> tuple[int, bool]:
     probe = Probe(mesh, towers, config, job.tokenizers.gen.pad, batch_at)
     sample = Sample(job.held_out, mesh, towers, config, job.tokenizers.gen)
     measure = lambda state, step: _measure(job, evaluator, sample, probe, state, step)
-    try:
-        if not restored:
-            recorder.record(0, measure(state, 0))
-            recorder.flush()
-        elif restored.meta.get("owes_measures"):  # a stop has cut them short
-            recorder.amend(start, measure(state, start))
-        state, step, stop = _loop(job, state, start, step_fn, recorder, measure, checkpointer, told)
-        checkpointer.wait()
-        if not stop:
-            _finish(job, state, sample, count)
-        recorder.close()
-        checkpointer.close()
-    except BaseException as error:
-        liveness.await_news(error)
-        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        job.workdir.status(state, max([start, *checkpointer.steps()]))
-        raise
-    job.workdir.status("stopped" if stop else "finished", step)
+    if not restored:
+        recorder.record(0, measure(state, 0))
+        recorder.flush()
+    elif restored.meta.get("owes_measures"):  # a stop has cut them short
+        recorder.amend(start, measure(state, start))
+    state, step, stop = _loop(job, state, start, step_fn, recorder, measure, checkpointer, told)
+    checkpointer.wait()
+    if not stop:
+        _finish(job, state, sample, count)
+    recorder.close()
+    checkpointer.close()
     return step, stop
 
 

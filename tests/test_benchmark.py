@@ -47,12 +47,15 @@ def measured(path, **counts):
     return config, {row["what"].strip(): Figure(**row) for row in kept["figures"]}
 
 
-def test_the_clock_starts_after_the_first_batch(tmp_path, capsys):
+def test_the_clock_starts_after_the_first_batch(tmp_path, capsys, monkeypatch):
     """Bug: the seconds that workers take to start counted as reading, so that fewer batches give
-    a lower rate; or nothing to compare the rates with; or rows of what was not asked for."""
+    a lower rate; or nothing to compare the rates with; or rows of what was not asked for; or a
+    slope that one device has not ends the mode, as JSON has no such number."""
     nothing = {"steps": 0, "passages": 0, "vectors": 0, "answers": 0}
-    _, found = measured(tmp_path, batches=3, **nothing)
-    assert found["reading 3 batches"].value > 10 and len(found) == 2
+    monkeypatch.setattr(curves, "_points", lambda *_: iter(()))
+    _, found = measured(tmp_path, batches=3, curves="devices", **nothing)
+    assert found["reading 3 batches"].value > 10 and len(found) == 3
+    assert found["devices"].value is None
     reached = "machine: one toy does 2,000 GFLOP/s in bfloat16 and 1,000 in float32; reads and "
     assert reached + "writes, in GB/s: 1 MiB: 10.0, 16 MiB: 5.0\n" in capsys.readouterr().out
 

@@ -1,8 +1,10 @@
 """What a user can type wrong: one line on stderr, exit code 2, no traceback, at once."""
 
+import errno
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -100,6 +102,7 @@ def test_contradiction(refused, path):
     ("argv", "says"),
     [
         (["--config=configs/none.py"], "'configs/none.py' does not exist"),
+        (["--config=gs://b/run/config.json"], "must be a local file"),
         (["--config="], "--config=... is missing"),
         ([], "--config=... is missing"),
         ([f"--config={CONFIGS[0]}", "--mode=trian"], "modes: train"),
@@ -223,6 +226,32 @@ def test_user_error_of_a_mode_is_one_line(trained, refused, monkeypatch):
 
     monkeypatch.setattr(sys.modules["cosup_jax.train"], "train", train)
     assert refused(f"--config={CONFIGS[0]}") == "error: data file missing\n"
+
+
+def test_a_place_that_refuses_is_the_user_s_matter(trained, refused, monkeypatch):
+    """Catches a traceback for a name that is too long or a place without permission; and a fault
+    of ours told as the user's."""
+    told = OSError(errno.ENAMETOOLONG, "File name too long", "aaa")
+
+    def train(config, workdir):
+        raise told
+
+    monkeypatch.setattr(sys.modules["cosup_jax.train"], "train", train)
+    said = refused(f"--config={CONFIGS[0]}")
+    assert said == "error: aaa: File name too long; check the path and its permissions\n"
+    told = OSError(errno.EBADF, "Bad file descriptor", "aaa")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        main_lib.main([f"--config={CONFIGS[0]}", "--workdir=run"])
+
+
+def test_whoever_reads_may_close_the_pipe():
+    """Catches a traceback behind `| head`."""
+    command = [sys.executable, "-m", "cosup_jax.main", "--help"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_help(capsys):

@@ -1,12 +1,15 @@
 """report.html and the closing table."""
 
+import errno
 import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
+from cosup_jax.errors import UserError
 from cosup_jax.report import answers
+from cosup_jax.report import page as page_lib
 from cosup_jax.report.page import closing_rows, closing_table, write_report
 from cosup_jax.report.plots import Measured, Score, by_row
 from cosup_jax.report.tables import answers_table
@@ -162,6 +165,17 @@ def test_page_needs_nothing_else(page):
     links = [value for name, value in Page(page).attrs if name in ("src", "href", "xlink:href")]
     assert all(value.startswith("#") for value in links)
     assert "url(http" not in page and "@import" not in page
+
+
+def test_a_full_disk_ends_in_a_line(run, tmp_path, monkeypatch):
+    """Catches a traceback after the last answer."""
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(page_lib, "write_atomic", full)
+    with pytest.raises(UserError, match=r"cannot write .*report\.html: No space left"):
+        write_report(tmp_path / "report.html", run)
 
 
 def test_plots_follow_the_theme(page):

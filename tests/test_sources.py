@@ -39,6 +39,16 @@ def test_wildcards_name_files_of_examples(tmp_path):
         sources.expand(f"{tmp_path}/x*.jsonl")
 
 
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    """Catches "No such file" for a source that the shell has not expanded, behind =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "a")
+    assert sources.expand("~/a.jsonl") == sources.expand("~/*.jsonl") == [f"{tmp_path}/a.jsonl"]
+    assert sources.expand("corpus:~/a.jsonl") == [f"corpus:{tmp_path}/a.jsonl"]
+    with pytest.raises(UserError, match=r"~nobody-here/a\.jsonl: Could not determine home"):
+        sources.expand("~nobody-here/a.jsonl")
+
+
 def test_tfds_world_takes_size_and_place_from_the_config(tmp_path, monkeypatch):
     """Catches a world of another size than configured, or one built in another place."""
     asked = []

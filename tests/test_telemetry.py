@@ -11,11 +11,20 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from cosup_jax.errors import UserError
+from cosup_jax.runtime import telemetry
 from cosup_jax.runtime.telemetry import Progress, Recorder, Throughput
 
 
 def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_torn_last_line_is_not_read(tmp_path):
+    """Bug: half a line, left by a full disk, ends an evaluation after all its answers."""
+    path = tmp_path / "metrics.jsonl"
+    assert telemetry.lines(path) == []
+    path.write_text('{"step": 1}\n{"step": 2, "loss')
+    assert telemetry.lines(path) == [{"step": 1}]
 
 
 def test_written_one_record_late(tmp_path):

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import towns
 
+from cosup_jax import assemble
 from cosup_jax import main as main_lib
 from cosup_jax.checkpoint import Checkpointer
+from cosup_jax.errors import UserError
 from cosup_jax.held_out import Evaluator
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +239,19 @@ def test_what_a_user_gets_wrong(config, tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "100").mkdir(parents=True)
     damaged = _refused(capsys, f"--config={config}", workdir)
     assert "none of the checkpoints" in damaged and str(tmp_path / "run") in damaged
+
+
+def test_a_run_that_fails_before_its_first_step_has_failed(tiny, tmp_path, capsys, monkeypatch):
+    """Bug: weights that cannot be read, or a judge that is none, leave a run that "runs"."""
+
+    def refuse(*parts):
+        raise UserError("weights that are none")
+
+    monkeypatch.setattr(assemble, "initial_state", refuse)
+    workdir = tmp_path / "run"
+    said = _refused(capsys, f"--config={tiny}", f"--workdir={workdir}")
+    assert said == "error: weights that are none"
+    assert json.loads((workdir / "status.json").read_text()) == {"state": "failed", "step": 0}
 
 
 def test_a_refused_resume_changes_nothing(tiny, unbroken, tmp_path, capsys):

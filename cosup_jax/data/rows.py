@@ -193,10 +193,18 @@ def read_json(path: Path) -> Any:
 
 def existing(name: str, hint: str) -> Path:
     """The file of that name. Raises UserError if it is not there; `hint` says how to name it."""
-    path = Path(name)
+    path = expanded(name)
     if not path.is_file():
         raise UserError(f"{path}: No such file; {hint}")
     return path
+
+
+def expanded(name: str) -> Path:
+    """The path, a leading ~ or ~user read as that home. Raises UserError for a user unknown."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def open_file(path: Path) -> BinaryIO:

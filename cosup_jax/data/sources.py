@@ -16,6 +16,7 @@ from cosup_jax.data.formats import alce, jsonl, kilt, official, passages, selfra
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems, printable
+from cosup_jax.data.rows import expanded
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.storage import share_of
 from cosup_jax.errors import UserError
@@ -98,6 +99,9 @@ def expand(source: str) -> list[str]:
     Raises UserError if there is none.
     """
     kind, where = _kind(source)
+    if where.startswith("~"):
+        home = str(expanded(where))
+        source, where = source.removesuffix(where) + home, home
     if kind == "corpus":
         return [f"corpus:{name}" for name in expand(where)]
     if kind == "prepared" and "::" not in where:

@@ -11,7 +11,8 @@ from cosup_jax.config import ARMS
 from cosup_jax.report import answers, tables
 from cosup_jax.report.plots import Curve, chart
 from cosup_jax.report.style import CSS, PAGE
-from cosup_jax.runtime.workdir import write_atomic
+from cosup_jax.runtime import telemetry
+from cosup_jax.runtime.workdir import write_atomic, writing
 
 COLUMNS = {  # metric key -> heading, format
     "recall_at_1": ("recall@1", "{:.3f}"),
@@ -51,7 +52,8 @@ def write_report(path: str | Path, run: Mapping[str, Any]) -> None:
         *(_section(heading, content) for heading, content in sections.items()),
     )
     page = PAGE.format(title=html.escape(run["title"]), style=CSS, body="\n".join(body))
-    write_atomic(Path(path), page)
+    with writing(Path(path)):
+        write_atomic(Path(path), page)
 
 
 def read_run(workdir: Path, shown: int) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def read_run(workdir: Path, shown: int) -> dict[str, Any]:
     training = _read_json(evaluation / "training.json") or {}
     summary = _read_json(evaluation / "summary.json") or {}
     summary = summary if "sets" in summary else None  # of an older version
-    metrics = [json.loads(line) for line in _text(workdir / "metrics.jsonl").splitlines()]
+    metrics = telemetry.lines(workdir / "metrics.jsonl")
     answers: dict[str, dict[str, list]] = {}
     for part in summary["sets"] if summary else ():
         whole = [arm for arm in part["arms"] if not arm["subset"]]

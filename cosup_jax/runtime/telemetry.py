@@ -254,7 +254,12 @@ def _floats(metrics: Mapping[str, jax.Array | float]) -> tuple[dict[str, float],
     return values, {name: v if math.isfinite(v) else None for name, v in values.items()}
 
 
-def _lines_up_to(path: Path, last_step: int) -> list[str]:
+def lines(path: Path) -> list[Record]:
+    """What metrics.jsonl says of each step; nothing where there is none."""
+    return [json.loads(line) for line in _lines_up_to(path, math.inf)] if path.is_file() else []
+
+
+def _lines_up_to(path: Path, last_step: float) -> list[str]:
     kept = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -4,7 +4,6 @@ In a run of several processes only process 0 locks and writes; all of them may c
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,15 +19,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from cosup_jax.errors import UserError
+from cosup_jax.errors import REFUSED, UserError
 from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import Bucket, Lease, is_url
 
-# What the place is at fault for, and not we.
-_REFUSED = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-}
 STATES = ("running", "stopped", "finished", "failed")
 
 
@@ -275,7 +269,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSED:
+        if error.errno not in REFUSED:
             raise
         raise _unwritable(path, error) from error
 

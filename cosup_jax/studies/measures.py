@@ -1,7 +1,6 @@
 """What a study measures of each finished run."""
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from cosup_jax.data.plan import Plan, left_out
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import nli, scoring
 from cosup_jax.rehearsal import model_flops
+from cosup_jax.runtime import telemetry
 from cosup_jax.studies import evidence, geometry, gradients, spaces
 from cosup_jax.studies.run import NUMBER, POINTS, SHARE, Gives, Run, Scores
 
@@ -126,7 +126,7 @@ def training(run: Run) -> Scores:
     """What training itself has logged: `gradient_ratio`, how large NSP's gradient in Gen is beside
     NTP's, weights included, at each step at which it was probed; and of each set the last held-out
     `ntp_nats_per_token`, `recall_at_1`, ... over eval.examples questions."""
-    lines = [*map(json.loads, (run.workdir / "metrics.jsonl").read_text().splitlines())]
+    lines = telemetry.lines(run.workdir / "metrics.jsonl")
     name = "grad/nsp_over_ntp_gen"
     ratio = {f"step_{line['step']}": line[name] for line in lines if line.get(name) is not None}
     found: Scores = {"": {"gradient_ratio": ratio} if ratio else {}}

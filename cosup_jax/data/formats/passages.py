@@ -9,7 +9,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from cosup_jax.data.formats import jsonl
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, parse, read_lines
+from cosup_jax.data.rows import Row, expanded, parse, read_lines
 from cosup_jax.data.schema import Passage
 from cosup_jax.errors import UserError
 
@@ -19,7 +19,7 @@ _CHUNK = 1024  # records read at a time
 
 def files(where: str) -> list[Path]:
     """The file, or those of the directory, sorted. Raises UserError if there is none."""
-    path = Path(where)
+    path = expanded(where)
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     found = [file for file in found if file.is_file() and _kind(file)]
     if not found:
