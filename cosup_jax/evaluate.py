@@ -57,6 +57,9 @@ def evaluate(config: Config, workdir: str) -> None:
         raise UserError("--mode=evaluate runs in one process; start it on one host")
     judge = judge_named(config.eval.judge)
     with Workdir(workdir, begun=True) as directory:
+        directory.fetch("index")
+        if config.generate.retriever:
+            directory.fetch(pair_lib.PLACE)
         trained = assemble.trained(config, directory.path)
         print(f"step {trained.step}: answering held-out questions", flush=True)
         found = Evaluation(trained, judge, directory.path).summary()

@@ -64,6 +64,8 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
         raise UserError(f"config.generate.retrieval={arm} needs --questions=FILE, which names them")
     asked = read_questions(questions, config.generate) if questions else []
     with Workdir(workdir, begun=True) as directory:
+        if arm != "none":
+            directory.fetch(pair_lib.PLACE if config.generate.retriever else "index")
         trained = assemble.trained(config, directory.path)
         most = 0 if questions else 1
         pair = Pair.of(trained, directory.path, most)

@@ -1,13 +1,20 @@
 """Workdirs and data in buckets: on file://, a bucket without a network."""
 
+import importlib
 import json
+import shutil
+import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from cosup_jax.errors import UserError
+from cosup_jax import assemble
+from cosup_jax.config import make
+from cosup_jax.errors import LostProcess, UserError
+from cosup_jax.freeze import freeze
+from cosup_jax.runtime import bucket as bucket_lib
 from cosup_jax.runtime import workdir as workdir_lib
 from cosup_jax.runtime.bucket import Bucket, Lease, localise
 from cosup_jax.runtime.workdir import Workdir, checkpoints
@@ -46,6 +53,22 @@ def test_a_url_that_is_no_bucket(path):
         Workdir(path)
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_bucket_out_of_reach_is_told_within_seconds(answers, monkeypatch):
+    """Bug: without a network, or behind a wall, a quarter of an hour without a word."""
+    with socket.socket() as place:  # which takes connections and is silent, or takes none
+        place.bind(("127.0.0.1", 0))
+        if answers:
+            place.listen()
+            monkeypatch.setattr(bucket_lib, "REACH_S", 0.5)
+        url = f"http://127.0.0.1:{place.getsockname()[1]}"
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+        start = time.monotonic()
+        with pytest.raises(UserError, match=r"used \((no answer|.*retry.*)\); check the network"):
+            Bucket("gs://nobodys/run")
+        assert time.monotonic() - start < 15
+
+
 def test_what_a_run_writes_is_in_the_bucket_and_found_again(url, tmp_path, monkeypatch):
     """Bugs: a status that the launcher never sees; a resume on another machine that starts anew;
     tokens uploaded with every report."""
@@ -72,6 +95,77 @@ def test_what_a_run_writes_is_in_the_bucket_and_found_again(url, tmp_path, monke
         assert (workdir.path / "index/shard").read_text() == "first"
         expected = Path(url.removeprefix("file://")) / "checkpoints"
         assert str(checkpoints(workdir.path)) == str(expected)
+
+
+def write(directory, *names, text="old"):
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+
+
+def test_what_another_machine_has_written_since_stays(url):
+    """Bug: a machine that opens a workdir and closes it puts its old export, index, mined data and
+    answers over newer ones."""
+    names = ("export/gen/weights", "index/x/shard", "mined/x", "prepared/x", "report.html")
+    with Workdir(url) as workdir:
+        write(workdir.path, *names)
+    bucket = Bucket(url)
+    for name in names:
+        bucket.write(name, b"newer")
+    with Workdir(url) as workdir:
+        write(workdir.path, "mined/y")
+        workdir.publish("mined")
+        write(workdir.path, "index/y/shard")
+    assert {bucket.read(name) for name in names} == {b"newer"}
+    assert bucket.read("mined/y") == bucket.read("index/y/shard") == b"old"
+
+
+def test_what_a_killed_run_left_is_published_by_the_next(url):
+    """Bug: of an index that two runs have written the bucket gets the second one's half."""
+    Workdir(url).close()
+    write(workdir_lib.mirror(url), "index/x/first")
+    with Workdir(url) as workdir:
+        write(workdir.path, "index/x/second")
+    assert Bucket(url).names() == ["index/x/first", "index/x/second"]
+
+
+def test_what_was_deleted_in_the_bucket_is_gone_here(url):
+    """Bugs: a workdir that was deleted is finished all the same; one that keeps no answers of a run
+    that was killed, or tokenises again."""
+    gone = ["metrics.jsonl", "tokenizer/k/vocab.json", "evaluation/summary.json"]
+    kept = ["answers/a.jsonl", "data/tokens", "evaluation/x/arm.jsonl", "index/x/shard"]
+    with Workdir(url) as workdir:
+        workdir.status("finished", 3)
+        write(workdir.path, *gone, *kept)
+    shutil.rmtree(url.removeprefix("file://"))
+    with Workdir(url) as workdir:
+        assert workdir.read_status() is None
+        assert not [name for name in gone if (workdir.path / name).exists()]
+        assert all((workdir.path / name).exists() for name in kept)
+        write(workdir.path, "tokenizer/.k.7.part")
+        workdir._pull()
+        assert (workdir.path / "tokenizer/.k.7.part").exists(), "another process is writing it"
+    assert Bucket(url).names() == []
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "generate"])
+def test_answers_go_on_on_another_machine(mode, url, tmp_path, monkeypatch):
+    """Bugs: answers begun anew there, and put over those that were there; passages encoded again
+    that are in the bucket."""
+    with Workdir(url) as workdir:
+        write(workdir.path, "answers/a.jsonl", "index/x/shard")
+    another_host(tmp_path, monkeypatch)
+    found = []
+
+    def trained(config, directory):
+        found.extend((directory / name).is_file() for name in ("answers/a.jsonl", "index/x/shard"))
+        raise UserError("seen")
+
+    monkeypatch.setattr(assemble, "trained", trained)
+    run = getattr(importlib.import_module(f"cosup_jax.{mode}"), mode)
+    with pytest.raises(UserError, match="seen"):
+        run(freeze(make({"num_steps": 1}, {})), url)
+    assert found == [True, True]
 
 
 def test_what_is_withdrawn_is_gone_and_no_more(url):
@@ -107,7 +201,7 @@ def test_a_dead_run_frees_its_lease_and_notices(url, capsys):
     dead._over.clear()
     threading.Timer(2 * LEASE_S, dead._over.set).start()  # else it would renew for ever
     dead._renew()
-    assert dead.lost and not heir.lost
+    assert dead.lost and dead.heir.startswith("process ") and not heir.lost
     dead.close()
     assert json.loads(bucket.read(Lease.NAME))["holder"], "the heir's lease is gone"
     heir.close()
@@ -141,6 +235,25 @@ def test_a_moment_without_network_loses_no_lease(url, monkeypatch):
     time.sleep(LEASE_S)
     assert failed and not lease.lost and lease._thread.is_alive()
     lease.close()
+
+
+def test_a_renewal_whose_answer_is_lost_is_one(url, monkeypatch):
+    """Bug: a run takes itself for another that has taken its lease."""
+    bucket = Bucket(url)
+    lease, replace, failed = Lease(bucket, print, LEASE_S), bucket.replace, []
+
+    def deaf(*change):
+        renewed = replace(*change)
+        if not failed:
+            failed.append(1)
+            raise UserError("no answer")
+        return renewed
+
+    monkeypatch.setattr(bucket, "replace", deaf)
+    time.sleep(1.5 * LEASE_S)
+    assert failed and not lease.lost
+    lease.close()
+    assert bucket.read(Lease.NAME) is None
 
 
 def test_a_download_that_fails_leaves_nothing(url, tmp_path, monkeypatch):
@@ -187,14 +300,33 @@ def test_of_two_takers_one_wins(url):
     taken[0].close()
 
 
-def test_a_lost_lease_stops_the_run(url):
-    """Bug: the loser goes on training, and its uploads destroy the winner's."""
+@pytest.mark.parametrize(
+    ("heir", "error", "says"),
+    [("process 7", UserError, "taken over by .*process 7"), ("", LostProcess, "out of reach")],
+)
+def test_a_lost_lease_stops_the_run(url, heir, error, says):
+    """Bugs: the loser goes on training, and its uploads destroy the winner's; a run that was cut
+    off for a minute is over for good, as launchers start no mistake again."""
     workdir = Workdir(url)
-    workdir._lease._lost = True
-    with pytest.raises(UserError, match="taken over"):
+    workdir._lease._lost, workdir._lease.heir = True, heir
+    with pytest.raises(error, match=says):
         workdir.status("running", 4)
     workdir.close()
     assert Bucket(url).read("status.json") is None
+
+
+def test_a_run_that_is_cut_off_may_be_started_again(url, monkeypatch):
+    """Bug: what fails for want of a network is taken for the user's mistake, at a write that has
+    waited for the network or as the lease is given back."""
+
+    def cut_off(*_):
+        time.sleep(1.2 * LEASE_S)  # it is tried again and again
+        raise UserError("no network")
+
+    with pytest.raises(LostProcess, match="out of reach"), Workdir(url) as workdir:
+        monkeypatch.setattr(Bucket, "replace", lambda *_: cut_off())
+        monkeypatch.setattr(Bucket, "write", cut_off)
+        workdir.status("running", 4)
 
 
 @pytest.mark.parametrize(

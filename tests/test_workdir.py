@@ -131,6 +131,7 @@ def test_what_killed_runs_left_half_written_is_cleared_everywhere(tmp_path):
     left = [tmp_path / p for p in (".a.1.part", "evaluation/x/.b.2.part", "index/3/.c.4.part")]
     left += [tmp_path / p for p in ("tokenizer/k/.d.5.part", "index/3/shard-0/.e.6.part")]
     left += [tmp_path / p for p in ("measured/.f.7.part", "answers-by-k/set/.g.8.part")]
+    left += [tmp_path / p for p in ("mined/.h.9.part", "prepared/x/.i.1.part", "answers/.j.2.part")]
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -3,9 +3,11 @@
 file:///DIR is a bucket as well: a directory used as if it had neither locks nor appending.
 """
 
+import contextlib
 import json
 import os
 import re
+import secrets
 import socket
 import threading
 import time
@@ -19,6 +21,8 @@ from cosup_jax.errors import UserError
 from cosup_jax.runtime.paths import inside
 
 SCHEMES = ("gs", "file")
+REACH_S = 10.0  # for an answer to what must not wait; the rest is tried for a quarter of an hour
+_QUICK = {"gcs_request_retries": {"max_retries": 3, "initial_delay": "500ms", "max_delay": "2s"}}
 LEASE_S = 60.0  # a lease that was not renewed for so long is nobody's
 _URL = re.compile(rf"(?:{'|'.join(SCHEMES)})://[^,@]*?(?=::|@|,|$)")
 
@@ -32,13 +36,16 @@ class Bucket:
     """The objects below one URL, by their names relative to it."""
 
     def __init__(self, url: str):
-        """Raises UserError for another scheme, or where there is no way in."""
+        """Raises UserError for another scheme, or, within REACH_S, where there is no way in."""
         scheme, _, rest = url.partition("://")
         if scheme not in SCHEMES or not rest.strip("/"):
             known = " or ".join(f"{name}://..." for name in SCHEMES)
             raise UserError(f"{url}: give a local path, or {known}")
         self.url = f"{scheme}://{os.path.abspath(rest) if scheme == 'file' else rest.strip('/')}"
-        self._store = self._done(lambda: ts.KvStore.open(f"{self.url}/").result())
+        opened = lambda **how: ts.KvStore.open(f"{self.url}/", **how).result()
+        self._store = self._done(opened)
+        self._quick = opened(context=ts.Context(_QUICK))
+        self.look(Lease.NAME)
 
     def read(self, name: str) -> bytes | None:
         """The object's bytes, or None if there is none."""
@@ -55,13 +62,6 @@ class Bucket:
         keys = self._done(lambda: self._store.list(between).result())
         return sorted(key.decode() for key in keys)
 
-    def upload(self, directory: Path, name: str) -> None:
-        """Writes the file `directory / name` under that name; a directory with all in it."""
-        path = directory / name
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                self.write(str(file.relative_to(directory)), file.read_bytes())
-
     def download(self, name: str, directory: Path) -> None:
         """Writes the object to `directory / name`, whole or not at all."""
         path = inside(directory, name)
@@ -77,23 +77,23 @@ class Bucket:
         """Writes (None: deletes) the object if it still has this generation; returns the new one,
         empty where it has not."""
         return self._done(
-            lambda: self._store.write(name, data, if_equal=generation).result().generation
+            lambda: self._quick.write(name, data, if_equal=generation).result(REACH_S).generation
         )
 
     def look(self, name: str) -> tuple[bytes, bytes]:
         """The object's bytes, empty if there is none, and its generation, which then stands for
         its absence."""
-        found = self._done(lambda: self._store.read(name).result())
+        found = self._done(lambda: self._quick.read(name).result(REACH_S))
         return found.value, found.stamp.generation
 
     def _done(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except (ValueError, OSError, RuntimeError) as error:
-            first = str(error).strip().splitlines()[0][:200]
+            first = (str(error).strip() or "no answer").splitlines()[0][:200]
             raise UserError(
-                f"{getattr(self, 'url', 'bucket')} cannot be used ({first}); check its name and "
-                "your permissions (gcloud auth application-default login)"
+                f"{self.url} cannot be used ({first}); check the network, its name and your "
+                "permissions (gcloud auth application-default login)"
             ) from error
 
 
@@ -109,7 +109,8 @@ class Lease:
     def __init__(self, bucket: Bucket, say: Callable[[str], None], seconds: float = LEASE_S):
         """Raises UserError if another run holds it."""
         self._bucket, self._seconds, self._over = bucket, seconds, threading.Event()
-        self._lost, self._count = False, 0
+        self._lost, self._count, self._id = False, 0, secrets.token_hex(8)
+        self.heir = ""  # who has taken it from us, as soon as that is seen
         self._generation = self._take(say)
         self._renewed_s = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -148,28 +149,32 @@ class Lease:
     def _value(self) -> bytes:
         self._count += 1  # the same bytes would be the same generation to some stores
         holder = f"process {os.getpid()} on {socket.gethostname()}"
-        return json.dumps({"holder": holder, "renewed": self._count}).encode()
+        told = {"holder": holder, "id": self._id, "renewed": self._count}
+        return json.dumps(told).encode()
 
     def _renew(self) -> None:
         while not self._over.wait(self._seconds / 4):
             asked_s = time.monotonic()
             try:
                 renewed = self._bucket.replace(self.NAME, self._value(), self._generation)
-            except UserError:  # the network; others may take it once it has lapsed
-                if time.monotonic() - self._renewed_s < self._seconds * 0.75:
+                if renewed:
+                    self._generation, self._renewed_s = renewed, asked_s
                     continue
-                renewed = b""
-            if not renewed:
-                self._lost = True
+                value, self._generation = self._bucket.look(self.NAME)
+            except UserError:  # the network; others may take it once it has lapsed
+                continue
+            told = json.loads(value or b"{}")
+            if told.get("id") != self._id:  # else the answer to an earlier renewal was lost
+                self._lost, self.heir = True, told.get("holder", "")
                 return
-            self._generation, self._renewed_s = renewed, asked_s
 
     def close(self) -> None:
-        """Gives it back."""
+        """Gives it back; out of reach, it lapses."""
         self._over.set()
         self._thread.join()
         if not self._lost:
-            self._bucket.replace(self.NAME, None, self._generation)
+            with contextlib.suppress(UserError):
+                self._bucket.replace(self.NAME, None, self._generation)
 
 
 def localise(source: str, cache: Path) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import sys
 import tempfile
 import time
@@ -19,14 +20,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from cosup_jax.errors import REFUSED, UserError
+from cosup_jax.errors import REFUSED, LostProcess, UserError
 from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import Bucket, Lease, is_url
 
 STATES = ("running", "stopped", "finished", "failed")
 
-
-_PULLED = ("tokenizer/", "evaluation/")  # with all files at the top; the rest is large, or a cache
+_PULLED = ("tokenizer/", "evaluation/", "answers/")  # with files at the top; the rest is large
 _KEPT_HERE = ("data", "checkpoints")
 _LOCATION = ".bucket"  # in a mirror: the URL it stands for
 
@@ -45,6 +45,7 @@ class Workdir:
         Raises UserError if the directory cannot be written or another run holds it.
         """
         self._lock = self._bucket = self._lease = None
+        self._known: dict[str, tuple[int, ...]] = {}  # stamps of what is not ours to publish
         if is_url(path):
             self._bucket = Bucket(str(path))
             path = mirror(self._bucket.url)
@@ -81,8 +82,10 @@ class Workdir:
             "",
             "tokenizer/**/",
             "evaluation/**/",
-            "answers-by-*/**/",
+            "answers*/**/",
             "measured/",
+            "mined/",
+            "prepared/**/",
             "index/**/",
             "retriever/**/",
         ):  # left by killed runs
@@ -107,6 +110,7 @@ class Workdir:
         if self._bucket:
             self._pull()
             processes.barrier("workdir is mirrored")  # before process 0 changes anything
+            self._known = self._stamps(*self._shown())
         elif jax.process_count() > 1:
             note = self.path / f".seen.{token}"
             if jax.process_index() == 0:
@@ -122,40 +126,82 @@ class Workdir:
     def _pull(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / _LOCATION, self.url)
-        for name in self._bucket.names():
-            if name != Lease.NAME and ("/" not in name or name.startswith(_PULLED)):
-                self._bucket.download(name, self.path)
+        mirrored = lambda name: "/" not in name or name.startswith(_PULLED)
+        there = {name for name in self._bucket.names() if mirrored(name)} - {Lease.NAME}
+        for name in sorted(there):
+            self._bucket.download(name, self.path)
+        for name in filter(mirrored, self._stamps(*self._shown()).keys() - there):
+            # Answers of a killed run are not there yet; each says what it was answered by.
+            if "/" not in name or not name.endswith(".jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+
+    def _shown(self) -> list[str]:
+        """What is at the top of the mirror and may be published."""
+        names = (path.name for path in self.path.iterdir())
+        return [name for name in names if name not in _KEPT_HERE and not name.startswith(".")]
+
+    def _stamps(self, *names: str) -> dict[str, tuple[int, ...]]:
+        """Files of these names, and below directories of these: what changes when they do."""
+        found = {}
+        for path in (self.path / name for name in names):
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                # Other processes may be writing into the mirror, or deleting the same as we.
+                with contextlib.suppress(FileNotFoundError):
+                    about = file.stat()
+                    if stat.S_ISREG(about.st_mode) and not file.match(".*.part"):
+                        stamp = (about.st_ino, about.st_size, about.st_mtime_ns)
+                        found[str(file.relative_to(self.path))] = stamp
+        return found
 
     def publish(self, *names: str) -> None:
-        """Copies files or directories of the workdir into the bucket, if it lies in one.
+        """Copies files or directories of the workdir into the bucket, if it lies in one: what this
+        run has written, and what is not there.
 
-        Raises UserError if that fails, or another run has taken the workdir over.
+        Raises UserError if that fails, or another run has taken the workdir over; LostProcess if
+        one may have.
         """
         if self._bucket is None or jax.process_index() != 0:
             return
-        self._check_lease()
-        for name in names:
-            if (self.path / name).exists():
-                self._bucket.upload(self.path, name)
+        with self._leased():
+            folders = (name for name in names if (self.path / name).is_dir())
+            there = {found for name in folders for found in self._bucket.names(f"{name}/")}
+            for name, stamp in self._stamps(*names).items():
+                if name not in there or self._known.get(name) != stamp:
+                    self._bucket.write(name, (self.path / name).read_bytes())
+                    self._known[name] = stamp
 
     def withdraw(self, name: str) -> None:
         """Deletes the directory from the bucket, if there is one, so that no file of it stays
-        beside those of the next `publish`. Raises UserError as that does."""
+        beside those of the next `publish`. Raises as that does."""
         if self._bucket is None or jax.process_index() != 0:
             return
+        with self._leased():
+            for found in self._bucket.names(f"{name}/"):
+                self._bucket.write(found, None)
+
+    @contextlib.contextmanager
+    def _leased(self) -> Iterator[None]:
+        """Raises where the lease is lost, or was while something failed."""
         self._check_lease()
-        for found in self._bucket.names(f"{name}/"):
-            self._bucket.write(found, None)
+        try:
+            yield
+        except UserError:
+            self._check_lease()
+            raise
 
     def _check_lease(self) -> None:
+        if self._lease.heir:
+            raise UserError(f"{self.url} was taken over by another run, {self._lease.heir}")
         if self._lease.lost:
-            raise UserError(f"{self.url} was taken over by another run, or is out of reach")
+            raise LostProcess(f"{self.url} was out of reach; started again, the run goes on")
 
     def fetch(self, name: str) -> None:
         """Copies what the bucket has under `name` here; for what is not mirrored at the start."""
         if self._bucket:
-            for found in self._bucket.names(name):
-                self._bucket.download(found, self.path)
+            found = self._bucket.names(name)
+            for each in found:
+                self._bucket.download(each, self.path)
+            self._known |= self._stamps(*found)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as indented JSON. Raises UserError if the disk is full or read-only."""
@@ -191,12 +237,14 @@ class Workdir:
         return found
 
     def close(self) -> None:
-        """Publishes all there is to show, and frees the lock."""
+        """Publishes what this run has written, and frees the lock."""
         if self._lease:
             try:
                 if not self._lease.lost:
-                    shown = (p.name for p in self.path.iterdir() if p.name not in _KEPT_HERE)
-                    self.publish(*(name for name in shown if name not in (".lock", _LOCATION)))
+                    stamps = self._stamps(*self._shown()).items()
+                    written = {name for name, stamp in stamps if self._known.get(name) != stamp}
+                    # With what a killed run has left beside it, and this one may have used.
+                    self.publish(*sorted({name.partition("/")[0] for name in written}))
             finally:
                 self._lease.close()
                 self._lease = None
