@@ -56,16 +56,20 @@ value_of() {
   printf '%s' "$value"
 }
 
-# Refuses a config file that the checkout, which the machines are given, does not have.
+# Refuses a config file that the checkout, as the machines are given it, does not have.
 needs_config() {
-  local file checkout
+  local file checkout where
   file=$(value_of --config "$@") || exit
   file=${file%%:*}
   checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  [[ $file == /* || -f $checkout/$file ]] || die "config file '$file' does not exist (from $checkout)"
+  [[ $file != /* ]] || return 0
+  [[ -f $checkout/$file ]] || die "config file '$file' does not exist (from $checkout)"
+  where=$(cd "$checkout/$(dirname "$file")" && pwd)/
+  [[ $where == "$checkout"/* && $where != "$checkout"/runs/* ]] ||
+    die "config file '$file' is not packed for the machines; copy it to $checkout/configs"
 }
 
-# The checkout this script belongs to, packed without what is not code.
+# The checkout this script belongs to, packed without what is not code, as runs/.
 pack() {
   local checkout
   checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -35,7 +35,7 @@ done
 action=$1 name=$2 cluster=$3
 shift 3
 read -ra more <<<"${XPK:-}"
-workload() { run xpk workload "$@" "--cluster=$cluster" "${more[@]}"; }
+workload() { run xpk workload "$@" "--cluster=$cluster" ${more[@]+"${more[@]}"}; }
 
 create() {
   [[ ${1:--} != -* && ${2:-} == -- ]] || usage "run needs TYPE -- and the program's arguments; there is '$*'"

@@ -36,7 +36,8 @@ done
 [[ $# -ge 2 ]] || usage "an action and NAME are needed; there is '$*'"
 action=$1 name=$2
 shift 2
-log=slurm-$name.log
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+log=$checkout/slurm-$name.log
 
 submit() {
   [[ ${1:-} == -- ]] || usage "run needs -- and the program's arguments; there is '${1:-}'"
@@ -44,12 +45,13 @@ submit() {
   value_of --config "$@" >/dev/null
   value_of --workdir "$@" >/dev/null
   needs sbatch
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  cd "$checkout"
   local more
   read -ra more <<<"${SBATCH:-}"
   run sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" \
     "--gpus-per-node=$gpus" "--time=$limit" --signal=TERM@180 --requeue --open-mode=append \
-    "--output=$log" "--export=ALL,RESTARTS=$restarts" "${more[@]}" launch/slurm_job.sh "$@"
+    "--output=$log" "--export=ALL,RESTARTS=$restarts" ${more[@]+"${more[@]}"} \
+    launch/slurm_job.sh "$@"
 }
 
 case $action in

@@ -25,7 +25,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-spot=() slices=1 restarts=1000 runtime=v2-alpha-tpuv5-lite
+seen="" spot=() slices=1 restarts=1000 runtime=v2-alpha-tpuv5-lite
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --dry-run) dry_run=yes ;;
@@ -60,8 +60,14 @@ queue() { run gcloud compute tpus queued-resources "$@" "--zone=$zone"; }
 everywhere() { queue ssh "$name" --node=all --worker=all "--command=$1"; }
 on_workers() { everywhere "cd cosup_jax && PYTHON=.venv/bin/python COSUP_CLUSTER=auto bash launch/worker.sh $1"; }
 
-# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; empty where there is none of this name.
-slice_state() { queue describe "$name" "--format=value(state.state)" 2>/dev/null || true; }
+# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; empty where there is none of this name; "unknown",
+# and why, where gcloud cannot tell.
+slice_state() {
+  local errors
+  { errors=$(queue describe "$name" "--format=value(state.state)" 2>&1 >&3) && return; } 3>&1
+  errors=${errors#*$'\n'} # the first line is the command
+  grep -qiE 'not[_ ]found' <<<"$errors" || echo "unknown: $errors"
+}
 
 create() {
   if ((slices == 1)); then
@@ -70,12 +76,13 @@ create() {
     nodes=("--node-count=$slices" "--node-prefix=$name")
   fi
   queue create "$name" "${nodes[@]}" "--accelerator-type=$type" "--runtime-version=$runtime" \
-    "${spot[@]}"
+    ${spot[@]+"${spot[@]}"}
 }
 
 delete() { queue delete "$name" --force --quiet; }
 
-# Returns once the slice is there; makes it where it is not, or was taken away.
+# Returns once the slice is there; makes it where it is not, or was taken away. A network that fails
+# is waited for, once something has worked: what fails at first is a mistake as a rule.
 await_slice() {
   local state last=""
   if [[ $dry_run ]]; then
@@ -83,14 +90,16 @@ await_slice() {
     return
   fi
   while :; do
-    state=$(slice_state 2>/dev/null)
+    state=$(slice_state)
     [[ $state == "$last" ]] || echo "slice $name: ${state:-none}" >&2
     last=$state
     case $state in
       ACTIVE) return ;;
-      "") create ;;
-      SUSPENDED | FAILED) delete ;;
+      "") create || ((${count:-0})) ;;
+      SUSPENDED | FAILED) delete || ((${count:-0})) ;;
+      unknown*) [[ $seen ]] || return 1 ;;
     esac
+    seen=yes
     sleep "${POLL:-30}"
   done
 }

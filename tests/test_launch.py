@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -271,8 +272,13 @@ def test_pod_says_what_is_wrong(tools, argv, says, how):
 
 CLOUD = """
 cd {here}
+no_network() {{ echo "ERROR: no network" >&2; exit 1; }}
+[[ $4 == describe || ! -s outage ]] || no_network
 case $4 in
-  describe) cat state 2>/dev/null ;;
+  describe)
+    [[ -s outage ]] && sed -i 1d outage && no_network
+    cat state 2>/dev/null || {{ echo "ERROR: NOT_FOUND: Resource 'n'" >&2; exit 1; }}
+    ;;
   create) echo ACTIVE > state ;;
   delete)
     rm state
@@ -350,6 +356,46 @@ def test_pod_queues_anew_after_preemption(pod, tmp_path):
     changes = [call[4] for call in words if call[4] in ("create", "delete")]
     assert changes == ["create", "delete", "create"]
     assert all("--spot" in call for call in words if call[4] == "create")
+
+
+def test_pod_waits_for_the_network(pod, tmp_path):
+    """Bug: the launcher takes a network that fails for a slice that is gone, and ends while the run
+    goes on."""
+    body = COUNTED + (
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "outage, calls = here / 'outage', here / 'calls'\n"
+        "outage.write_text('\\n' * 3)  # looks that fail\n"
+        "count = lambda: calls.read_text().count('\\n')\n"
+        "while outage.stat().st_size:\n    time.sleep(0.05)\n"
+        "before = count()\n"
+        "while count() < before + 3:\n    time.sleep(0.05)\n"  # until it is watched again
+    )
+    done, calls = pod(*TRAIN, "--config=/c", "--workdir=w", body=body)
+    assert done.returncode == 0, done.stderr
+    assert "slice n: unknown: ERROR: no network" in done.stderr
+    assert only(calls, "queued-resources create") and not any(" delete " in c for c in calls)
+    assert len((tmp_path / "home/cosup_jax/.venv/bin/log").read_text().splitlines()) == 1
+
+
+def test_pod_that_cannot_look_makes_nothing(tools):
+    """Bugs: a second slice, or a wait without end, where gcloud was never logged in."""
+    body = "echo 'ERROR: log in' >&2; exit 1"
+    done, calls = tools("tpu_pod.sh", "create", "n", "z", "v5e-16", bodies={"gcloud": body})
+    assert (done.returncode, len(calls)) == (1, 1) and "unknown: ERROR: log in" in done.stderr
+
+
+@pytest.mark.parametrize("config", ["runs/x/config.json", "configs/../runs/x/config.json"])
+def test_pod_refuses_a_config_that_is_not_packed(tools, tmp_path, config):
+    """Bug: the config of an earlier run is not on the slice that was rented for it."""
+    shutil.copytree(LAUNCH, tmp_path / "its/launch")
+    for name in ("runs/x/config.json", "configs/c.json"):
+        (tmp_path / "its" / name).parent.mkdir(parents=True)
+        (tmp_path / "its" / name).touch()
+    script = tmp_path / "its/launch/tpu_pod.sh"
+    done, calls = tools(script, "--dry-run", *TRAIN, f"--config={config}", "--workdir=w")
+    assert (done.returncode, calls) == (2, []) and "is not packed for the machines" in done.stderr
+    done, _ = tools(script, "--dry-run", *TRAIN, "--config=configs/c.json", "--workdir=w")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("code", [1, 2])
@@ -451,6 +497,14 @@ def test_slurm_submits(tools):
     assert call[-3:] == ["launch/slurm_job.sh", *RUN[1:]]
 
 
+def test_slurm_follows_the_log_that_it_names(tools):
+    """Bug: logs looks for it in the directory in which it is called."""
+    calls = ("logs", "n"), ("run", "n", *RUN)
+    words = " ".join(tools("slurm.sh", "--dry-run", *call)[0].stdout for call in calls)
+    log = LAUNCH.parent / "slurm-n.log"
+    assert {str(log), f"--output={log}"} <= set(shlex.split(words))
+
+
 @pytest.mark.parametrize(
     ("code", "restarted", "result", "queued"),
     [(0, 0, 0, 0), (2, 0, 2, 0), (1, 0, 1, 0), (75, 0, 0, 1), (137, 3, 0, 1), (75, 5, 2, 0)],
@@ -468,6 +522,17 @@ def test_slurm_job_queues_itself_again(tools, code, restarted, result, queued):
     assert done.returncode == result, done.stderr
     assert only(calls, "srun")[-2:] == list(RUN[1:])
     assert calls.count("scontrol requeue 7") == queued
+
+
+def test_an_array_may_be_empty_in_an_old_bash():
+    """Bug: "unbound variable" before bash 4.4, as macOS has it."""
+    for script in LAUNCH.glob("*.sh"):
+        text = script.read_text()
+        empty = re.findall(r"\b(\w+)=\(\)|read -ra (\w+)", text)
+        for name in filter(None, (name for names in empty for name in names)):
+            uses = [line for line in text.splitlines() if f'"${{{name}[@]}}"' in line]
+            guards = (f'${{{name}[@]+"${{{name}[@]}}"}}', f"${{#{name}[@]}}")
+            assert all(any(guard in line for guard in guards) for line in uses), (script, uses)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
