@@ -4,7 +4,7 @@ Shows       the arm C at several nsp_weights, the share of NSP in Gen's gradient
             spread and drift of passage vectors with and without NTP, from a Gen that has read the
             passages and from a random one
 Hardware    2 CPU cores, 4 GB of memory
-Expected    not run yet: docs/results/README.md
+Expected    docs/results/weight.md; the arms _pre were not run
 Command     python -m cosup_jax.main --config=configs/studies/weight.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
@@ -30,6 +30,6 @@ def get_config(variant=""):
         measures="answers,majority,training,geometry",
         claims="C > C_0.1: corpus/retrieval_hit, none/correct; C > C_10: none/correct;"
         f"C > S2: {half}" + (f"; C_pre > S2_pre: {half}" if scratch else ""),
-        shown="corpus/retrieval_hit,corpus/correct,none/correct,passages/uniformity,"
-        "passages/anisotropy,passages/effective_rank,alignment,gradient_ratio",
+        shown="corpus/retrieval_hit,corpus/correct,none/correct,ntp_nats_per_token,gradient_ratio,"
+        "passages/uniformity,passages/anisotropy,passages/effective_rank,alignment",
     )
