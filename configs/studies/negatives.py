@@ -6,7 +6,7 @@ Shows       the batch halved and doubled at the same number of examples; past pa
             with C but the data: C_detached and C_full, the released code's objective with and
             without a gradient through other ranks' passages
 Hardware    2 CPU cores, 4 GB of memory
-Expected    not run yet: docs/results/README.md
+Expected    docs/results/negatives.md
 Command     python -m cosup_jax.main --config=configs/studies/negatives.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
@@ -28,7 +28,7 @@ def own_arms(at: ml_collections.ConfigDict):
     }
     late = {"bank.start_step": at.num_steps * 7 // 10}  # when vectors no longer move much
     mined = dict.fromkeys(("data.train", "data.eval"), f"{arms.MINED}C")
-    room = {"data.ctx_rows": 3 * at.data.ctx_rows}  # five passages an example, examples as before
+    room = {"data.ctx_rows": 3 * at.data.ctx_rows}  # for two thirds of the examples, on `world`
     own = {
         "C_half": resized(2, 1),
         "C_double": resized(1, 2),
