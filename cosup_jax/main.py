@@ -236,17 +236,23 @@ def _tell_the_others(error: BaseException, code: int, say: Callable[[], None]) -
         liveness.tell(f"{type(error).__name__}: {error}" if code == 1 else str(error), code)
 
 
+def _together() -> bool:
+    """Whether this process has joined others."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
 def _run_and_exit() -> None:
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read what we print has closed it, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _together():
+            # Whoever read what we print has closed it, as `| head` does.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         code = 1
         _tell_the_others(error, code, traceback.print_exc)
-    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+    if _together():
         # Not finished together: a normal exit would wait in JAX's shutdown barrier for the others.
         sys.stdout.flush()
         os._exit(code)

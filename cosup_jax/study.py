@@ -186,8 +186,7 @@ def _trained(arm: Arm, asked: Design) -> str:
         if _trained(start, asked) == "stopped":
             return "stopped"
         if mark == MINED:
-            mining = functools.partial(mine.mine, start.config, str(start.directory))
-            _kept(start, "hard_negatives", mining)
+            _kept(start, "hard_negatives", functools.partial(_mined, start))
         elif not (start.directory / "export").is_dir():
             whole = replace_dotted(start.config, "export.dtype", "float32")
             export.export(whole, str(start.directory))
@@ -201,6 +200,12 @@ def _trained(arm: Arm, asked: Design) -> str:
     jax.clear_caches()  # of programs that only this run had
     print(f"--- {arm}: {state} after {time.monotonic() - started:.0f} s", flush=True)
     return state
+
+
+def _mined(start: Arm) -> None:
+    for other in start.directory.glob("measured/hard_negatives-*.json"):
+        other.unlink()  # by other settings, whose files these will replace
+    mine.mine(start.config, str(start.directory))
 
 
 def _measured(name: str, run: "_Opened") -> Scores:

@@ -94,7 +94,10 @@ await_slice() {
     [[ $state == "$last" ]] || echo "slice $name: ${state:-none}" >&2
     last=$state
     case $state in
-      ACTIVE) return ;;
+      ACTIVE)
+        seen=yes
+        return
+        ;;
       "") create || ((${count:-0})) ;;
       SUSPENDED | FAILED) delete || ((${count:-0})) ;;
       unknown*) [[ $seen ]] || return 1 ;;

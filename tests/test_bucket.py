@@ -148,6 +148,23 @@ def test_what_was_deleted_in_the_bucket_is_gone_here(url):
     assert Bucket(url).names() == []
 
 
+def test_answers_of_a_killed_run_are_not_overwritten(url):
+    """Bug: what the bucket has of them, from an earlier stop, replaces the many that came after; or
+    these never come there."""
+    with Workdir(url) as workdir:
+        (workdir.path / "answers").mkdir()
+        (workdir.path / "answers/a.jsonl").write_text("1\n")
+        (workdir.path / "answers/b.jsonl").write_text("1\n")
+    path = workdir.path
+    (path / "answers/a.jsonl").write_text("1\n2\n3\n")  # and then it was killed
+    (path / "answers/b.jsonl").write_text("other\n")
+    with Workdir(url) as workdir:
+        assert (path / "answers/a.jsonl").read_text() == "1\n2\n3\n"
+        assert (path / "answers/b.jsonl").read_text() == "1\n"
+    assert Bucket(url).read("answers/a.jsonl") == b"1\n2\n3\n"
+    assert Bucket(url).read("answers/b.jsonl") == b"1\n"
+
+
 @pytest.mark.parametrize("mode", ["evaluate", "generate"])
 def test_answers_go_on_on_another_machine(mode, url, tmp_path, monkeypatch):
     """Bugs: answers begun anew there, and put over those that were there; passages encoded again

@@ -358,9 +358,12 @@ def test_pod_queues_anew_after_preemption(pod, tmp_path):
     assert all("--spot" in call for call in words if call[4] == "create")
 
 
-def test_pod_waits_for_the_network(pod, tmp_path):
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_pod_waits_for_the_network(pod, tmp_path, there):
     """Bug: the launcher takes a network that fails for a slice that is gone, and ends while the run
-    goes on."""
+    goes on; or it does so only where it found the slice there."""
+    if there:
+        (tmp_path / "state").write_text("ACTIVE")
     body = COUNTED + (
         f"here = pathlib.Path({str(tmp_path)!r})\n"
         "outage, calls = here / 'outage', here / 'calls'\n"
@@ -373,7 +376,8 @@ def test_pod_waits_for_the_network(pod, tmp_path):
     done, calls = pod(*TRAIN, "--config=/c", "--workdir=w", body=body)
     assert done.returncode == 0, done.stderr
     assert "slice n: unknown: ERROR: no network" in done.stderr
-    assert only(calls, "queued-resources create") and not any(" delete " in c for c in calls)
+    made = [call for call in calls if "queued-resources create" in call]
+    assert len(made) == (not there) and not any(" delete " in call for call in calls)
     assert len((tmp_path / "home/cosup_jax/.venv/bin/log").read_text().splitlines()) == 1
 
 

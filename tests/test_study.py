@@ -1,5 +1,6 @@
 """--mode=study: what is trained, what is shared, what is said of a mistake."""
 
+import functools
 import json
 import shlex
 import shutil
@@ -278,6 +279,17 @@ def test_a_run_on_mined_data_is_another_when_the_miner_is(monkeypatch):
     monkeypatch.setitem(arms.ARMS, "C", {"optim.gen_learning_rate": 5e-4})
     assert hard().arm("C_hard", 0).config.data.train != first.config.data.train
     assert hard().arm("C_hard", 0).directory.name != first.directory.name
+
+
+def test_what_was_mined_last_is_what_counts(tmp_path, monkeypatch):
+    """Bug: other index.mine_* have replaced the mined files, and the first ones' run trains on
+    them, as its own are noted as mined."""
+    mined = []
+    monkeypatch.setattr(study.mine, "mine", lambda config, _: mined.append(config.index.mine_keep))
+    for keep in ("3", "8", "8", "3"):
+        arm = asked(root=tmp_path, index__mine_keep=keep).arm("C", 0)
+        study._kept(arm, "hard_negatives", functools.partial(study._mined, arm))
+    assert mined == [3, 8, 3]
 
 
 @pytest.mark.parametrize(

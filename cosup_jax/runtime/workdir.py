@@ -108,9 +108,10 @@ class Workdir:
         """
         token = processes.broadcast("workdir", secrets.token_hex(8), processes.BARRIER_SECONDS)
         if self._bucket:
-            self._pull()
+            further = self._pull()
             processes.barrier("workdir is mirrored")  # before process 0 changes anything
-            self._known = self._stamps(*self._shown())
+            stamps = self._stamps(*self._shown()).items()
+            self._known = {name: stamp for name, stamp in stamps if name not in further}
         elif jax.process_count() > 1:
             note = self.path / f".seen.{token}"
             if jax.process_index() == 0:
@@ -123,17 +124,28 @@ class Workdir:
             finally:
                 note.unlink(missing_ok=True)
 
-    def _pull(self) -> None:
+    def _pull(self) -> set[str]:
+        """Mirrors the bucket; returns the answers that a killed run has left further on here."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / _LOCATION, self.url)
         mirrored = lambda name: "/" not in name or name.startswith(_PULLED)
         there = {name for name in self._bucket.names() if mirrored(name)} - {Lease.NAME}
-        for name in sorted(there):
+        further = {name for name in there if self._is_further(name)}
+        for name in sorted(there - further):
             self._bucket.download(name, self.path)
         for name in filter(mirrored, self._stamps(*self._shown()).keys() - there):
             # Answers of a killed run are not there yet; each says what it was answered by.
             if "/" not in name or not name.endswith(".jsonl"):
                 (self.path / name).unlink(missing_ok=True)
+        return further
+
+    def _is_further(self, name: str) -> bool:
+        """Whether these answers go on behind what the bucket has of them."""
+        path = self.path / name
+        if "/" not in name or path.suffix != ".jsonl" or not path.is_file():
+            return False
+        here, there = path.read_bytes(), self._bucket.read(name) or b""
+        return len(here) > len(there) and here.startswith(there)
 
     def _shown(self) -> list[str]:
         """What is at the top of the mirror and may be published."""
