@@ -30,10 +30,11 @@ from cosup_jax.assemble import Trained
 from cosup_jax.config import Config, GenerateConfig
 from cosup_jax.data import markup
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, existing, expanded, read_lines
+from cosup_jax.data.rows import Row, existing, read_lines
 from cosup_jax.data.schema import Example
 from cosup_jax.errors import UserError
 from cosup_jax.report.answers import stretches
+from cosup_jax.runtime.paths import expanded
 from cosup_jax.runtime.workdir import Workdir, writing
 from cosup_jax.wording import counted
 

@@ -17,7 +17,6 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.evaluate import digest
 from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import is_url
+from cosup_jax.runtime.paths import expanded
 from cosup_jax.runtime.workdir import Workdir, write_atomic, writing
 from cosup_jax.studies import measures, page, results
 from cosup_jax.studies.arms import MINED
@@ -54,7 +54,7 @@ def study(config: Config, workdir: str, file: File) -> str | None:
         raise UserError("--mode=study runs in one process; start it on one host")
     if is_url(workdir):
         raise UserError(f"--mode=study needs a local directory, --workdir={workdir} is none")
-    asked = Design.of(config, Path(workdir).expanduser().absolute(), file)
+    asked = Design.of(config, expanded(workdir).absolute(), file)
     with Workdir(asked.directory) as directory:
         found = _Found(asked)
         for seed in range(config.seed, config.seed + config.study.seeds):

@@ -16,7 +16,7 @@ row() { # SECONDS NAME COMMAND...: one row; the next one comes whatever becomes 
   tail -n 12 "$into/$name.txt"
 }
 ours() { # NAME FLAGS...: eight steps of two towers in bfloat16, every token of every row real
-  row 75 "$1" "$python" -m cosup_jax.main --mode=preflight --steps=8 --config=configs/base.py \
+  row 70 "$1" "$python" -m cosup_jax.main --mode=preflight --steps=8 --config=configs/base.py \
     --workdir="$into/$1" --config.{gen,ctx}.arch.dtype=bfloat16 \
     --config.{gen,ctx}.arch.scan_unroll=1 --config.data.{max_ctx_tokens=128,passage_slots=8,vocab_size=32000} \
     "${@:2}"

@@ -104,6 +104,8 @@ def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(UserError, match=r"/README\.md is a file; give a directory"):
         Workdir(tmp_path / "README.md")
+    with pytest.raises(UserError, match="~nobody-here/run: Could not determine home"):
+        Workdir("~nobody-here/run")
 
 
 @pytest.mark.parametrize("mode", ["encode", "evaluate", "export", "generate", "mine"])

@@ -25,6 +25,7 @@ from cosup_jax.config import BY_QUERY, Config, to_dict
 from cosup_jax.data.schema import Dataset
 from cosup_jax.errors import UserError
 from cosup_jax.runtime.bucket import is_url
+from cosup_jax.runtime.paths import expanded
 from cosup_jax.runtime.workdir import checkpoints
 from cosup_jax.search import index
 from cosup_jax.search.corpus import Corpus
@@ -106,7 +107,7 @@ class Pair:
         name = trained.config.generate.retriever
         if not name:
             return None
-        path = Path(name).expanduser()
+        path = expanded(name)
         ours = {group: getattr(trained.config, group) for group in ("mesh", "generate", "index")}
         try:
             config = config_files.frozen(str(path / "config.json"), {})
@@ -155,7 +156,7 @@ def check(config: Config, arms: Sequence[str]) -> None:
             f"config.generate.retriever={name} means nothing without retrieval by Gen's queries; "
             f"take {' or '.join(BY_QUERY)}, or drop it"
         )
-    path = Path(name).expanduser()
+    path = expanded(name)
     begun = not is_url(name) and (path / "config.json").is_file()
     if not begun or check_readable(checkpoints(path)) is None:
         raise UserError(

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.paths import expanded
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _OTHER_LAYOUT = re.compile(rb"\s*(\[\s*(\{|$)|\{\s*$)")  # how a file of JSON, not JSONL, starts
@@ -197,14 +198,6 @@ def existing(name: str, hint: str) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: No such file; {hint}")
     return path
-
-
-def expanded(name: str) -> Path:
-    """The path, a leading ~ or ~user read as that home. Raises UserError for a user unknown."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -16,10 +16,10 @@ from cosup_jax.data.formats import alce, jsonl, kilt, official, passages, selfra
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems, printable
-from cosup_jax.data.rows import expanded
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.storage import share_of
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.paths import expanded
 
 FORMATS = {"jsonl": jsonl, "official": official, "selfrag": selfrag, "kilt": kilt, "alce": alce}
 KNOWN = (

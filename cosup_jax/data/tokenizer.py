@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cosup_jax.errors import UserError
 from cosup_jax.hf.gguf_tokenizer import read_tokenizer
+from cosup_jax.runtime.paths import expanded
 from cosup_jax.runtime.workdir import writing
 
 RET, CS, CE, EMB, PAD, EOS = "[Ret]", "[Cs]", "[Ce]", "[Emb]", "<pad>", "</s>"
@@ -218,7 +219,7 @@ def load(source: str | Path, weight_rows: int = 0) -> Tokenizer:
 
     Raises UserError if there is none or no network.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix == ".gguf":
         return Tokenizer(read_tokenizer(path), weight_rows)
     if path.is_dir():

@@ -25,7 +25,7 @@ from cosup_jax.hf import sentence
 from cosup_jax.hf.configs import arch_fields
 from cosup_jax.hf.gguf import GgufFile
 from cosup_jax.hf.names import HEAD, LAYOUTS, TABLE, Layout, Tensor, axes, layers_of, unfrozen
-from cosup_jax.runtime.paths import inside
+from cosup_jax.runtime.paths import expanded, inside
 
 CONNECT_S = 5  # seconds until the hub counts as out of reach
 NEW_ROW_NOISE = 0.02  # noise of a new vocabulary row, in standard deviations of the old ones
@@ -39,7 +39,7 @@ def resolve(source: str | Path, shape_only: bool = False) -> Path:
 
     `shape_only` downloads no weights. Raises UserError in seconds if there is neither.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.is_absolute() or path.suffix == ".gguf" or str(source).startswith((".", "~")):

@@ -23,6 +23,7 @@ from etils import epath
 from cosup_jax.errors import REFUSED, LostProcess, UserError
 from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import Bucket, Lease, is_url
+from cosup_jax.runtime.paths import expanded
 
 STATES = ("running", "stopped", "finished", "failed")
 
@@ -49,7 +50,7 @@ class Workdir:
         if is_url(path):
             self._bucket = Bucket(str(path))
             path = mirror(self._bucket.url)
-        self.path = Path(path).expanduser().absolute()
+        self.path = expanded(path).absolute()
         self.url = self._bucket.url if self._bucket else str(self.path)
         if jax.process_index() == 0:
             self._take(begun)

@@ -105,7 +105,7 @@ SCALES = {
     | {
         "num_steps": 40,
         "batch_size": 4,
-        **_both_towers({"dtype": "float32", "remat": "none", "scan_unroll": 1}),
+        **_both_towers({"dtype": "float32", "remat": "none"}),
         "optim.warmup_steps": 5,
         "data.max_gen_tokens": 320,
         "data.max_ctx_tokens": 160,

@@ -9,9 +9,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from cosup_jax.data.formats import jsonl
 from cosup_jax.data.problems import BadRow, Problems
-from cosup_jax.data.rows import Row, expanded, parse, read_lines
+from cosup_jax.data.rows import Row, parse, read_lines
 from cosup_jax.data.schema import Passage
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.paths import expanded
 
 KINDS = (".jsonl", ".jsonl.gz", ".array_record", ".arrayrecord")
 _CHUNK = 1024  # records read at a time

@@ -16,6 +16,7 @@ from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.rows import Row
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.paths import expanded
 
 _SPLITS = {"validation": "dev"}
 _BATCH = 1024  # rows read at once; one at a time is slow
@@ -65,7 +66,7 @@ def _builder(where: str, data_dir: str) -> Any:
         raise UserError(f"tfds:{where}: not a data set's name; write tfds:NAME[/CONFIG][:1.0.0]")
     if "://" in data_dir:
         raise UserError(f"data.tfds_dir={data_dir}: give a local directory")
-    place = str(Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
+    place = str(expanded(data_dir or tfds.core.constants.DATA_DIR))
     try:
         with _intact(where, place):
             # By its files, not by its code: a data set of one's own needs none here.
