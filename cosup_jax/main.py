@@ -107,9 +107,9 @@ def _mistake(error: Exception) -> UserError | LostProcess | None:
     if isinstance(error, ModuleNotFoundError):
         return dependencies.missing(error)
     if isinstance(error, OSError):
-        refused = error.errno in REFUSED and error.filename is not None
-        told = f"{error.filename}: {error.strerror}; check the path and its permissions"
-        return UserError(told) if refused else None
+        if error.errno not in REFUSED or error.filename is None:
+            return None
+        return UserError(f"{error.filename}: {error.strerror}; check the path and its permissions")
     return error
 
 

@@ -1,7 +1,6 @@
 """The two language models and what the objective reads of them: hidden states and vectors."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +51,8 @@ def passage_vectors(ctx_params: dict, batch: Batch, towers: Towers, config: Conf
     rows = (batch.ctx_tokens_UxL, batch.ctx_segments_UxL, batch.ctx_positions_UxL)
     pooled_UxPxD = _pool(towers.ctx.hidden(ctx_params, *rows), batch, config.ctx.pooling)
     if "projection" in ctx_params:
-        whole = functools.partial(jnp.matmul, precision="highest")  # as scores are
-        pooled_UxPxD = whole(pooled_UxPxD.astype(jnp.float32), ctx_params["projection"])
+        wide_UxPxD, projection = pooled_UxPxD.astype(jnp.float32), ctx_params["projection"]
+        pooled_UxPxD = jnp.matmul(wide_UxPxD, projection, precision="highest")  # as scores are
     return similarity_space(pooled_UxPxD, config)
 
 
