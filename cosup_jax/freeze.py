@@ -178,6 +178,7 @@ def _apply_official(config: Config, explicit: frozenset[str]) -> Config:
 
 
 def _check(config: Config) -> None:
+    _check_towers(config)
     _check_objective(config)
     _check_evaluation(config)
     if (config.num_steps > 0) == (config.num_epochs > 0):
@@ -185,45 +186,6 @@ def _check(config: Config) -> None:
             f"set exactly one of config.num_steps (now {config.num_steps}) and config.num_epochs "
             f"(now {config.num_epochs}) to a positive number"
         )
-    for tower in ("gen", "ctx"):
-        arch = getattr(config, tower).arch
-        if arch.heads % arch.kv_heads:
-            raise UserError(
-                f"config.{tower}.arch.heads={arch.heads} is no multiple of kv_heads={arch.kv_heads}"
-            )
-        if arch.head_dim % 2:
-            raise UserError(f"config.{tower}.arch.head_dim={arch.head_dim} must be even (RoPE)")
-        for name in arch.lora.kernels.split(",") if arch.lora.rank else ():
-            if name not in KERNELS:
-                raise UserError(
-                    f"config.{tower}.arch.lora.kernels: {name!r} is none of {', '.join(KERNELS)}"
-                )
-        starts_as = config.gen if getattr(config, tower).init == "gen" else getattr(config, tower)
-        if arch.frozen_layers and starts_as.init == "scratch":
-            raise UserError(
-                f"config.{tower}.arch.frozen_layers={arch.frozen_layers} would freeze random "
-                f"weights; set config.{tower}.init"
-            )
-        if arch.rope_fraction > 1:
-            raise UserError(f"config.{tower}.arch.rope_fraction={arch.rope_fraction} is a share")
-        kind = arch.rope_scaling.kind
-        for name, default in vars(RopeScaling()).items():
-            given = getattr(arch.rope_scaling, name) != default
-            if given and name != "kind" and name not in _ROPE_SCALING[kind]:
-                raise UserError(
-                    f"config.{tower}.arch.rope_scaling.{name} means nothing with kind={kind}; drop "
-                    "it, or set the kind"
-                )
-    for name in ("pooling", "prompt", "rotate"):
-        if getattr(config.gen, name) != getattr(Config().gen, name):
-            raise UserError(
-                f"config.gen.{name} means nothing: Gen reads no passages; set it for ctx"
-            )
-    for tower in ("gen", "ctx"):
-        if not getattr(config, tower).init:
-            raise UserError(f"config.{tower}.init is empty; give weights, or scratch")
-    if config.gen.init == "gen":
-        raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")
     if config.loss.remote_negatives == "detached" and config.compat != "official":
         raise UserError(
             "config.loss.remote_negatives='detached' exists only under compat='official'; "
@@ -260,6 +222,47 @@ def _check(config: Config) -> None:
                 f"config.{dotted} names no source; give --config.{dotted}=FILE.jsonl,... or "
                 "tfds:NAME"
             )
+
+
+def _check_towers(config: Config) -> None:
+    """What each tower is, and starts from."""
+    for tower in ("gen", "ctx"):
+        init, arch = getattr(config, tower).init, getattr(config, tower).arch
+        if not init:
+            raise UserError(f"config.{tower}.init is empty; give weights, or scratch")
+        if arch.heads % arch.kv_heads:
+            raise UserError(
+                f"config.{tower}.arch.heads={arch.heads} is no multiple of kv_heads={arch.kv_heads}"
+            )
+        if arch.head_dim % 2:
+            raise UserError(f"config.{tower}.arch.head_dim={arch.head_dim} must be even (RoPE)")
+        for name in arch.lora.kernels.split(",") if arch.lora.rank else ():
+            if name not in KERNELS:
+                raise UserError(
+                    f"config.{tower}.arch.lora.kernels: {name!r} is none of {', '.join(KERNELS)}"
+                )
+        if arch.frozen_layers and (config.gen.init if init == "gen" else init) == "scratch":
+            raise UserError(
+                f"config.{tower}.arch.frozen_layers={arch.frozen_layers} would freeze random "
+                f"weights; set config.{tower}.init"
+            )
+        if arch.rope_fraction > 1:
+            raise UserError(f"config.{tower}.arch.rope_fraction={arch.rope_fraction} is a share")
+        kind = arch.rope_scaling.kind
+        for name, default in vars(RopeScaling()).items():
+            given = getattr(arch.rope_scaling, name) != default
+            if given and name != "kind" and name not in _ROPE_SCALING[kind]:
+                raise UserError(
+                    f"config.{tower}.arch.rope_scaling.{name} means nothing with kind={kind}; drop "
+                    "it, or set the kind"
+                )
+    for name in ("pooling", "prompt", "rotate"):
+        if getattr(config.gen, name) != getattr(Config().gen, name):
+            raise UserError(
+                f"config.gen.{name} means nothing: Gen reads no passages; set it for ctx"
+            )
+    if config.gen.init == "gen":
+        raise UserError("config.gen.init='gen' is circular; only ctx.init may be 'gen'")
 
 
 def _check_objective(config: Config) -> None:

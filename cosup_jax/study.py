@@ -221,8 +221,15 @@ def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
         return json.loads(path.read_text())
     print(f"--- {arm}: measuring {name}", flush=True)
     kept = {"code": processes.code_digest(), "found": measure()}
+    try:
+        text = json.dumps(kept, allow_nan=False)
+    except ValueError:
+        raise UserError(
+            f"{arm}: {name} is not finite: the run has diverged; see {arm.directory}/report.html, "
+            "change the arm, or leave it out of config.study.arms"
+        ) from None
     with writing(path):
-        write_atomic(path, json.dumps(kept, allow_nan=False) + "\n")
+        write_atomic(path, text + "\n")
     return kept
 
 

@@ -1,15 +1,17 @@
 """Studies: intervals, verdicts, and what is made of the scores of runs."""
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from cosup_jax.config import Config
 from cosup_jax.errors import UserError
-from cosup_jax.studies import page, results
+from cosup_jax.studies import measures, page, results
 from cosup_jax.studies.run import NUMBER, POINTS, SHARE
-from cosup_jax.studies.verdict import estimate, verdict
+from cosup_jax.studies.verdict import _shown, estimate, verdict
 
 KINDS = {
     "corpus/correct": SHARE,
@@ -58,6 +60,9 @@ def test_one_seed_has_an_interval_over_its_items():
 def test_a_difference_as_large_as_detectable_shows_as_often_as_is_said():
     """Bug: a detectable difference without the power, which shows every other time only."""
     rng, sizes, shown = np.random.default_rng(1), [], 0
+    for freedom in (2, 199):  # where one part alone varies, exactly
+        ends = stats.nct.cdf(stats.t.ppf(0.975, freedom), freedom, _shown(freedom))
+        assert ends == pytest.approx(0.2)
     for _ in range(300):
         sizes.append(estimate(drawn(rng, 3, 200, 0, 0.3, 0.3)).detectable)
     for _ in range(300):
@@ -116,6 +121,31 @@ def test_a_claim_may_say_that_a_number_is_smaller():
     found = results.claim_rows(runs, claims, {"corpus/correct": NUMBER})
     assert [row["verdict"] for row in found] == ["confirmed", "not seen"]
     assert found[0]["mean"] == -1 and found[0]["claim"] == "C < N: corpus/correct"
+
+
+def test_a_metric_less_another_is_taken_item_by_item():
+    """Bugs: a difference of means over different questions; a verdict where nobody answers with
+    either passage; an unknown metric behind the minus; of nats a point that is as good as none."""
+    given = lambda right, wrong: {"w": {"gold/correct": right, "wrong/correct": wrong}}
+    runs = {
+        "C": [given({"a": 1.0, "b": 1.0, "c": 0.0}, {"a": 0.0, "b": 1.0})] * 2,
+        "N": [given({"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 1.0, "c": 1.0})] * 2,
+    }
+    metric = "gold/correct - wrong/correct"
+    (claim,) = results.claims_of(f"C > N: {metric}", runs)
+    assert claim.metric == metric and not claim.below
+    (row,) = results.claim_rows(runs, [claim], {metric: POINTS})
+    assert (row["items"], row["by_seed"], row["log_odds"]) == (2, [0.5, 0.5], None)
+    (c, n) = results.arm_rows(runs, {metric: POINTS})
+    assert (c["mean"], n["mean"]) == (0.5, 0.0)
+    runs = {arm: [given(dict.fromkeys("ab", 0.0), dict.fromkeys("ab", 0.0))] * 2 for arm in "CN"}
+    (row,) = results.claim_rows(runs, [claim], {metric: POINTS})
+    assert row["verdict"] == "undecided"
+    kind = functools.partial(measures.kind_of, config=Config(), asked=["answers", "training"])
+    assert kind(metric) == POINTS and kind("gold/correct - ntp_nats_per_token") == NUMBER
+    assert kind("gold/correct - wrong/corect") is None
+    with pytest.raises(UserError, match="'wrong/corect' is given by none"):
+        measures.kinds("here", ["gold/correct - wrong/corect"], Config(), ["answers"])
 
 
 def test_what_nobody_can_answer_tells_nothing():
@@ -226,7 +256,7 @@ def test_rows_stand_in_the_order_of_the_study():
 def test_no_difference_of_nats_is_as_good_as_none():
     """Bug: a loss that is some thousandths of a nat larger or smaller is "not seen", by a margin
     that was made for shares and their differences."""
-    kinds = {"corpus/correct": SHARE, "gold_over_none/correct": POINTS, "distance": NUMBER}
+    kinds = {"corpus/correct": SHARE, "slope/retrieval_hit": POINTS, "distance": NUMBER}
     runs = {
         arm: [{"w": {metric: {"a": 0.5, "b": b} for metric in kinds}}] * 3
         for arm, b in (("C", 0.5004), ("N", 0.5))
@@ -271,6 +301,9 @@ def test_an_interval_of_a_share_ends_where_shares_do():
     """Bug: "0.81 (-0.34 to 1.96)" of a share; or an interval of nats that is cut off at 1."""
     rows = {(r["arm"], r["metric"]): r for r in a_study()["measured"]}
     assert (rows["C", "corpus/correct"]["low"], rows["C", "corpus/correct"]["high"]) == (0.0, 1.0)
+    runs = {"C": [scores(a=1.0, b=1.0)] * 2, "N": [scores(a=0.0, b=0.0), scores(a=1.0, b=0.0)]}
+    (row,) = results.claim_rows(runs, results.claims_of("C > N: corpus/correct", runs), KINDS)
+    assert (row["low"], row["high"]) == (-1.0, 1.0)
     assert rows["C", "distance"]["low"] < 0 and rows["C", "distance"]["high"] > 1
 
 

@@ -1,7 +1,7 @@
 """Does what is gained in the domain hold out of it?
 
 Shows       the arms on questions of the trained set, on entities that were never asked about, and
-            on a task that was never trained; with evidence seen in training and not
+            on a task that was never trained: core's claims about answers and retrieval, set by set
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/domains.md
 Command     python -m cosup_jax.main --config=configs/studies/domains.py --workdir=runs/studies \\

@@ -26,7 +26,8 @@ def get_config(variant=""):
         arms="C,C_target,N,N_target",
         crossed="C_target|C,N|C,N_target|C",
         measures="answers,majority,evidence",
-        claims="C > C_target: swapped/swap_wins, gold/correct, corpus/retrieval_hit;"
+        claims="C > C_target: swapped/swap_wins - original/swap_wins, gold/correct,"
+        "corpus/retrieval_hit;"
         "C_target > C: none/correct, -answer_nats_without_evidence",
         shown="corpus/correct,corpus/retrieval_hit,gold/correct,none/correct,swapped/swap_wins,"
         "original/swap_wins,answer_nats_with_evidence,answer_nats_without_evidence",

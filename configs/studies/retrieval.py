@@ -19,8 +19,8 @@ def get_config(variant=""):
         question="What does a right passage do for the answer, and what a wrong one?",
         arms="N,S,S2,C,T",
         crossed=arms.CROSSED,
-        claims="C > N: gold_over_wrong/correct, gold_over_none/correct;"
-        "T > N: gold_over_wrong/correct",
+        claims="C > N: gold/correct - wrong/correct, gold/correct - none/correct;"
+        "T > N: gold/correct - wrong/correct",
         shown="corpus_hit/correct,corpus_miss/correct,gold/correct,wrong/correct,none/correct,"
-        "gold_over_wrong/correct,gold_over_none/correct",
+        "gold/correct - wrong/correct,gold/correct - none/correct",
     )

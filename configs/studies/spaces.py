@@ -18,6 +18,7 @@ def get_config(variant=""):
     at = arms.scale(variant)
     kept = range(at.checkpoint.every_steps, at.num_steps, at.checkpoint.every_steps)
     shares = ("title_in_vector", "title_at_ret", "mutual_knn10", "mutual_nearest")
+    beyond_chance = ", ".join(f"{share} - {share}_shuffled" for share in shares[:3])
     on_the_way = [f"{share}/step_{step}" for share in shares for step in kept]
     return arms.config(
         variant,
@@ -25,10 +26,10 @@ def get_config(variant=""):
         arms="N,S,S2,C,T",
         crossed=arms.CROSSED,
         measures="answers,majority,spaces,spaces_over_training,gradients",
-        claims="C > S2: title_in_vector, title_at_ret, mutual_knn10, mutual_nearest;"
-        "T > C: title_in_vector, mutual_knn10",
+        claims=f"C > S2: {beyond_chance}, mutual_nearest; T > C: {beyond_chance}",
         shown="title_in_vector,title_in_vector_shuffled,title_at_ret,title_at_ret_shuffled,"
-        "mutual_knn10,mutual_knn10_shuffled,mutual_nearest,nearest_is_passage,passages_in_top10,"
+        "mutual_knn10,mutual_knn10_shuffled,mutual_nearest,mutual_nearest_most,"
+        "nearest_is_passage,passages_in_top10,"
         "gradient_cosine/gen,gradient_cosine/layer_0,gradient_cosine/layer_1,"
         + ",".join(on_the_way),
     )

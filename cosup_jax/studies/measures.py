@@ -18,7 +18,7 @@ from cosup_jax.evaluation import nli, scoring
 from cosup_jax.rehearsal import model_flops
 from cosup_jax.runtime import telemetry
 from cosup_jax.studies import evidence, geometry, gradients, spaces
-from cosup_jax.studies.run import NUMBER, POINTS, SHARE, Gives, Run, Scores
+from cosup_jax.studies.run import LESS, NUMBER, POINTS, SHARE, Gives, Run, Scores
 
 _SCORE = (  # all that `scoring.scored` may find, by a judge of some prefix, and `correct`
     r"correct|(KILT-)?(accuracy|em|f1|rougel)|acc_substring|rougeLsum|str_em"
@@ -34,12 +34,11 @@ _SLOPES = {"slope": r"corpus(_\d+)?", "slope_hard": rf"corpus|{asked.HARD}\d+"}
 def answers(run: Run, folder: str = "evaluation") -> Scores:
     """All that --mode=evaluate scores, as `ARM/SCORE`: `corpus/retrieval_hit`, `gold/correct`, ...
 
-    Beside these, of each question: gold_over_wrong/correct and gold_over_none/correct, what its own
-    passage is worth; corpus_seen/SCORE and corpus_unseen/SCORE, where training reads its evidence
-    and where not. Of each set: corpus_hit/correct and corpus_miss/correct, means where retrieval
-    succeeded and where it failed, over other questions in each run; slope/retrieval_hit, of the
-    line through it over log10 of the passages searched, and slope_hard/retrieval_hit where those
-    are the ones that BM25 ranks best.
+    Beside these, of each question, corpus_seen/SCORE and corpus_unseen/SCORE, where training reads
+    its evidence and where not. Of each set: corpus_hit/correct and corpus_miss/correct, means where
+    retrieval succeeded and where it failed, over other questions in each run; slope/retrieval_hit,
+    of the line through it over log10 of the passages searched, and slope_hard/retrieval_hit where
+    those are the ones that BM25 ranks best.
 
     Written to WORKDIR/evaluation, or another folder of the run's.
     """
@@ -70,10 +69,6 @@ def of_set(
                 names.append("corpus_seen" if record["seen"] else "corpus_unseen")
             for name, (score, value) in itertools.product(names, scores.items()):
                 found.setdefault(f"{name}/{score}", {})[record["id"]] = float(value)
-    for other in ("wrong", "none"):
-        pair = [found.get(f"{arm}/correct", {}) for arm in ("gold", other)]
-        if both := [id for id in pair[0] if id in pair[1]]:
-            found[f"gold_over_{other}/correct"] = {id: pair[0][id] - pair[1][id] for id in both}
     hits, right = (found.get(f"corpus/{name}", {}) for name in ("retrieval_hit", "correct"))
     for name, hit in (("hit", 1.0), ("miss", 0.0)):
         if values := [right[id] for id in right if hits.get(id) == hit]:
@@ -100,8 +95,7 @@ def _answers_give(config: Config) -> Gives:
     found = {rf"({'|'.join(arms)})/({score})": SHARE}
     if "corpus" in arms:
         found |= {r"corpus_(hit|miss)/correct": SHARE, r"slope(_hard)?/retrieval_hit": POINTS}
-    others = [name for name in ("wrong", "none") if {"gold", name} <= {*arms}]
-    return found | {f"gold_over_{name}/correct": POINTS for name in others}
+    return found
 
 
 def majority(run: Run) -> Scores:
@@ -124,11 +118,13 @@ def majority(run: Run) -> Scores:
 
 def training(run: Run) -> Scores:
     """What training itself has logged: `gradient_ratio`, how large NSP's gradient in Gen is beside
-    NTP's, weights included, at each step at which it was probed; and of each set the last held-out
-    `ntp_nats_per_token`, `recall_at_1`, ... over eval.examples questions."""
+    NTP's, weights included, at each step at which it was probed, but for step 0, where it says what
+    the weights are; and of each set the last held-out `ntp_nats_per_token`, `recall_at_1`, ... over
+    eval.examples questions."""
     lines = telemetry.lines(run.workdir / "metrics.jsonl")
     name = "grad/nsp_over_ntp_gen"
-    ratio = {f"step_{line['step']}": line[name] for line in lines if line.get(name) is not None}
+    probed = (line for line in lines if line["step"] and line.get(name) is not None)
+    ratio = {f"step_{line['step']}": line[name] for line in probed}
     found: Scores = {"": {"gradient_ratio": ratio} if ratio else {}}
     for key, value in lines[-1].items():
         group, _, rest = key.partition("/")
@@ -188,7 +184,12 @@ MEASURES = {
 
 
 def kind_of(metric: str, config: Config, asked: Iterable[str]) -> str | None:
-    """SHARE, POINTS or NUMBER; None of what none of these measures gives."""
+    """SHARE, POINTS or NUMBER, also of `"A - B"`; None of what none of these measures gives."""
+    if LESS in metric:
+        kinds = [kind_of(one, config, asked) for one in metric.split(LESS)]
+        if len(kinds) > 2 or None in kinds:
+            return None
+        return POINTS if set(kinds) == {SHARE} else NUMBER
     for name in asked:
         for pattern, kind in MEASURES[name].gives(config).items():
             if re.fullmatch(pattern, metric):
@@ -203,6 +204,8 @@ def kinds(
     found = {metric: kind_of(metric, config, asked) for metric in metrics}
     for metric, kind in found.items():
         if kind is None:
+            missing = (one for one in metric.split(LESS) if not kind_of(one, config, asked))
+            metric = next(missing, metric)
             others = [name for name in MEASURES if kind_of(metric, config, [name])]
             arm = metric.partition("/")[0]
             mend = "each function there says what it gives"

@@ -17,9 +17,11 @@ Rows = Sequence[Mapping[str, Any]]
 Cells = list[list[str]]
 
 RULE = (
-    f"Intervals are of {LEVEL:.0%}, over seeds and questions both. *Confirmed*: the interval of "
-    "the paired difference excludes 0 in the claimed direction, and all seeds agree. *Not seen*: "
-    "it holds nothing on that side, or, of shares and their differences, nothing beyond "
+    f"Intervals are of {LEVEL:.0%}, over seeds and questions both, of what has one item over seeds "
+    "alone. Over seeds they count on values that vary like a normal: where a run either begins to "
+    "learn or does not, read the seeds. *Confirmed*: the interval of the paired difference "
+    "excludes 0 in the claimed direction, and all seeds agree. *Not seen*: it holds nothing on "
+    "that side, or, of shares and their differences, nothing beyond "
     f"{POINT:g} (of nats and the like nothing says what is as good as none). Else *undecided*, "
     f"and also where both arms are right in at most {POINT:.0%} of the items, or wrong in as few. "
     "*Detectable* is the smallest true difference that would have shown with a chance of "
@@ -31,8 +33,11 @@ MATRIX_NOTE = (
     "Share of right answers. A row is an arm whose Gen was trained to write. A column says where "
     "the passage comes from: an arm's Gen and Ctx retrieve it, for this Gen or for another arm's, "
     "or it is given. Along a row the writer stays the same, down a column the retrieval. "
-    f"*{MAJORITY}*: one answer to all questions, the most frequent of the set's training rows, or "
-    f"of the set where it has none. *{FOUND}*: how often the right passage is among those shown."
+    f"*{MAJORITY}*: one answer to all questions, the most frequent among the training rows of the "
+    f"set's source, or in the set if that has none. *{FOUND}*: how often the right passage is "
+    "among those shown. What is right depends on the set: where answers are of several kinds, one "
+    "that is the right one letter for letter (em); where all are strings of the evidence, one that "
+    "holds it (acc_substring)."
 )
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (
@@ -116,12 +121,12 @@ def matrix_cells(rows: Rows, arms: Sequence[str]) -> Cells:
 def arm_cells(rows: Rows, arms: Sequence[str]) -> Cells:
     """A heading, and a row for each arm that has one, in the study's order, of one set."""
     metrics, by_arm = list(_by(rows, "metric")), _by(rows, "arm")
-    cells = [["arm", *metrics, "seeds", "items"]]
+    cells = [["arm", *metrics, "seeds", "items, at most"]]
     for arm in filter(by_arm.__contains__, arms):
         own = by_arm[arm]
         found = {row["metric"]: row for row in own}
         told = [_with_interval(found[m]) if m in found else _NONE for m in metrics]
-        most = max(row["items"] for row in own)  # a mean over a set is one item
+        most = max(row["items"] for row in own)
         cells.append([arm, *told, str(own[0]["seeds"]), f"{most:,}"])
     return cells
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosup_jax.errors import UserError
-from cosup_jax.studies.run import NUMBER, SHARE, Scores
+from cosup_jax.studies.run import LESS, NUMBER, POINTS, SHARE, Scores
 from cosup_jax.studies.verdict import POINT, Estimate, estimate, verdict
 
 Runs = Mapping[str, Sequence[Scores]]  # of each arm its seeds, in their order
@@ -51,13 +51,16 @@ def claims_of(text: str, arms: Iterable[str]) -> list[Claim]:
 
 
 def values(runs: Sequence[Scores], name: str, metric: str, items: Sequence[str]) -> np.ndarray:
-    """[S, I] the scores of one arm in the set `name`."""
-    return np.array([[scores[name][metric][item] for item in items] for scores in runs], np.float64)
+    """[S, I] the scores of one arm in the set `name`; of `"A - B"` what A has more than B."""
+    of = lambda one: [[scores[name][one][item] for item in items] for scores in runs]
+    first, *less = (np.array(of(one), np.float64) for one in metric.split(LESS))
+    return first - less[0] if less else first
 
 
 def items_of(runs: Iterable[Scores], name: str, metric: str) -> list[str]:
     """Those that every run has scored, sorted; none if a run has no such metric."""
-    scored = [set(scores.get(name, {}).get(metric, ())) for scores in runs]
+    metrics = metric.split(LESS)
+    scored = [set(scores.get(name, {}).get(one, ())) for scores in runs for one in metrics]
     return sorted(set.intersection(*scored)) if scored else []
 
 
@@ -125,13 +128,17 @@ def claim_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[s
             ours, theirs = (values(part[:seeds], name, claim.metric, items) for part in (a, b))
             difference_SxI = ours - theirs
             towards_SxI = -difference_SxI if claim.below else difference_SxI
-            told = {"claim": str(claim), "set": name} | _numbers(difference_SxI)
             kind = kinds[claim.metric]
+            apart = NUMBER if kind == NUMBER else POINTS
+            told = {"claim": str(claim), "set": name} | _numbers(difference_SxI, apart)
             many = kind == SHARE and len(items) > 1  # a mean of a whole set is no count of items
             told["log_odds"] = log_odds(ours) - log_odds(theirs) if many else None
             told["verdict"] = verdict(towards_SxI, 0.0 if kind == NUMBER else POINT)
-            if kind == SHARE and _at_an_end(ours, theirs):  # nobody can do it, or everybody
-                told |= {"verdict": "undecided", "detectable": None}
+            if kind == SHARE or (kind == POINTS and LESS in claim.metric):
+                parts = claim.metric.split(LESS)
+                shares = [values(runs[:seeds], name, p, items) for runs in (a, b) for p in parts]
+                if _at_an_end(*shares):  # nobody can do it, or everybody
+                    told |= {"verdict": "undecided", "detectable": None}
             found.append(told)
     return found
 
@@ -159,11 +166,12 @@ def _measured(seeds: Sequence[Scores], name: str, metric: str, kind: str) -> dic
     return _numbers(values(seeds, name, metric, items), kind) if items else None
 
 
-def _numbers(values_SxI: np.ndarray, kind: str = NUMBER) -> dict[str, Any]:
-    """The interval of a share ends where shares do."""
+def _numbers(values_SxI: np.ndarray, kind: str) -> dict[str, Any]:
+    """The interval of a share, or of a difference of two, ends where those do."""
     found: Estimate = estimate(values_SxI)
-    if kind == SHARE and found.low is not None:
-        found = found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))
+    if kind != NUMBER and found.low is not None:
+        least = 0.0 if kind == SHARE else -1.0
+        found = found._replace(low=max(found.low, least), high=min(found.high, 1.0))
     return found._asdict() | {"by_seed": values_SxI.mean(axis=1).tolist()}
 
 

@@ -32,6 +32,7 @@ Scores = dict[str, Metrics]  # by held-out set; "" is of none
 SHARE = "share"  # of 0 to 1
 POINTS = "points"  # a difference of two shares
 NUMBER = "number"  # nats, cosines, ranks, counts: nothing says how much is as good as none
+LESS = " - "  # between two metrics: the first less the second, item by item
 Gives = Mapping[str, str]
 
 PASSAGES = 500  # that every run of a study is measured on

@@ -3,10 +3,11 @@
 S seeds, I items (questions): an arm's scores are values_SxI, of the same items under every seed.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 LEVEL, POWER = 0.95, 0.8
 POINT = 0.01  # of shares: a difference below it is none worth naming
@@ -30,7 +31,10 @@ def estimate(values_SxI: np.ndarray) -> Estimate:
     fixed (two-way clustering, Cameron, Gelbach and Miller 2011); the noise of single answers, which
     is in both, is not taken out again. Each part reaches as far as Student's t of its own degrees
     of freedom says, and the reaches add up as their squares (MOVER; Zou and Donner 2008). With one
-    seed the interval is over items alone.
+    seed the interval is over items alone, and of a metric with one item over seeds alone.
+
+    Over seeds it counts on means that vary like a normal. Where a run either begins to learn or
+    does not, three seeds hold the true mean in some 70 % of cases.
     """
     S, I = values_SxI.shape  # noqa: E741
     mean = float(values_SxI.mean())
@@ -40,9 +44,16 @@ def estimate(values_SxI: np.ndarray) -> Estimate:
         return Estimate(mean, None, None, None, S, I)
     wide = (1 + LEVEL) / 2
     reach = _joined(stats.t.ppf(wide, freedom) * error for freedom, error in parts)
-    shows = (stats.t.ppf(wide, n) + stats.t.ppf(POWER, n) for n, _ in parts)
-    detectable = _joined(far * error for far, (_, error) in zip(shows, parts, strict=True))
+    detectable = _joined(_shown(freedom) * error for freedom, error in parts)
     return Estimate(mean, mean - reach, mean + reach, detectable, S, I)
+
+
+@functools.cache
+def _shown(freedom: int) -> float:
+    """By how many standard errors a mean must lie off 0, for a t-test to show it with POWER."""
+    critical = stats.t.ppf((1 + LEVEL) / 2, freedom)
+    power = lambda far: stats.nct.sf(critical, freedom, far)
+    return optimize.brentq(lambda far: power(far) - POWER, 0, 100)
 
 
 def _joined(reaches) -> float:
