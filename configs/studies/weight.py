@@ -4,7 +4,7 @@ Shows       the arm C at several nsp_weights, the share of NSP in Gen's gradient
             spread and drift of passage vectors with and without NTP, from a Gen that has read the
             passages and from a random one
 Hardware    2 CPU cores, 4 GB of memory
-Expected    docs/results/weight.md; the arms _pre were not run
+Expected    docs/results/weight.md
 Command     python -m cosup_jax.main --config=configs/studies/weight.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
