@@ -149,6 +149,24 @@ def test_a_long_answer_is_scored_whole():
         assert not scoring.is_long(example(**more | {"kind": "label"}))
 
 
+def test_every_line_of_an_answer_is_scored():
+    """Bug: ALCE's scores of a first line alone, beside others of all lines."""
+    said = "Paris is the capital of France.\nRome is new."
+    scores = scores_of(
+        answer(
+            **{"long": True, "long_answer": said, "text": said, "sources": [PARIS, ROME]},
+            answer_groups=[["Paris"], ["Rome"]],
+            output="Paris is the capital of France[1].\nRome is new[2].",
+            spans=[
+                {"text": "Paris is the capital of France.", "passage": "p1", "number": 1},
+                {"text": "Rome is new.", "passage": "p2", "number": 2},
+            ],
+        )
+    )
+    assert scores["str_em"] == scores["rougeLsum"] == 1
+    assert scores["containment_citation_rec"] == scores["containment_grounding"] == 0.5
+
+
 def test_empty_answer_counts_zero():
     """Bug: an answer without words left out of a mean, or scored right."""
     empty = answer(answer="", text="", output="", spans=[], sources=[], ranking=[], answers=["The"])

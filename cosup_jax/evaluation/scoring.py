@@ -60,11 +60,12 @@ def answer_scores(record: Record) -> Scores:
         scores["acc_substring"] = float(text.answer_present(record["text"], answers))
     if record["long_answer"]:
         scores["rougel"] = text.rouge_l(said, [record["long_answer"]])
-        item = {"output": record["output"], "answer": record["long_answer"]}
+        item = {"output": _one_line(record["output"]), "answer": record["long_answer"]}
         scores["rougeLsum"] = alce.rouge_lsum_of(item)
     if record["answer_groups"]:
         pairs = [{"short_answers": group} for group in record["answer_groups"]]
-        scores["str_em"] = alce.str_em_of({"output": record["output"], "qa_pairs": pairs})
+        item = {"output": _one_line(record["output"]), "qa_pairs": pairs}
+        scores["str_em"] = alce.str_em_of(item)
     return scores
 
 
@@ -108,7 +109,7 @@ def grounding_scores(records: Sequence[Record], judge: Judge) -> list[Scores]:
     items = [
         {
             "question": record["question"],
-            "output": record["output"],
+            "output": _one_line(record["output"]),
             "spans": record["spans"],
             "docs": record["sources"],
         }
@@ -147,6 +148,11 @@ def short_answers(record: Record) -> list[str]:
     """Answers that are right; of a question with nothing but groups, those."""
     flat = [answer for group in record["answer_groups"] for answer in group]
     return [answer for answer in record["answers"] or flat if answer.strip()]
+
+
+def _one_line(output: str) -> str:
+    """All of it as ALCE's scorers read one: they stop at its first line."""
+    return output.replace("\n", " ")
 
 
 def _kilt_records(record: Record, passages: Passages) -> tuple[Record, Record]:
