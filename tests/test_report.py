@@ -1,12 +1,14 @@
 """report.html and the closing table."""
 
 import errno
+import json
 import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
+from cosup_jax.answer import records
 from cosup_jax.errors import UserError
 from cosup_jax.report import answers
 from cosup_jax.report import page as page_lib
@@ -270,6 +272,21 @@ def test_run_without_evaluation(run, tmp_path):
         partial = run | {"metrics": metrics, "answers": {}, "summary": None, "baselines": {}}
         write_report(tmp_path / "report.html", partial)
         assert not Page((tmp_path / "report.html").read_text()).open
+
+
+def test_only_the_answers_of_the_summary_are_shown(run, tmp_path):
+    """Bug: a KeyError at the end of training, or answers of another checkpoint under this one's
+    scores, where a later evaluation was killed after the summary was written."""
+    part, record = run["summary"]["sets"][0], run["answers"]["world"]["no retrieval"][0]
+    part |= {"name": "world", "arms": [arm("corpus", "trained", 0.7, run="now")]}
+    unscored = {name: record[name] for name in ("id", "question", "answers", "output")}
+    scored = record | {"scores": {"em": 1.0}}
+    rows = [scored | {"run": "now"}, unscored | {"run": "now"}, scored | {"run": "later"}]
+    directory = tmp_path / "evaluation" / "world"
+    directory.mkdir(parents=True)
+    (directory / "corpus.jsonl").write_text(records.lines(rows))
+    (directory.parent / "summary.json").write_text(json.dumps(run["summary"]))
+    assert page_lib.read_run(tmp_path, 3)["answers"] == {"world": {"trained": rows[:1]}}
 
 
 def test_values_that_are_not_finite(run, tmp_path):

@@ -70,7 +70,7 @@ def read_run(workdir: Path, shown: int) -> dict[str, Any]:
     for part in summary["sets"] if summary else ():
         whole = [arm for arm in part["arms"] if not arm["subset"]]
         answers[part["name"]] = {
-            arm["label"]: records.read(evaluation / part["name"] / f"{arm['arm']}.jsonl")
+            arm["label"]: _scored(evaluation / part["name"] / f"{arm['arm']}.jsonl", arm["run"])
             for arm in whole
         }
     for record in () if summary else records.read(evaluation / "answers.jsonl"):
@@ -84,6 +84,12 @@ def read_run(workdir: Path, shown: int) -> dict[str, Any]:
         "answers": answers,
         "shown": shown,
     }
+
+
+def _scored(path: Path, run: str) -> list[Mapping[str, Any]]:
+    """The answers of a summary's arm: a later evaluation may have left others there, unscored."""
+    found = records.read(path)
+    return [record for record in found if record.get("run") == run and "scores" in record]
 
 
 def closing_rows(metrics: Sequence[Mapping], baselines: Mapping) -> list[dict[str, Any]]:
