@@ -223,9 +223,8 @@ def _check_output(path: Path, run: str) -> None:
     if not path.exists():
         return
     with writing(path):  # which begins with reading it
-        found = records.read(path)
-        whole = path.read_bytes().count(b"\n")
-    if len(found) < whole or any(record.get("run") != run for record in found):
+        ours = records.all_of(path, run)
+    if not ours:
         raise UserError(
             f"{path} holds something else than answers to these questions by this model, corpus "
             "and settings; give another --output, or move it away"

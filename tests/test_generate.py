@@ -194,6 +194,13 @@ def test_what_a_user_can_get_wrong(home, tmp_path, capsys, monkeypatch):
     mine.write_text("notes\n")
     assert "something else than answers" in refused(f"--output={mine}")
     assert mine.read_text() == "notes\n"
+    for text in ("notes", '{"question": "a"}', '{"id": "1", "question": "a"}'):  # no line break
+        mine.write_text(text)
+        assert "something else than answers" in refused(f"--output={mine}")
+        if text != "notes":
+            flags = f"--questions={mine}", f"--output={mine}"
+            assert "something else than answers" in refused(*flags, questions="")
+        assert mine.read_text() == text
     assert "Is a directory" in refused(f"--output={tmp_path}")
     assert f"cannot write {mine / 'x'}" in refused(f"--output={mine / 'x'}")
     answers = write_lines(tmp_path / "old.jsonl", [{"id": "1", "run": "another"}])

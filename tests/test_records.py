@@ -54,6 +54,31 @@ def test_a_record_that_somebody_edited(tmp_path):
         assert list(answers.known) == ["a", "c"]
 
 
+@pytest.mark.parametrize(
+    ("content", "ours"),
+    [
+        (b"", True),
+        (b'{"id": "a", "run": "r"}\n', True),
+        (b'{"id": "a", "run": "r"}\n{"i', True),
+        (b'{"id": "a", "run": "r"}\n{"id": "b", "text": "x', True),
+        (b'{"id": "a", "run": "r"}', True),  # all but the end of the line
+        (b'{"id": "a", "run": "r"}\n{"id": "b", "run": "s"}\n', False),
+        (b"\n", False),
+        (b"notes", False),
+        (b'{"id": "a", "run": "r"}\nnotes', False),
+        (b'{"id": "a", "run": "s"}', False),
+        (b'{"id": "a", "question": "b"}', False),
+        (b'{"question": "b"}', False),
+    ],
+)
+def test_what_is_a_file_of_answers(tmp_path, content, ours):
+    """Bugs: a file of one line, which no line break ends, taken for a record that a kill cut off;
+    a run that was killed while it wrote refused."""
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(content)
+    assert records.all_of(path, "r") is ours
+
+
 def test_lines_that_are_no_records(tmp_path):
     """Bug: a file that something else wrote ends the evaluation in a traceback."""
     path = tmp_path / "corpus.jsonl"

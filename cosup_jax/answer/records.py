@@ -11,6 +11,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.runtime.workdir import write_atomic, writing
 
 Record = dict[str, Any]
+_BEGINNING = b'{"id": "'  # of every line
 
 
 class Answers:
@@ -81,6 +82,14 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     return [record for line in path.read_bytes().splitlines(True) if (record := _parse(line))]
+
+
+def all_of(path: Path, run: str) -> bool:
+    """Whether a file holds records of this run and nothing else; the last may be cut off."""
+    *whole, rest = path.read_bytes().split(b"\n")
+    ours = lambda line: _parse(line + b"\n").get("run") == run
+    cut_off = _BEGINNING.startswith(rest[: len(_BEGINNING)]) and not _parse(rest + b"\n")
+    return all(map(ours, whole)) and (cut_off or ours(rest))
 
 
 def lines(records: Iterable[Mapping[str, Any]]) -> str:
