@@ -25,7 +25,7 @@ from cosup_jax.search.vectors import Layout, Vectors
 
 rows, width, directory = int(sys.argv[1]), 256, Path(sys.argv[2])
 given = dict.fromkeys(EmbeddingContract.__dataclass_fields__, 1) | {"width": width}
-layout = Layout(EmbeddingContract(**given), "", rows, "float32", 16_384)
+layout = Layout(EmbeddingContract(**given), "", rows, "float32", 16_384, "float32")
 rng = np.random.default_rng(0)
 for name, part in layout.shards():
     shard = rng.random((len(part), width), np.float32)

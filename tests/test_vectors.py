@@ -122,8 +122,8 @@ def test_equal_scores_come_by_id(tmp_path, kind):
 class Numbers:
     """Stands for an encoder: row i of the corpus is [i, i + 0.5, -i]; notes what it encodes."""
 
-    def __init__(self):
-        self.encoded = []
+    def __init__(self, dtype="float32"):
+        self.encoded, self.dtype = [], dtype
 
     def corpus(self, params, packed, count):
         first = self.encoded[-1][1] if self.encoded else params["first"]
@@ -179,7 +179,7 @@ def test_a_kill_costs_one_shard(tmp_path, corpus):
     assert encoded == [(0, 3), (3, 6), (6, 9), (9, 10)]
     given = [
         (name, Numbers().corpus({"first": rows.start}, None, len(rows)).tolist(), ids)
-        for name, rows in Layout(CONTRACT, corpus.fingerprint, 10, "int8", 3).shards()
+        for name, rows in Layout(CONTRACT, corpus.fingerprint, 10, "int8", 3, "float32").shards()
         for ids in [[f"p{row}" for row in rows]]
     ]
     script = [sys.executable, "-c", KILLED, str(ROOT), str(tmp_path / "killed")]
@@ -240,9 +240,28 @@ def test_another_model_is_refused_and_replaces_what_was_there(tmp_path, corpus):
     new, encoded = write(tmp_path, corpus, contract=other)
     assert not encoded and new.key != old.key
     assert not any(old.key in name for name in contents(tmp_path)) and not faiss.exists()
-    for change in ({"dtype": "int8"}, {"corpus": "x"}, {"shard_rows": 4}, {"rows": 11}):
-        layout = Layout(CONTRACT, corpus.fingerprint, 10, "float32", 3)
+    changes = ({"dtype": "int8"}, {"corpus": "x"}, {"shard_rows": 4}, {"rows": 11})
+    for change in (*changes, {"computed": "bfloat16"}):
+        layout = Layout(CONTRACT, corpus.fingerprint, 10, "float32", 3, "float32")
         assert layout.key == old.key != Layout(**(layout._asdict() | change)).key
+
+
+def test_vectors_of_another_precision_are_made_anew(trained, tmp_path, corpus):
+    """Bugs: an encode in float32 that takes what bfloat16 has left for its own; one that goes on
+    where that was killed, and mixes them."""
+    half = dataclasses.replace(trained.towers.ctx.arch, dtype="bfloat16")
+    ctx = dataclasses.replace(trained.towers.ctx, arch=half)
+    towers = dataclasses.replace(trained.towers, ctx=ctx)
+    encoder = lambda towers: Encoder(trained.mesh, towers, trained.config)
+    assert (encoder(trained.towers).dtype, encoder(towers).dtype) == ("float32", "bfloat16")
+    settings = IndexConfig(shard_rows=3)
+    made = lambda numbers: encode_to_disk(
+        tmp_path, corpus, numbers, {"first": 0}, CONTRACT, settings
+    )
+    made(Numbers("bfloat16"))
+    again = Numbers()
+    made(again)
+    assert again.encoded == [(0, 3), (3, 6), (6, 9), (9, 10)]
 
 
 def test_a_diverged_model_is_refused(tmp_path, corpus, monkeypatch):
@@ -281,7 +300,7 @@ def test_vectors_come_back_as_their_dtype_keeps_them(tmp_path, corpus, dtype):
 
 def test_an_empty_corpus(tmp_path):
     """Bug: a traceback where all that is to be encoded is nothing."""
-    vectors.write_manifest(tmp_path, Layout(CONTRACT, "none", 0, "float32", 3))
+    vectors.write_manifest(tmp_path, Layout(CONTRACT, "none", 0, "float32", 3, "float32"))
     found = Vectors.open(tmp_path)
     assert len(found) == 0 and index.search(np.ones((1, 3)), found, 2)[1].tolist() == [[-1, -1]]
 

@@ -83,7 +83,8 @@ def encode_to_disk(
     Raises:
       UserError: a vector that is not finite; no room on the disk.
     """
-    layout = Layout(contract, corpus.fingerprint, len(corpus), config.dtype, config.shard_rows)
+    stored = (config.dtype, config.shard_rows)
+    layout = Layout(contract, corpus.fingerprint, len(corpus), *stored, encoder.dtype)
     shards, first = layout.shards(), jax.process_index() == 0
     todo = json.dumps(vectors.missing(directory, layout)) if first else None
     todo = json.loads(processes.broadcast("shards to encode", todo, processes.BARRIER_SECONDS))

@@ -28,6 +28,7 @@ class Encoder:
 
     def __init__(self, mesh: Mesh, towers: Towers, config: Config):
         self._mesh, self._width = mesh, towers.gen.width
+        self.dtype = towers.ctx.arch.dtype  # in which it computes
         self._vectors = jax.jit(
             lambda params, batch: passage_vectors(towers.ctx_params(params), batch, towers, config),
             out_shardings=sharding.replicated(mesh),

@@ -5,8 +5,9 @@
     DIR/KEY-00000/scales        int8: [rows] float32; a vector is what is stored times its scale
     DIR/KEY-00000/ids, ids_offsets, about.json    passage ids, UTF-8; rows and SHA-256 of the shard
 
-Rows are in the order of passage ids. KEY is of the embedding contract, the passages, the dtype and
-the shards' size, so that shards of another model, corpus or dtype are never taken for these.
+Rows are in the order of passage ids. KEY is of the embedding contract, the passages, the dtype,
+that in which Ctx computes and the shards' size, so that shards of another model, corpus or dtype
+are never taken for these.
 """
 
 import hashlib
@@ -49,6 +50,7 @@ class Layout(NamedTuple):
     rows: int
     dtype: str  # of DTYPES
     shard_rows: int
+    computed: str  # the dtype in which Ctx makes them
 
     @property
     def key(self) -> str:
