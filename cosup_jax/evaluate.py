@@ -104,7 +104,10 @@ class Evaluation:
             )
         return {
             "step": trained.step,
-            "judge": {"name": config.eval.judge, "prefix": self._prefix},
+            "judge": {
+                **{"name": config.eval.judge, "prefix": self._prefix},
+                "cut": getattr(self._judge, "cut", 0),  # pairs, of those that it judged here
+            },
             "domains": self._domains(parts),
             "sets": parts,
             "hashes": {

@@ -67,6 +67,7 @@ def summary(home):
     indexed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "BM25", lambda texts: indexed.append(texts) or BM25(texts))
+        patch.setattr(Containment, "cut", 3, raising=False)  # as an NLI model counts
         evaluate.evaluate(config_of(home), str(home / "run"))
     assert len(indexed) == 3  # a corpus of each source, for arm and reference
     page = (home / "run/report.html").read_text()
@@ -136,7 +137,7 @@ def test_summary_is_the_records_means(home, summary):
     assert towns["evidence_seen"] == pytest.approx(3 / COUNT)
     assert {"in-domain", "out-of-domain"} == set(summary["domains"])
     assert all(summary["hashes"][name] for name in ("code", "config", "weights", "data", "index"))
-    assert summary["judge"] == {"name": "containment", "prefix": "containment_"}
+    assert summary["judge"] == {"name": "containment", "prefix": "containment_", "cut": 3}
 
 
 def test_an_output_alone_is_what_is_expected(home, summary):

@@ -243,6 +243,16 @@ def test_tables_of_answers(page):
     assert "+0.200" in page  # gold minus trained
 
 
+def test_what_the_judge_did_not_read_is_said(page):
+    """Bug: verdicts on passages that were cut off, which nothing tells from others."""
+    said = "1,200 pairs of passage and claim cut to the judge's context"
+    summary = make_summary()
+    assert "pairs of passage" not in page + answers_table(summary)
+    summary["judge"] = {"name": "m", "prefix": "", "cut": 1200}
+    summary["sets"] = []
+    assert said in answers.tables_and_plots(summary) and said in answers_table(summary)
+
+
 def test_dots_lie_where_the_scores_are():
     """Catches a mean drawn in another row, and an interval that is not the score's own."""
     found = [Score(0.0, 0.0, 0.0), None, Score(0.5, 0.25, 1.0), Score(1.0, 1.0, 1.0)]

@@ -21,10 +21,11 @@ def tables_and_plots(summary: Mapping[str, Any]) -> str:
         if judge["prefix"]
         else f"Grounding is judged by {judge['name']}."
     )
+    notes = ". ".join(filter(None, [tables.RECALL, tables.cut(judge)]))
     about = (
         f'<p class="note">Answers at step {summary["step"]:,}. Every row answers the same '
         "questions within one budget of tokens; intervals are bootstrapped over questions, 95 %. "
-        f"{html.escape(checked)} {tables.RECALL}.</p>"
+        f"{html.escape(checked)} {notes}.</p>"
     )
     label = tables.corpus_label(summary)
     domains = "".join(_domain(name, part, label) for name, part in summary["domains"].items())

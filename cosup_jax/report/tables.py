@@ -88,7 +88,15 @@ def answers_table(summary: Mapping[str, Any]) -> str:
         + ", ".join(f"{metric} {value:.3f}" for metric, value in found["scores"].items())
         for name, found in summary["domains"].items()
     ]
-    return "\n".join([aligned([headings(prefix), *cells], _LEFT), RECALL, *means])
+    notes = filter(None, [RECALL, cut(summary["judge"])])
+    return "\n".join([aligned([headings(prefix), *cells], _LEFT), *notes, *means])
+
+
+def cut(judge: Mapping[str, Any]) -> str:
+    """What the judge did not read whole, of what it was asked for this summary; "" if nothing."""
+    count = judge.get("cut", 0)
+    cut = f"{counted(count, 'pair')} of passage and claim cut to the judge's context"
+    return cut if count else ""
 
 
 def corpus_label(summary: Mapping[str, Any]) -> str:
