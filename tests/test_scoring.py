@@ -98,6 +98,7 @@ def test_short_answer_and_whole_text_are_told_apart():
         answer="supports",
         text="Paris is the capital of France. supports",
         output="Paris is the capital of France[1]. supports",
+        spans=[{"text": "Paris is the capital of France.", "passage": "p1", "number": 1}],
     )
     scores = scores_of(claim)
     assert scores["accuracy"] == scores["em"] == scores["acc_substring"] == 1
@@ -165,6 +166,24 @@ def test_every_line_of_an_answer_is_scored():
     )
     assert scores["str_em"] == scores["rougeLsum"] == 1
     assert scores["containment_citation_rec"] == scores["containment_grounding"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("output", "span", "share"),
+    [
+        ("Rome is old [12][2].", "Rome is old [12].", 1),
+        ("[3] Rome is old[2]. [12]", "Rome is old.", 1),
+        ("Rome is old[2]. Paris is the capital of France [1].", "Rome is old.", 0.5),
+        ("Bonn is old[2].\n[Rome is old[2].", "Rome is old.", 0.5),
+    ],
+)
+def test_numbers_in_brackets_cite_nothing_of_themselves(output, span, share):
+    """Bugs: a number that a passage has in brackets takes a statement's citation away; one that Gen
+    writes there itself cites a passage for it."""
+    spans = [{"text": span, "passage": "p2", "number": 2}]
+    scores = scores_of(answer(output=output, spans=spans, sources=[PARIS, ROME]))
+    assert scores["containment_citation_rec"] == share
+    assert scores["containment_citation_prec"] == scores["containment_grounding"] == 1
 
 
 def test_empty_answer_counts_zero():

@@ -34,7 +34,7 @@ def parse_cited_output(raw: str) -> dict[str, Any]:
     spans, parts, end = [], [], 0
     for start, span, stop in _spans(raw):
         spans.append(span)
-        parts += [raw[end:start], _cited(span)]
+        parts += [raw[end:start], rendered(span)]
         end = stop
     output = "".join([*parts, raw[end:]]).replace("</s>", "")
     passages = list(dict.fromkeys(span["passage"] for span in spans))
@@ -90,7 +90,8 @@ def _spans(raw: str) -> list[tuple[int, dict[str, Any], int]]:
     return found
 
 
-def _cited(span: Item) -> str:
+def rendered(span: Item) -> str:
+    """A span with its citation, as an output has it; "" of one without words."""
     words, citation = span["text"], f"[{span['number']}]"
     if not words:
         return ""
@@ -112,7 +113,7 @@ def _groups(
             spans = [span for _, span, _ in _spans(item["raw_output"])]
             if not peer_compat:
                 docs = _shown(dict.fromkeys(span["passage"] for span in spans), docs)
-        parts = sentences("".join(map(_cited, spans)).replace("</s>", ""))
+        parts = sentences("".join(map(rendered, spans)).replace("</s>", ""))
     groups, claims = [], []
     for part in parts:
         claims.append(text.remove_citations(part).strip())

@@ -8,11 +8,12 @@ A long answer is scored whole, spans included and citations not, as ALCE and the
 all answers; of a short one KILT's scores read `answer`, what stands behind the last span.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cosup_jax.evaluation import alce, kilt, nli, support, text
-from cosup_jax.evaluation.cited import groundings
+from cosup_jax.evaluation.cited import groundings, rendered
 from cosup_jax.evaluation.nli import Judge
 
 Record = Mapping[str, Any]
@@ -20,6 +21,7 @@ Passages = Mapping[str, Any]  # data.schema.Passage by id
 Scores = dict[str, float]
 KS = (1, 5, 10)
 _EXACT = {"label", "choice"}  # kinds of answers that are right letter for letter, or not
+_NUMBER = re.compile(r"[ \[]*\[\d+\]?")  # where ALCE's rules see a citation
 _LEFT_OUT = ("entity", "answer_and_ent")  # of KILT's: our evidence has no titles to find
 
 
@@ -104,13 +106,14 @@ def grounding_scores(records: Sequence[Record], judge: Judge) -> list[Scores]:
     grounding, each with the judge's prefix; an answer without a statement or a span has 0.
 
     The premise is what the sentence cites, several passages joined; of several that one [Ret]
-    brought, a span cites one, and is judged by that one alone.
+    brought, a span cites one, and is judged by that one alone. `[12]` in what Gen writes or quotes
+    is no citation.
     """
     items = [
         {
             "question": record["question"],
-            "output": _one_line(record["output"]),
-            "spans": record["spans"],
+            "output": _one_line(_cited_by_spans(record)),
+            "spans": [s | {"text": _NUMBER.sub("", s["text"])} for s in record["spans"]],
             "docs": record["sources"],
         }
         for record in records
@@ -148,6 +151,17 @@ def short_answers(record: Record) -> list[str]:
     """Answers that are right; of a question with nothing but groups, those."""
     flat = [answer for group in record["answer_groups"] for answer in group]
     return [answer for answer in record["answers"] or flat if answer.strip()]
+
+
+def _cited_by_spans(record: Record) -> str:
+    """The output without numbers in brackets but those that cite a span's passage."""
+    output, ends, end = record["output"], set(), 0
+    for shown in filter(None, (rendered(span).rstrip() for span in record["spans"])):
+        start = output.find(shown, end)
+        if start >= 0:
+            end = start + len(shown)
+            ends.add(output.rindex("]", start, end) + 1)
+    return _NUMBER.sub(lambda found: found[0] if found.end() in ends else "", output)
 
 
 def _one_line(output: str) -> str:
