@@ -23,9 +23,10 @@ IN_MEMORY_BYTES = 2**31  # float32 vectors up to here are searched from memory, 
 
 
 class Library:
-    """Distinct passages by row, and their vectors, as WORKDIR/index has them.
+    """Passages by row, and their vectors, as WORKDIR/index has them: each distinct one of a set.
 
-    Rows go by set, and by id within one; so do passages of equal score.
+    Copies in two sets are two rows, which one search may find. Rows go by set, and by id within
+    one; so do passages of equal score.
     """
 
     def __init__(self, shelves: Sequence[tuple[Dataset, Corpus, Vectors]]):
