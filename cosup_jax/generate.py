@@ -34,6 +34,7 @@ from cosup_jax.data.rows import Row, existing, read_lines
 from cosup_jax.data.schema import Example
 from cosup_jax.errors import UserError
 from cosup_jax.report.answers import stretches
+from cosup_jax.runtime.bucket import is_url
 from cosup_jax.runtime.paths import expanded
 from cosup_jax.runtime.workdir import Workdir, writing
 from cosup_jax.wording import counted
@@ -61,6 +62,8 @@ def generate(config: Config, workdir: str, questions: str = "", output: str = ""
         raise UserError("--mode=generate runs in one process; start it on one host")
     if output and not questions:
         raise UserError(f"--output={output} means nothing at a prompt; give --questions=FILE too")
+    if is_url(output):
+        raise UserError(f"--output={output}: answers are written to a local file; give its path")
     if arm in BY_QUESTION and not questions:
         raise UserError(f"config.generate.retrieval={arm} needs --questions=FILE, which names them")
     asked = read_questions(questions, config.generate) if questions else []

@@ -182,6 +182,7 @@ def test_what_a_user_can_get_wrong(home, tmp_path, capsys, monkeypatch):
     assert "gen.arch.family='llama'" in refused("--config.gen.arch.family=mistral")
     assert "No such file" in refused("--questions=none.jsonl")
     assert "at a prompt" in refused(f"--output={tmp_path / 'x'}", questions="")
+    assert "to a local file" in refused("--output=gs://bucket/answers.jsonl")
     assert "needs --questions" in refused("--config.generate.retrieval=gold", questions="")
     named = write_lines(tmp_path / "named.jsonl", [{"question": "a", "evidence": ["town1", "ulm"]}])
     gold = "--config.generate.retrieval=gold"
