@@ -1,6 +1,8 @@
 """Judges of entailment: what they are asked, what they answer, and that none passes for another."""
 
 import pytest
+import transformers
+from safetensors import SafetensorError
 
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import alce, nli, official
@@ -52,6 +54,21 @@ def test_no_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"the NLI model .*none cannot be read: ") as caught:
         TransformersNli(tmp_path / "none")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"), [(OSError(), "read: OSError;"), (SafetensorError("a\nb"), "read: a;")]
+)
+def test_whatever_cannot_be_read_is_one_line(tmp_path, monkeypatch, error, says):
+    """Bugs: an error without a message, or one that only a damaged file of weights brings, as a
+    traceback."""
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fails)
+    with pytest.raises(UserError, match=says):
+        TransformersNli(tmp_path)
 
 
 def test_no_torch_is_one_line(tmp_path, monkeypatch):
@@ -149,7 +166,6 @@ def test_a_model_that_writes(tmp_path):
 
 def classifier(directory, labels, family="Bert", positions=16, seed=1):
     import torch
-    import transformers
 
     vocab = write_tokenizer(directory, pairs=True, length=10**30)
     torch.manual_seed(seed)
@@ -199,6 +215,16 @@ def test_a_model_that_classifies(tmp_path, family, positions, place, seed):
     assert verdicts == [alone(*pair) for pair in pairs] and set(verdicts) == {True, False}
     long = [len(f"{p} {c}".split(" ")) + 3 > 16 for p, c in pairs]
     assert judge.cut == sum(long) > 10
+
+
+@pytest.mark.parity
+def test_a_damaged_model_is_one_line(tmp_path):
+    """Bug: a file that was cut off while it was copied, as a traceback."""
+    classifier(tmp_path, {0: "entailment"})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read: Error while deserializing header"):
+        TransformersNli(tmp_path)
 
 
 @pytest.mark.parity

@@ -107,8 +107,10 @@ class TransformersNli:
                 self.name, trust_remote_code=False
             )
             self._model = auto.from_pretrained(self.name, dtype=dtype, trust_remote_code=False)
-        except (ImportError, OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+        except UserError:
+            raise
+        except Exception as error:  # each kind of damage has a class of its own
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"the NLI model {self.name} cannot be read: {first}; name a hub id or a directory "
                 "of transformers' files"
