@@ -236,6 +236,8 @@ def _check_output(path: Path, run: str) -> None:
 
 def converse(writer: Writer) -> None:
     """Reads questions line by line until there are no more, and prints each answer."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # what is typed may be no UTF-8
     shown, settings = sys.stdout.isatty(), writer.trained.config.generate
     budget = Budget(settings.max_tokens, settings.max_retrievals)
     while True:
@@ -244,7 +246,6 @@ def converse(writer: Writer) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        question = question.encode(errors="replace").decode()  # what was typed is no UTF-8
         if question:
             asked = Question("1", "open_qa", question, (), (), budget=budget)
             (record,) = writer.answers([asked])

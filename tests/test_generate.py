@@ -94,7 +94,8 @@ def test_what_an_answer_depends_on():
 def test_at_a_prompt(home, capsys, monkeypatch):
     """Bugs: a source without its title, score or text; an empty line that is answered; the end of
     input, or what is typed in another encoding, as a traceback."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("where lies town3?\n\n  \n\udce9 town4?"))
+    typed = io.BytesIO(b"where lies town3?\n\n  \n\xe9 town4?")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, "utf-8", errors="strict"))
     generate.generate(config_of(home), str(home / "run"))
     printed = capsys.readouterr().out
     assert printed.count("  [1] town") == 2 and "lies by a river." in printed and "(0." in printed
