@@ -189,7 +189,7 @@ def _answer_file(path: Path, asked: Sequence[Question], writer: Writer) -> None:
         bar = tqdm(total=len(asked), initial=done, unit="question", disable=None, leave=False)
         tokens = retrievals = 0
         with bar:
-            for record in writer.answers(todo):
+            for record in writer.answers(todo) if todo else ():
                 answers.add(record)
                 bar.update()
                 tokens, retrievals = tokens + record["tokens"], retrievals + record["retrievals"]

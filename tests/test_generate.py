@@ -36,9 +36,9 @@ def home(tmp_path_factory):
 
 
 def test_a_file_of_questions(home, capsys, monkeypatch):
-    """Bugs: a killed run starts over, answers twice, or leaves half a line; answers out of order or
-    to other questions; a question's own budget forgotten, or taken by its neighbours; what was
-    printed does not tell how it went."""
+    """Bugs: a killed run starts over, answers twice, or leaves half a line; a finished one compiles
+    for nothing; answers out of order or to other questions; a question's own budget forgotten, or
+    taken by its neighbours; what was printed does not tell how it went."""
     run = lambda: generate.generate(config_of(home), str(home / "run"), str(home / "asked.jsonl"))
     run()
     printed = capsys.readouterr().out
@@ -56,15 +56,9 @@ def test_a_file_of_questions(home, capsys, monkeypatch):
     path.write_text(whole[: len(whole) * 2 // 3])  # in the middle of a line
     run()
     assert "answers are in" in capsys.readouterr().out and path.read_text() == whole
-    monkeypatch.setattr(generate, "Decoder", lambda *_: pytest.fail("compiled for nothing"))
-    monkeypatch.setattr(generate.Writer, "__init__", _without_decoder)
+    monkeypatch.setattr(generate.Writer, "answers", lambda *_: pytest.fail("asked for nothing"))
     run()
     assert path.read_text() == whole
-
-
-def _without_decoder(self, trained, library, most, pair):
-    self.trained, self.library, self.decoder, self.pair = trained, library, None, pair
-    self.answers = lambda examples: iter(())
 
 
 def test_what_an_answer_depends_on():
