@@ -180,6 +180,9 @@ def test_a_model_that_has_diverged(bpe, corpus, mesh):
         list(
             Decoder(mesh, towers, c, bpe, most=1).answers(lost, [[5, 6]], Search(PASSAGES, corpus))
         )
+    nowhere = Search(PASSAGES, corpus * np.nan)
+    with pytest.raises(UserError, match="vectors of passages are no numbers"):
+        list(Decoder(mesh, towers, c, bpe, most=1).answers(params, [[5, 6]], nowhere))
 
 
 @pytest.mark.slow

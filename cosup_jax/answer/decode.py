@@ -265,6 +265,8 @@ class _Batch:
         texts = [rows.tokens_BxS[row, : rows.known_B[row]] for row in asking]
         answers = self._retriever(rows.query_BxD[asking], questions.tolist(), turns, k, texts)
         for row, found in zip(asking, answers, strict=True):
+            if not found:  # no score is above another where vectors are NaN
+                raise UserError("the vectors of passages are no numbers: this model has diverged")
             tokens, known = self._insertion(found), rows.known_B[row]
             if known + len(tokens) >= rows.tokens_BxS.shape[1]:
                 rows.status_B[row] = Status.CONTEXT
