@@ -295,15 +295,18 @@ def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> Embedd
     saved = EmbeddingContract.from_dict(meta["contract"], what)
     learned = saved.temperature if config.loss.learn_temperature else None
     check_match(embedding_contract(config, tokenizers, saved.weights, learned), saved, what)
-    now = to_dict(config)
-    rotated = meta["config"]["ctx"].get("rotate", False)  # the first checkpoints do not say
-    if rotated != config.ctx.rotate:
-        raise UserError(
-            f"{what} was made with config.ctx.rotate={rotated}, this config has "
-            f"{config.ctx.rotate}; use the config that it was made with"
-        )
+    now, made = to_dict(config), meta["config"]
+    for key, was, wanted in (  # the first checkpoints do not say
+        ("ctx.rotate", made["ctx"].get("rotate", False), config.ctx.rotate),
+        ("tie_ctx_to_gen", made.get("tie_ctx_to_gen", False), config.tie_ctx_to_gen),
+    ):
+        if was != wanted:
+            raise UserError(
+                f"{what} was made with config.{key}={was}, this config has {wanted}; "
+                "use the config that it was made with"
+            )
     for tower, name in itertools.product(("gen", "ctx"), (*SHAPE, "lora")):
-        was, wanted = (found[tower]["arch"][name] for found in (meta["config"], now))
+        was, wanted = (found[tower]["arch"][name] for found in (made, now))
         if was != wanted:
             raise UserError(
                 f"{what} was made with config.{tower}.arch.{name}={was!r}, this config has "

@@ -128,10 +128,16 @@ def test_one_tower_alone_may_have_frozen_layers(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("gen.arch.lora.alpha", 64.0), ("ctx.arch.norm_eps", 0.1), ("ctx.rotate", True)],
+    [
+        ("gen.arch.lora.alpha", 64.0),
+        ("ctx.arch.norm_eps", 0.1),
+        ("ctx.rotate", True),
+        ("tie_ctx_to_gen", True),
+    ],
 )
 def test_a_checkpoint_of_another_shape_is_refused(key, value):
-    """Bug: what was trained with one alpha is merged with another, and passes for right."""
+    """Bug: what was trained with one alpha is merged with another, or Gen serves as the Ctx that was
+    trained beside it, and passes for right."""
     bpe = tokenizer.train(["a passage"], 300)
     run, shared = config(), assemble.Tokenizers(bpe, bpe)
     meta = {"contract": assemble.embedding_contract(run, shared, "w").to_dict()}
