@@ -289,12 +289,18 @@ def embedding_contract(
 def check_contract(config: Config, tokenizers: Tokenizers, meta: dict) -> EmbeddingContract:
     """The contract of a checkpoint's vectors, from its metadata.
 
-    Raises UserError if they live in another space than this config's.
+    Raises UserError if they live in another space than this config's, or Gen reads other tokens.
     """
     what = "the workdir's checkpoint"
     saved = EmbeddingContract.from_dict(meta["contract"], what)
     learned = saved.temperature if config.loss.learn_temperature else None
     check_match(embedding_contract(config, tokenizers, saved.weights, learned), saved, what)
+    gen = tokenizers.gen.fingerprint
+    if meta.get("gen_tokenizer", gen) != gen:  # the first checkpoints do not say
+        raise UserError(
+            f"{what}: its Gen was trained with another tokenizer and would misread this one's ids; "
+            "restore the data of config.data.train, or the files of config.gen.init, as they were"
+        )
     now, made = to_dict(config), meta["config"]
     for key, was, wanted in (  # the first checkpoints do not say
         ("ctx.rotate", made["ctx"].get("rotate", False), config.ctx.rotate),

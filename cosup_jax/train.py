@@ -319,6 +319,7 @@ def _meta(job: Job, state: TrainState, owes_measures: bool) -> dict[str, Any]:
     return {
         "config": to_dict(job.config),
         "contract": contract.to_dict(),
+        "gen_tokenizer": job.tokenizers.gen.fingerprint,  # the contract has Ctx's
         "fingerprint": {"plan": job.plan.fingerprint},
         "owes_measures": owes_measures,  # of this step, to whoever goes on from it
     }

@@ -136,8 +136,8 @@ def test_one_tower_alone_may_have_frozen_layers(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_shape_is_refused(key, value):
-    """Bug: what was trained with one alpha is merged with another, or Gen serves as the Ctx that was
-    trained beside it, and passes for right."""
+    """Bug: what was trained with one alpha is merged with another, or Gen serves as the Ctx that
+    was trained beside it, and passes for right."""
     bpe = tokenizer.train(["a passage"], 300)
     run, shared = config(), assemble.Tokenizers(bpe, bpe)
     meta = {"contract": assemble.embedding_contract(run, shared, "w").to_dict()}
@@ -145,6 +145,22 @@ def test_a_checkpoint_of_another_shape_is_refused(key, value):
     assert assemble.check_contract(run, shared, meta).weights == "w"
     with pytest.raises(UserError, match="use the config that it was made with"):
         assemble.check_contract(replace_dotted(run, key, value), shared, meta)
+
+
+def test_a_gen_that_reads_other_tokens_is_refused():
+    """Bugs: beside a Ctx of another tokenizer, new data train Gen another one, and it reads wrong
+    ids; a checkpoint of before this was kept is refused."""
+    train = lambda text: tokenizer.train([text], 300)
+    gen, other, ctx = map(train, ("a passage", "e passaga", "a text"))
+    assert (gen.ret, gen.emb) == (other.ret, other.emb) and gen.fingerprint != other.fingerprint
+    ours, theirs = (assemble.Tokenizers(found, ctx) for found in (gen, other))
+    meta = {"contract": assemble.embedding_contract(config(), ours, "w").to_dict()}
+    meta |= {"config": to_dict(config())}
+    assert assemble.check_contract(config(), theirs, meta).weights == "w"
+    meta |= {"gen_tokenizer": gen.fingerprint}
+    assert assemble.check_contract(config(), ours, meta).weights == "w"
+    with pytest.raises(UserError, match=r"another tokenizer .* restore the data of config"):
+        assemble.check_contract(config(), theirs, meta)
 
 
 def test_a_learned_temperature_is_that_of_the_contract():

@@ -16,6 +16,7 @@ import towns
 from cosup_jax import assemble
 from cosup_jax import main as main_lib
 from cosup_jax.checkpoint import Checkpointer
+from cosup_jax.data.tokenizer import load
 from cosup_jax.errors import UserError
 from cosup_jax.held_out import Evaluator
 
@@ -103,6 +104,13 @@ def test_metrics_are_on_disk_before_their_checkpoint(short):
     """Bug: a kill right after a save loses the lines of the steps that were saved."""
     _, seen = short
     assert seen == [(3, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4])]
+
+
+def test_a_checkpoint_knows_gens_tokenizer(short):
+    """Bug: only Ctx's is kept, so that Gen may read wrong ids with a tokenizer of new data."""
+    meta = json.loads((short[0] / "checkpoints/4/meta/metadata").read_text())
+    [tokenizer] = (short[0] / "tokenizer").iterdir()
+    assert meta["run"]["gen_tokenizer"] == load(tokenizer).fingerprint
 
 
 def test_other_settings_are_no_settings_of_a_finished_run(tiny, short, capsys):
