@@ -8,7 +8,7 @@ from batches import config
 
 from cosup_jax import assemble
 from cosup_jax.config import DataConfig
-from cosup_jax.data import sources
+from cosup_jax.data import markup, sources
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
 
@@ -73,13 +73,27 @@ def test_a_corpus_is_read_as_texts_to_learn(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     dataset, problems = sources.load("corpus:a.jsonl", DataConfig(), tmp_path / "data")
-    told = [(e.question, e.output, e.answers, e.evidence) for e in dataset.rows("train")]
+    told = [(e.question, e.long_answer, e.answers, e.evidence) for e in dataset.rows("train")]
     texts = [("Ulm", "On the Danube."), (sources.TITLE, "Bare.")]
     assert told == [(*text, (), ()) for text in texts]
     assert list(dataset.splits) == ["train"] and list(dataset.passages) == ["p", "q"]
     assert dataset.name == "a_corpus" and not problems.errors
     assert sources.expand("corpus:*.jsonl") == ["corpus:a.jsonl"]
     assert sources.identity("corpus:a.jsonl") == sources.identity("corpus:./a.jsonl")
+
+
+def test_a_corpus_that_holds_markup_loses_no_text(tmp_path, monkeypatch):
+    """Bugs: a text that speaks of [Ret] is read as markup and left out; one that cannot be learnt
+    is left out of a data set without bad rows."""
+    texts = {"p": "Write [Ret:q] or [Ret].", "q": "[Cs] and [Ce].", "r": "Bare.", "s": " "}
+    records = [("here", Passage(id, "", text)) for id, text in texts.items()]
+    monkeypatch.setattr(sources.world, "records", lambda *_: iter(records))
+    dataset, problems = sources.load("corpus:tfds:world", DataConfig(), tmp_path)
+    read = [markup.pieces(example, dataset.passages)[1:] for example in dataset.rows("train")]
+    end = markup.Piece(markup.TARGET, control="eos")
+    assert read == [[markup.Piece(markup.TARGET, texts[id]), end] for id in "pqr"]
+    assert problems.errors == 1 and problems.first_error.id == "s"
+    assert problems.counts["control_text"] == 4  # of two passages, and of what is made of them
 
 
 @pytest.mark.parametrize("source", ["x.json", "x.passages.jsonl", "world", "hf:squad", ""])

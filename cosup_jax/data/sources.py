@@ -16,7 +16,7 @@ from cosup_jax.data.formats import alce, jsonl, kilt, official, passages, selfra
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems, printable
-from cosup_jax.data.schema import Dataset, Example, Passage
+from cosup_jax.data.schema import Dataset, Example
 from cosup_jax.data.storage import share_of
 from cosup_jax.errors import UserError
 from cosup_jax.runtime.paths import expanded
@@ -59,27 +59,29 @@ def load(source: str, data: DataConfig, directory: Path) -> tuple[Dataset, Probl
         return ingest(name, version, lambda p: format.read(where, p), directory, where)
     if kind == "corpus":
         dataset, problems = load(where, data, directory)
-        return _as_texts(dataset, directory), problems
+        texts, found = _as_texts(dataset, directory, where)
+        return texts, problems.extend([found])
     if kind == "prepared":
         return prepared.load(*where.rsplit("::", 1), directory), Problems()
     raise UserError(f"unknown data source {source!r}; known are {KNOWN}")
 
 
-def _as_texts(dataset: Dataset, directory: Path) -> Dataset:
+def _as_texts(dataset: Dataset, directory: Path, where: str) -> tuple[Dataset, Problems]:
     """The passages of a data set as examples without evidence: a title asks for its text."""
-    name = f"{dataset.name}_corpus"
+    passages, name = dataset.passages, f"{dataset.name}_corpus"
 
-    def read(problems: Problems) -> Iterator[tuple[str, Passage | Example]]:
-        yield from ((passage.id, passage) for passage in dataset.passages.values())
-        for passage in dataset.passages.values():
+    def read(problems: Problems) -> Iterator[tuple[str, Example]]:
+        for row, passage in enumerate(passages.values()):
             asked = {
                 "task": "long_form",
                 "question": passage.title or TITLE,
-                "output": passage.text,
+                "long_answer": passage.text,  # `output` would read markup in it
             }
-            yield passage.id, Example(id=passage.id, answers=(), evidence=(), **asked)
+            example = Example(id=passage.id, answers=(), evidence=(), **asked)
+            yield passages.where(row), example
 
-    return ingest(name, f"{dataset.version}-texts", read, directory)[0]
+    texts, problems = ingest(name, f"{dataset.version}-texts", read, directory, where)
+    return dataclasses.replace(texts, passages=passages), problems
 
 
 def load_corpus(where: str, directory: Path) -> tuple[Dataset, Problems]:
