@@ -37,7 +37,8 @@ def as_json(row):
 
 @pytest.mark.parametrize("kind", ["jsonl", "gz", "msgpack", "json", "directory"])
 def test_every_kind_of_file(tmp_path, kind):
-    """Bugs: a passage lost, or in another order; a row of JSON taken for msgpack."""
+    """Bugs: a passage lost, or in another order; a row of JSON taken for msgpack; a file lost for
+    the -0 of its name."""
     where = tmp_path / "wiki.v1"
     match kind:
         case "jsonl":
@@ -56,7 +57,7 @@ def test_every_kind_of_file(tmp_path, kind):
             path.mkdir()
             record(path / "a.array_record-00000-of-00002", ROWS[0])
             record(path / "a.array_record-00001-of-00002", ROWS[1], pack=as_json)
-            write_lines(path / "b.jsonl", ROWS[2])
+            write_lines(path / "b-01.jsonl", ROWS[2])
             (path / "README.md").write_text("not read")
     dataset, problems = sources.load_corpus(str(path), tmp_path / "data")
     assert list(dataset.passages.values()) == PASSAGES and not problems.errors

@@ -1,5 +1,6 @@
 """A corpus alone: passages {"id", "title", "text"}, JSONL, or ArrayRecord of JSON or msgpack."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage]]:
 
 def _kind(path: Path) -> str:
     """Its ending, or that before the number of a shard: x.array_record-00001-of-00008."""
-    return next((kind for kind in KINDS if path.name.split("-0")[0].endswith(kind)), "")
+    name = re.sub(r"-\d+(-of-\d+)?$", "", path.name)
+    return next((kind for kind in KINDS if name.endswith(kind)), "")
 
 
 def _records(path: Path, problems: Problems) -> Iterator[Row]:
