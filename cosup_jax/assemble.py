@@ -139,16 +139,16 @@ def read_sources(config: Config, directory: Path) -> Sources:
 
 def _hold_out(name: str, dataset: Dataset, trained: bool, data: DataConfig) -> Dataset:
     """A part of a source that is trained on; all of one that is not."""
-    if not trained:
-        return dataclasses.replace(dataset, splits={"all": dataset.splits["train"]})
-    if not data.dev_fraction:
-        return dataset
     directory = prepared_directory(name)
     if directory and prepared.manifest(directory)["settings"].get("data.no_evidence_fraction"):
         raise UserError(
             f"data source {name!r} holds nothing out, and its training rows were prepared with "
             "data.no_evidence_fraction; prepare it with this source in data.eval"
         )
+    if not trained:
+        return dataclasses.replace(dataset, splits={"all": dataset.splits["train"]})
+    if not data.dev_fraction:
+        return dataset
     return carve(dataset, data.dev_fraction)
 
 

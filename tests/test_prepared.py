@@ -108,6 +108,19 @@ def copied(made, tmp_path):
     return tmp_path / "copy"
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_rows_without_their_evidence_are_not_evaluated(made, copied, tmp_path, trained):
+    """Bug: training rows whose evidence was taken away are scored as if held out."""
+    about = json.loads((copied / "manifest.json").read_text())
+    about["settings"]["data.no_evidence_fraction"] = 0.5
+    about["sources"]["x"]["splits"] = {"train": sum(about["sources"]["x"]["splits"].values())}
+    (copied / "manifest.json").write_text(json.dumps(about))
+    config = replace_dotted(made[0], "data.eval", f"prepared:{copied}")
+    config = replace_dotted(config, "data.train", config.data.eval) if trained else config
+    with pytest.raises(UserError, match="holds nothing out, and its training rows were prepared"):
+        assemble.read_sources(config, tmp_path)
+
+
 def test_zeroed_bytes_are_found(made, copied, tmp_path):
     """Bug: the SHA-256 of the manifest is compared with nothing, and zeros are trained on."""
     for name in ("x.examples-00001.array_record", "x.passages-00000.array_record", "x_by_hash"):
