@@ -294,9 +294,32 @@ def test_llama3_rope_scaling_is_recovered(factor, tmp_path):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+    path = write(tmp_path / "two.gguf", "llama", settings | {"rope.scaling.factor": 2.0}, stored)
+    check_error(lambda: GgufFile(path), path, "rope.scaling beside rope_freqs.weight")
     stored["rope_freqs.weight"][20] *= 1.01
     path = write(tmp_path / "other.gguf", "llama", settings, stored)
     check_error(lambda: GgufFile(path), path, "rope_freqs.weight")
+
+
+@pytest.mark.parametrize(
+    ("stored", "factor"),
+    [
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.factor": 2.0, "scale_linear": 4.0}, 2.0),
+        ({"scaling.type": "linear", "scale_linear": 4.0}, 4.0),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, 0),
+        ({"scaling.type": "linear", "scaling.factor": 1.0}, 0),
+        ({"scaling.factor": 0.0, "scaling.original_context_length": 64}, 0),
+    ],
+)
+def test_a_rope_scaling_without_a_type_is_linear(stored, factor, tmp_path):
+    """Bug: positions that llama.cpp divides by a factor are read as they are."""
+    settings = LLAMA | {f"rope.{key}": value for key, value in stored.items()}
+    tensors = {"token_embd.weight": np.zeros((V, D), np.float32)}
+    config = GgufFile(write(tmp_path / "m.gguf", "llama", settings, tensors)).config
+    expected = {"rope_type": "linear", "factor": factor} if factor else None
+    assert config.get("rope_scaling") == expected
 
 
 def test_what_else_the_file_says(tmp_path):
@@ -309,9 +332,10 @@ def test_what_else_the_file_says(tmp_path):
     assert (config["model_type"], config["sliding_window"]) == ("mistral", 32)
     expected = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     assert config["rope_scaling"] == expected
-    settings["rope.scaling.attn_factor"] = 2.0
-    path = write(tmp_path / "other.gguf", "llama", settings, stored)
-    check_error(lambda: GgufFile(path), path, "attn_factor")
+    for number, known in enumerate((settings, LLAMA)):  # without a type as well
+        scaled = known | {"rope.scaling.attn_factor": 2.0}
+        path = write(tmp_path / f"{number}.gguf", "llama", scaled, stored)
+        check_error(lambda path=path: GgufFile(path), path, "attn_factor")
 
 
 # Errors -----------------------------------------------------------------------------------------

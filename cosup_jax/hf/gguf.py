@@ -46,6 +46,8 @@ class GgufFile:
             named = {_hf_name(known, name): tensor for name, tensor in stored.items()}
             self.config = _config(known, settings, named)
             if factors is not None:
+                if "rope_scaling" in self.config:
+                    raise ProblemError(f"rope.scaling beside {_ROPE_FACTORS} is not supported")
                 self.config["rope_scaling"] = _llama3(self.config, np.asarray(factors.data))
             self._tensors = {
                 name: _Tensor(self.path, tensor, *_layout(known, self.config, tensor))
@@ -240,15 +242,20 @@ def _finish_llama(config: dict[str, Any], settings: Mapping, named: Mapping) -> 
 
 
 def _rope_scaling(settings: Mapping) -> dict[str, Any]:
+    """As llama.cpp reads it: linear where no type is named, and a factor of 0 is 1."""
     prefix = "rope.scaling."
     stored = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
-    kind = stored.pop("type", "none")
+    kind = stored.pop("type", "linear")
     if kind == "none":
         return {}
+    if "rope.scale_linear" in settings:  # the key of the first files
+        stored.setdefault("factor", settings["rope.scale_linear"])
     stored.pop("finetuned", None)
     keys = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
     if unknown := sorted(stored.keys() - keys):
         raise ProblemError(f"{prefix}{unknown[0]} is not supported")
+    if kind == "linear" and stored.get("factor", 0) in (0, 1):
+        return {}
     return {"rope_type": kind, **{keys[key]: _short(value) for key, value in stored.items()}}
 
 
