@@ -181,6 +181,20 @@ def refuse_all_bad(data: Sources) -> None:
             )
 
 
+def refuse_untrained(data: Sources) -> None:
+    """Raises UserError for a source of data.train without a row to train on, such as a dev file.
+
+    Prepared ones may have none: `prepared:DIR` stands for what is only evaluated as well.
+    """
+    for dataset, _ in data.train:
+        if not len(dataset.splits.get("train", ())) and not prepared.is_prepared(dataset):
+            others = f", only {', '.join(dataset.splits):.100}" if dataset.splits else ""
+            raise UserError(
+                f"data source {dataset.name}: no example has split 'train'{others}; take it out of "
+                "config.data.train, or call what it is to train on 'train'"
+            )
+
+
 def read_tokenizers(
     config: Config, workdir: Path, data: Sources, only_read: bool = False
 ) -> Tokenizers:

@@ -32,6 +32,7 @@ def prepare(config: Config, workdir: str) -> None:
         say = lambda text: print(text, flush=True) if first else None
         for line in assemble.refuse_bad_rows(data, config):
             say(line)
+        assemble.refuse_untrained(data)
         datasets = by_name([*(dataset for dataset, _ in data.train), *data.held_out])
         tokenizers = assemble.read_tokenizers(config, directory.path, data)
         target = directory.path / "prepared"

@@ -83,6 +83,7 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     data = assemble.read_sources(config, directory)
     for line in assemble.refuse_bad_rows(data, config):
         _say(line)
+    assemble.refuse_untrained(data)
     config = assemble.resolve(config)
     tokenizers = assemble.read_tokenizers(config, workdir.path, data)
     workdir.publish("tokenizer")

@@ -95,6 +95,7 @@ def _check_tokens(
     show_rows: int,
 ) -> list[str]:
     """Adds what tokens and plan tell; returns the training rows to show."""
+    assemble.refuse_untrained(data)
     config = assemble.resolve(config)
     tokenizers = assemble.read_tokenizers(config, workdir, data)
     split = functools.partial(_split, tokenizers=tokenizers, config=config, workdir=workdir)

@@ -1,5 +1,6 @@
 """Prepared data: the tokens that a run would have made itself, refused where they are not."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_what_has_no_ret_is_left_to_the_run(made, tmp_path):
     prepare.prepare(plain, str(tmp_path))
     about = prepared.manifest(str(tmp_path / "prepared"))
     assert about["sources"]["x"]["splits"] == {"train": 12, "test": 4}
+
+
+def test_what_is_only_evaluated_may_be_prepared_beside(made, tmp_path):
+    """Bug: prepared:DIR, which stands for all that is in it, is refused for the part that is only
+    evaluated."""
+    dataset = assemble.read_sources(made[1], tmp_path / "data").train[0][0]
+    evaluated = dataclasses.replace(dataset, splits={"test": dataset.splits["test"]})
+    assemble.refuse_untrained(assemble.Sources([(dataset, 1.0), (evaluated, 1.0)], [], {}))
 
 
 def test_a_killed_preparation_is_not_read(made, tmp_path, monkeypatch):

@@ -262,6 +262,17 @@ def test_a_run_that_fails_before_its_first_step_has_failed(tiny, tmp_path, capsy
     assert json.loads((workdir / "status.json").read_text()) == {"state": "failed", "step": 0}
 
 
+@pytest.mark.parametrize("mode", ["train", "validate", "prepare"])
+def test_a_source_that_trains_nothing_is_refused(tiny, tmp_path, capsys, mode):
+    """Bug: a dev file, or a split "training", is named in data.train and nothing of it is read."""
+    towns_file, other = tiny.parent / "towns.jsonl", tmp_path / "other.jsonl"
+    shutil.copy(towns_file.with_suffix(".passages.jsonl"), tmp_path / "other.passages.jsonl")
+    other.write_text(towns_file.read_text().replace('"split": "train"', '"split": "training"'))
+    flags = (f"--config.data.train={towns_file},{other}", f"--mode={mode}")
+    said = _refused(capsys, f"--config={tiny}", f"--workdir={tmp_path / 'run'}", *flags)
+    assert "source other: no example has split 'train', only training, dev; take it out" in said
+
+
 def test_a_refused_resume_changes_nothing(tiny, unbroken, tmp_path, capsys):
     """Bug: settings that do not fit the checkpoint overwrite the config or status of the run."""
     workdir = tmp_path / "run"
