@@ -99,8 +99,10 @@ def _prepare(config: Config, workdir: Workdir, mesh: Mesh) -> Job:
     if len(plan.left_out) or store.dropped:
         _say(f"left out: {len(plan.left_out)} that fit no row, {store.dropped} without [Ret]")
     for part in held_out:
-        seen = f"training reads the passages of {part.seen.mean():.0%}" if len(part.seen) else ""
-        _say(f"{part.name}: {counted(len(part.examples), 'question')}, {seen or 'no [Ret]'}")
+        seen = "no [Ret]"
+        if len(part.seen):
+            seen = f"training reads the passages of {part.seen.mean():.0%} as evidence"
+        _say(f"{part.name}: {counted(len(part.examples), 'question')}, {seen}")
     num_steps = config.num_steps or plan.total_steps(config.num_epochs)
     return Job(config, workdir, mesh, data, tokenizers, store, plan, held_out, num_steps)
 
