@@ -30,11 +30,17 @@ def test_a_path_reads_jsonl(tmp_path):
 
 
 def test_wildcards_name_files_of_examples(tmp_path):
-    """Catches a corpus read as examples, and an order that differs between hosts."""
+    """Catches a corpus read as examples, an order that differs between hosts, and files that lie
+    deeper than one folder left out."""
     write(tmp_path, "b", "a", "c")
     found = sources.expand(f"{tmp_path}/[ab]*.jsonl")
     assert found == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
     assert sources.expand("tfds:world") == ["tfds:world"]
+    (tmp_path / "x/y").mkdir(parents=True)
+    write(tmp_path / "x/y", "d")
+    assert sources.expand(f"{tmp_path}/**/[ad].jsonl") == [
+        f"{tmp_path}/{name}.jsonl" for name in ("a", "x/y/d")
+    ]
     with pytest.raises(UserError, match="matches no file"):
         sources.expand(f"{tmp_path}/x*.jsonl")
 

@@ -115,7 +115,8 @@ def expand(source: str) -> list[str]:
     ):
         return [source]
     prefix, (pattern, *rest) = source.removesuffix(where), where.split("::")
-    found = [path for path in sorted(glob.glob(pattern)) if ".passages.jsonl" not in path]
+    paths = sorted(glob.glob(pattern, recursive=True))
+    found = [path for path in paths if ".passages.jsonl" not in path]
     if not found:
         raise UserError(f"data source {source!r} matches no file; check the path")
     return ["::".join([prefix + path, *rest]) for path in found]
