@@ -75,6 +75,7 @@ OFFICIAL = {
     "loss.remote_negatives": "detached",
     "bank.kind": "off",
     "data.packing": False,
+    "data.pure_steps": False,
     "data.drop_without_ret": True,
     "ctx.pooling": "last",
     "ctx.rotate": False,
@@ -153,7 +154,7 @@ def _typed(dotted: str, value: Any, kind: type) -> Any:
         if kind is float and not math.isfinite(value):
             raise UserError(f"config.{dotted} must be a finite number, not {value!r}")
         most = _AT_MOST.get(dotted, math.inf if kind is float else _LARGEST)
-        if value > most and not dotted.endswith("seed"):  # those may have 64 bits
+        if value > most and not dotted.endswith("seed"):  # those may have 32 bits, eval's more
             raise UserError(f"config.{dotted} must be {most} or less, not {value!r}")
         if dotted in _BELOW_ONE and value >= 1:
             raise UserError(f"config.{dotted} must be less than 1, not {value!r}")
@@ -201,16 +202,15 @@ def _check(config: Config) -> None:
             f"config.batch_size={config.batch_size} is no multiple of config.micro_batches="
             f"{config.micro_batches}"
         )
-    if config.seed >= 2**63:
-        raise UserError(f"config.seed={config.seed} is no 64-bit number; take a smaller one")
+    for dotted in ("seed", "generate.seed"):  # jax.random.key keeps no more
+        if (seed := get_dotted(config, dotted)) >= 2**32:
+            raise UserError(f"config.{dotted}={seed} must fit 32 bits")
     for dotted in (
         *("data.no_evidence_fraction", "data.dev_fraction"),
         *("generate.ret_threshold", "generate.top_p"),
     ):
         if get_dotted(config, dotted) > 1:
             raise UserError(f"config.{dotted} is a share: at most 1")
-    if config.generate.seed >= 2**32:
-        raise UserError(f"config.generate.seed={config.generate.seed} must fit 32 bits")
     if config.data.packing and config.data.max_ctx_tokens > config.data.ctx_row_tokens:
         raise UserError(
             f"config.data.max_ctx_tokens={config.data.max_ctx_tokens} does not fit a Ctx row of "
@@ -221,6 +221,12 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"config.{dotted} names no source; give --config.{dotted}=FILE.jsonl,... or "
                 "tfds:NAME"
+            )
+    for name, weight in sources(config.data.eval):
+        if weight != 1:
+            raise UserError(
+                f"config.data.eval: {name}@{weight:g} means nothing, as each question is asked "
+                "once; drop the weight"
             )
 
 

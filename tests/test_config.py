@@ -89,7 +89,8 @@ def test_unknown_key_is_refused():
         ("num_steps", 3.5, "int"),
         ("num_epochs", 1, "exactly one"),
         ("bank.kind", "on", "off"),
-        ("seed", 2**63, "64-bit"),
+        ("seed", 2**32, "must fit 32 bits"),
+        ("generate.seed", 2**32, "must fit 32 bits"),
         ("num_steps", 10**20, "2147483647 or less"),
         ("optim.clip_norm", float("inf"), "finite"),
         ("loss.temperature", float("nan"), "finite"),
@@ -105,6 +106,7 @@ def test_unknown_key_is_refused():
         ("gen.arch.rope_fraction", 1.5, "is a share"),
         ("ctx.arch.rope_scaling.factor", 8.0, "rope_scaling.factor means nothing with kind=none"),
         ("data.train", "world@heavy", "weight"),
+        ("data.eval", "tfds:world,x.jsonl@0.5", r"eval: x\.jsonl@0\.5 means nothing"),
         ("loss.remote_negatives", "detached", "official"),
     ],
 )
@@ -123,6 +125,9 @@ def test_compat_refuses_an_explicit_contradiction():
     assert freeze(config).loss.nsp_weight == 0.01
     with pytest.raises(UserError, match=r"loss\.nsp_weight"):
         freeze(config, frozenset({"loss.nsp_weight"}))
+    set_dotted(config, "data.pure_steps", True)  # which its plan does not read
+    with pytest.raises(UserError, match=r"data\.pure_steps=True contradicts compat"):
+        freeze(config)
 
 
 def test_variants_are_joined_and_the_last_one_counts():
