@@ -4,7 +4,6 @@ import collections
 import functools
 import importlib.metadata
 import itertools
-import json
 import time
 from typing import Any, NamedTuple
 
@@ -333,7 +332,10 @@ def _first_start(workdir: Workdir) -> float:
     path = workdir.path / ".started"
     if not path.is_file():
         workdir.write_text(".started", f"{time.time()}\n")
-    return float(path.read_text()) if path.is_file() else time.time()
+    try:
+        return float(path.read_text()) if path.is_file() else time.time()
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it") from error
 
 
 def _check_unfinished(job: Job, restored: Restored) -> None:
@@ -389,8 +391,8 @@ def _show(progress: Progress, line: dict | None) -> None:
 
 def _read_configs(workdir: Workdir) -> list[Any]:
     """The run's config as it was asked for, and with shapes filled in."""
-    paths = (workdir.path / name for name in (".given.json", "config.json"))
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+    names = (".given.json", "config.json")
+    return [workdir.read_json(name) for name in names if (workdir.path / name).is_file()]
 
 
 def _say(text: str) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import towns
 
-from cosup_jax import assemble
+from cosup_jax import assemble, train
 from cosup_jax import main as main_lib
 from cosup_jax.checkpoint import Checkpointer
 from cosup_jax.data.tokenizer import load
 from cosup_jax.errors import UserError
 from cosup_jax.held_out import Evaluator
+from cosup_jax.runtime.workdir import Workdir
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -261,6 +262,18 @@ def test_a_run_that_fails_before_its_first_step_has_failed(tiny, tmp_path, capsy
     said = _refused(capsys, f"--config={tiny}", f"--workdir={workdir}")
     assert said == "error: weights that are none"
     assert json.loads((workdir / "status.json").read_text()) == {"state": "failed", "step": 0}
+
+
+@pytest.mark.parametrize("name", ["config.json", ".given.json"])
+def test_a_damaged_file_of_a_run_is_one_line(tiny, tmp_path, capsys, name):
+    """Bug: a traceback for what a full disk has cut off."""
+    (tmp_path / "status.json").write_text('{"state": "finished", "step": 24}')
+    (tmp_path / name).write_text("{")
+    said = _refused(capsys, f"--config={tiny}", f"--workdir={tmp_path}")
+    assert f"{tmp_path / name} cannot be read (" in said and said.endswith("; delete it")
+    (tmp_path / ".started").write_text("1.2.3\n")
+    with Workdir(tmp_path) as workdir, pytest.raises(UserError, match=r"started cannot .*delete"):
+        train._first_start(workdir)
 
 
 @pytest.mark.parametrize("mode", ["train", "validate", "prepare"])

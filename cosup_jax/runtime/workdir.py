@@ -220,6 +220,16 @@ class Workdir:
         """Writes `value` as indented JSON. Raises UserError if the disk is full or read-only."""
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote. Raises UserError for other text, FileNotFoundError for none."""
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it") from error
+
     def write_text(self, name: str, text: str) -> None:
         """Writes `name`, a path below the workdir. Raises UserError as `write_json` does."""
         if jax.process_index() != 0:
@@ -238,15 +248,12 @@ class Workdir:
 
     def read_status(self) -> Mapping[str, Any] | None:
         """What `status` wrote last, or None. Raises UserError if the file is no status."""
-        path = self.path / "status.json"
         try:
-            found = json.loads(path.read_text())
+            found = self.read_json("status.json")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it") from error
         if not isinstance(found, dict) or {"state", "step"} - set(found):
-            raise UserError(f"{path} holds no state and step; delete it")
+            raise UserError(f"{self.path / 'status.json'} holds no state and step; delete it")
         return found
 
     def close(self) -> None:
