@@ -51,7 +51,7 @@ HOTPOT_ROW = {
 TRIVIA_ROW = {
     **{"question": "Which?", "question_id": "t1"},
     "answer": {"value": "Oslo", "aliases": ["Oslo", "Christiania"], "type": "x"},
-    "entity_pages": {"title": ["Norway"], "wiki_context": ["A land.\n\nChristiania is in it.\n"]},
+    "entity_pages": {"title": ["Norway"], "wiki_context": ["Oslofjord.\n\nChristiania is it.\n"]},
     "search_results": {"title": ["Web"], "search_context": ["Oslo!"]},
 }
 
@@ -160,7 +160,8 @@ def test_a_dict_of_lists_is_as_good_as_a_list_of_dicts(prepare, tmp_path):
 
 
 def test_trivia(prepare, tmp_path):
-    """Catches whole pages as passages, the web before the encyclopedia, and "<unk>" as answer."""
+    """Catches whole pages as passages, the web before the encyclopedia, "<unk>" as answer, what
+    holds the answer within another word as evidence, and examples kept of a time when it was."""
     bare = TRIVIA_ROW | {
         "question_id": "t2",
         "entity_pages": {"title": [], "wiki_context": []},
@@ -171,18 +172,19 @@ def test_trivia(prepare, tmp_path):
     hidden = bare | {"question_id": "t4", "answer": {"value": "<unk>", "aliases": [], "type": ""}}
     place = prepare("trivia", TRIVIA, train=[TRIVIA_ROW, bare, web], test=[hidden])
     dataset, problems = read("trivia", place, tmp_path)
+    assert dataset.version.startswith("trivia/1.0.0+r2-")
     assert dict(problems.counts) == {"no_answer": 1, "no_provenance": 1}
     texts = [(passage.title, passage.text) for passage in dataset.passages.values()]
     assert texts == [
-        ("Norway", "A land."),
-        ("Norway", "Christiania is in it."),
+        ("Norway", "Oslofjord."),
+        ("Norway", "Christiania is it."),
         ("Web", "In Oslo."),
     ]
     assert [len(e.evidence) for e in dataset.examples] == [1, 0, 1]
     assert dataset.examples[0].answers == ("Oslo", "Christiania")
     assert training_text(dataset)[:2] == [
         [
-            *[(1, "<ret>"), (2, "Norway :: Christiania is in it."), (2, "<cs>")],
+            *[(1, "<ret>"), (2, "Norway :: Christiania is it."), (2, "<cs>")],
             *[(1, "Christiania"), (1, "<ce>"), (1, "<eos>")],
         ],
         [(1, "Oslo"), (1, "<eos>")],

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cosup_jax.data.digests import digest
-from cosup_jax.data.formats.tfds_schemas import SCHEMAS, Convert
+from cosup_jax.data.formats.tfds_schemas import REVISIONS, SCHEMAS, Convert
 from cosup_jax.data.problems import BadRow, Problems
 from cosup_jax.data.rows import Row
 from cosup_jax.data.schema import Example, Passage
@@ -24,16 +24,17 @@ _NAME = re.compile(r"(?P<name>\w+)(?:/(?P<config>\w[\w.+-]*))?(?::(?P<version>\d
 
 
 def version(where: str, data_dir: str, memory: Path) -> str:
-    """Of the content; `memory` keeps digests. Raises UserError if it is not prepared."""
+    """Of the content; `memory` keeps digests. Raises UserError as `read`."""
     builder = _builder(where, data_dir)
     files = sorted(path for path in Path(builder.data_dir).rglob("*") if path.is_file())
-    return f"{builder.info.full_name}+{digest(files, memory)}"
+    revision = REVISIONS.get(_converter(builder.info), "")
+    return f"{builder.info.full_name}+{revision}{digest(files, memory)}"
 
 
 def read(where: str, data_dir: str, problems: Problems) -> Iterator[tuple[str, Passage | Example]]:
     """Every example, as NAME/SPLIT[NUMBER], after the passages it is the first to name.
 
-    Raises UserError as `version`, and where the features are of no schema that we know.
+    Raises UserError if it is not prepared, or its features are of no schema that we know.
     """
     builder = _builder(where, data_dir)
     convert, seen = _converter(builder.info), set()
