@@ -1,9 +1,10 @@
 """Which example goes into which Gen row of which step, and which passage where.
 
 It follows from token lengths, seed and epoch alone, so every host computes the same. An example is
-moved to a later row to keep the static bounds of a step; one that fits a row is never dropped. The
-shuffled order of an epoch is cut into blocks, and each is packed by itself: any one can be built
-without the others.
+moved to a later row to keep the static bounds of a step; it is left out where it is longer than a
+row, or its passages find no room in empty Ctx rows, neither in their order nor the longest first.
+The shuffled order of an epoch is cut into blocks, and each is packed by itself: any one can be
+built without the others.
 """
 
 import dataclasses

@@ -33,7 +33,8 @@ INSTRUCTIONS = {
     "long_form": "Explain.\n\n",
 }
 
-# Letters of scripts that put blanks between words, and digits.
+# Letters of Latin, Greek and Cyrillic, and digits. In other scripts an answer may stand within a
+# word: there are none, or a particle or an article is written together with the answer.
 _WORD = "[0-9A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff\u1e00-\u1fff]"
 _INSERTION = re.compile(r"\[Ret:([^\]]*)\]")
 
@@ -235,8 +236,8 @@ def _inserted(passage: Passage) -> list[Piece]:
 def find_answer(answers: Sequence[str], text: str) -> str:
     """The first answer that stands in a text as whole words, as the text spells it, or "".
 
-    "no" does not stand in "north". An answer in other letters of case counts where none stands
-    there as it is; "US" is never "us".
+    "no" does not stand in "north"; in scripts other than those of `_WORD` it may stand anywhere. An
+    answer in other letters of case counts where none stands there as it is; "US" is never "us".
     """
     lower = text.lower()
     rest = [answer for answer in answers if answer.lower() in lower and not answer.isupper()]
