@@ -267,6 +267,13 @@ def test_dots_lie_where_the_scores_are():
     assert float(bar[2]) == pytest.approx(x2, abs=0.01)
 
 
+def test_a_label_is_no_formula():
+    """Bug: a retriever's path with dollars in it ends an evaluation in matplotlib's ValueError."""
+    label = r"retrieval by $runs/a\b_$x\$"
+    svg = by_row("arms", "share", [label], [Measured("correct", 2, [Score(0.5, 0.25, 1.0)])])
+    assert f">{label}</text>" in svg
+
+
 def test_report_is_reproducible(run, tmp_path):
     """Catches a date or random id that makes two reports of one run differ."""
     pages = []

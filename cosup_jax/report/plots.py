@@ -77,7 +77,7 @@ def by_row(
             nudge = 0.16 * (place - (len(measured) - 1) / 2)  # so that intervals do not hide
             found = [(row + nudge, score) for row, score in enumerate(one.scores) if score]
             _intervals(axes, one.color, found, horizontal=True)
-        axes.set_yticks(range(len(rows)), rows)
+        axes.set_yticks(range(len(rows)), rows, parse_math=False)  # a path may hold a $
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.02)
     legend = [(one.label, one.color, False) for one in measured]
