@@ -181,7 +181,8 @@ class Evaluation:
         self, part: HeldOut, answers: Answers, facts: Sequence[Record], correct: str
     ) -> list[Record]:
         """The answers with what is asked of them and their scores, which are kept too."""
-        by = [self._trained.config.eval.judge, self._code]
+        version = getattr(self._judge, "version", "")
+        by = [self._trained.config.eval.judge, version, self._code]
         records = [answers.known[fact["id"]] | fact for fact in facts]
         done = lambda r: r.get("scored_by") == by and isinstance(r.get("scores"), dict)
         new = [record for record in records if not done(record)]

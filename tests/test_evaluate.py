@@ -256,7 +256,8 @@ def test_what_an_answer_depends_on():
 
 def test_answers_are_scored_once(tmp_path, monkeypatch):
     """Bugs: an answer judged correct by another score than its set's; an NLI model asked again for
-    what is scored; scores of another judge kept, or ones that somebody has deleted."""
+    what is scored; scores of another judge, or of other files of its name, kept, or ones that
+    somebody has deleted."""
     said = {"answer": "It is Paris", "text": "It is Paris"}
     fields = ("question", "task", "kind", "answers", "long", "long_answer", "answer_groups")
     facts = [
@@ -268,8 +269,9 @@ def test_answers_are_scored_once(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "scored", scored)
     part = SimpleNamespace(dataset=SimpleNamespace(passages=PASSAGES))
 
-    def score(judge="containment"):
+    def score(judge="containment", version=""):
         given = SimpleNamespace(_code="c", _judge=Containment())
+        given._judge.version = version
         given._trained = SimpleNamespace(config=SimpleNamespace(eval=SimpleNamespace(judge=judge)))
         with records.Answers(tmp_path / "x.jsonl", "r") as answers:
             for id in {"a", "b"} - set(answers.known):
@@ -280,10 +282,12 @@ def test_answers_are_scored_once(tmp_path, monkeypatch):
     assert [record["id"] for record in first] == ["a", "b"]
     assert first[0]["scores"]["em"] == 0 and first[0]["correct"] == 1
     assert score() == first and asked == [["a", "b"], []]
-    assert score("another")[1]["scored_by"] == ["another", "c"] and asked[2] == ["a", "b"]
+    assert score("another")[1]["scored_by"] == ["another", "", "c"] and asked[2] == ["a", "b"]
     lost = [first[0] | {"scores": None}, first[1]]
     (tmp_path / "x.jsonl").write_text(records.lines(lost))
     assert score() == first and asked[3] == ["a"]
+    assert score(version="2")[1]["scored_by"] == ["containment", "2", "c"]
+    assert asked[4] == ["a", "b"]
 
 
 def test_an_arm_searches_its_own_passages():

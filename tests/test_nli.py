@@ -1,5 +1,8 @@
 """Judges of entailment: what they are asked, what they answer, and that none passes for another."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import transformers
 from safetensors import SafetensorError
@@ -69,6 +72,21 @@ def test_whatever_cannot_be_read_is_one_line(tmp_path, monkeypatch, error, says)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fails)
     with pytest.raises(UserError, match=says):
         TransformersNli(tmp_path)
+
+
+def test_files_of_a_model_have_a_version(tmp_path):
+    """Bug: a judge that was trained again in its place keeps the verdicts of the old one."""
+    path = tmp_path / "model.safetensors"
+    path.write_text("1")
+    os.utime(path, (1, 1))
+    found = [nli.version_of(str(tmp_path), None)]
+    assert found[0] == nli.version_of(str(tmp_path), None)
+    os.utime(path, (1, 2))
+    found.append(nli.version_of(str(tmp_path), None))
+    (tmp_path / "config.json").write_text("{}")
+    found.append(nli.version_of(str(tmp_path), None))
+    found.append(nli.version_of("google/t5", SimpleNamespace(_commit_hash="abc")))
+    assert len(set(found)) == 4 and found[3] == "abc"
 
 
 def test_no_torch_is_one_line(tmp_path, monkeypatch):

@@ -5,8 +5,11 @@ pairs at once. A judge's `prefix` stands before the names of the scores that wer
 that what is not an NLI model's verdict cannot be taken for one.
 """
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -41,6 +44,16 @@ def judge_named(name: str) -> Judge:
 def prefix_of(name: str) -> str:
     """That of `judge_named(name)`, whose model is not read."""
     return Containment.prefix if name == "containment" else TransformersNli.prefix
+
+
+def version_of(name: str, config: Any) -> str:
+    """Tells a model's files from those that had its name before: of a directory the sizes and times
+    of its files, of the hub the commit that `config` (transformers') comes from."""
+    if not Path(name).is_dir():
+        return str(getattr(config, "_commit_hash", ""))
+    files = [path for path in sorted(Path(name).iterdir()) if path.is_file()]
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 class Containment:
@@ -98,6 +111,7 @@ class TransformersNli:
                 raise UserError(
                     f"the NLI model {self.name} needs torch: pip install 'cosup_jax[parity]'"
                 )
+            self.version = version_of(self.name, config)
             self._writes = config.is_encoder_decoder and not any(
                 "SequenceClassification" in name for name in config.architectures or ()
             )
