@@ -143,7 +143,8 @@ def _hold_out(name: str, dataset: Dataset, trained: bool, data: DataConfig) -> D
     if directory and prepared.manifest(directory)["settings"].get("data.no_evidence_fraction"):
         raise UserError(
             f"data source {name!r} holds nothing out, and its training rows were prepared with "
-            "data.no_evidence_fraction; prepare it with this source in data.eval"
+            "data.no_evidence_fraction; leave it out of config.data.eval, or prepare it with this "
+            "source in data.eval"
         )
     if not trained:
         return dataclasses.replace(dataset, splits={"all": dataset.splits["train"]})

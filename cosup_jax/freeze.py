@@ -154,7 +154,7 @@ def _typed(dotted: str, value: Any, kind: type) -> Any:
         if kind is float and not math.isfinite(value):
             raise UserError(f"config.{dotted} must be a finite number, not {value!r}")
         most = _AT_MOST.get(dotted, math.inf if kind is float else _LARGEST)
-        if value > most and not dotted.endswith("seed"):  # those may have 32 bits, eval's more
+        if value > most and not dotted.endswith("seed"):  # 32 bits, checked below; eval.seed: any
             raise UserError(f"config.{dotted} must be {most} or less, not {value!r}")
         if dotted in _BELOW_ONE and value >= 1:
             raise UserError(f"config.{dotted} must be less than 1, not {value!r}")

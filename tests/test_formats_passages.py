@@ -56,7 +56,8 @@ def test_every_kind_of_file(tmp_path, kind):
             path = where
             path.mkdir()
             record(path / "a.array_record-00000-of-00002", ROWS[0])
-            record(path / "a.array_record-00001-of-00002", ROWS[1], pack=as_json)
+            packed = gzip.compress(as_json(ROWS[1]))
+            (path / "a.jsonl-00001-of-00002.gz").write_bytes(packed)
             write_lines(path / "b-01.jsonl", ROWS[2])
             (path / "README.md").write_text("not read")
     dataset, problems = sources.load_corpus(str(path), tmp_path / "data")

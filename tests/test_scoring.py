@@ -175,12 +175,13 @@ def test_every_line_of_an_answer_is_scored():
         ("[3] Rome is old[2]. [12]", "Rome is old.", 1),
         ("Rome is old[2]. Paris is the capital of France [1].", "Rome is old.", 0.5),
         ("Bonn is old[2].\n[Rome is old[2].", "Rome is old.", 0.5),
+        ("Rome is old[2]. Rome is old[2].", "Rome is old.", 1),
     ],
 )
 def test_numbers_in_brackets_cite_nothing_of_themselves(output, span, share):
     """Bugs: a number that a passage has in brackets takes a statement's citation away; one that Gen
-    writes there itself cites a passage for it."""
-    spans = [{"text": span, "passage": "p2", "number": 2}]
+    writes there itself cites a passage for it; the second of two equal spans loses its citation."""
+    spans = [{"text": span, "passage": "p2", "number": 2}] * output.count("[2]")
     scores = scores_of(answer(output=output, spans=spans, sources=[PARIS, ROME]))
     assert scores["containment_citation_rec"] == share
     assert scores["containment_citation_prec"] == scores["containment_grounding"] == 1

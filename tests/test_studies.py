@@ -141,6 +141,10 @@ def test_a_metric_less_another_is_taken_item_by_item():
     runs = {arm: [given(dict.fromkeys("ab", 0.0), dict.fromkeys("ab", 0.0))] * 2 for arm in "CN"}
     (row,) = results.claim_rows(runs, [claim], {metric: POINTS})
     assert row["verdict"] == "undecided"
+    always, never = dict.fromkeys("ab", 1.0), dict.fromkeys("ab", 0.0)
+    runs = {arm: [given(always, never)] * 2 for arm in "CN"}
+    (row,) = results.claim_rows(runs, [claim], {metric: POINTS})
+    assert row["verdict"] == "undecided" and row["detectable"] is None
     kind = functools.partial(measures.kind_of, config=Config(), asked=["answers", "training"])
     assert kind(metric) == POINTS and kind("gold/correct - ntp_nats_per_token") == NUMBER
     assert kind("gold/correct - wrong/corect") is None
@@ -304,6 +308,13 @@ def test_an_interval_of_a_share_ends_where_shares_do():
     runs = {"C": [scores(a=1.0, b=1.0)] * 2, "N": [scores(a=0.0, b=0.0), scores(a=1.0, b=0.0)]}
     (row,) = results.claim_rows(runs, results.claims_of("C > N: corpus/correct", runs), KINDS)
     assert (row["low"], row["high"]) == (-1.0, 1.0)
+    given = lambda gold, wrong: {"w": {"gold/correct": {"a": gold}, "wrong/correct": {"a": wrong}}}
+    metric, slope = "gold/correct - wrong/correct", {"w": {"slope/retrieval_hit": {"": 1.5}}}
+    runs = {"C": [given(1, 0), given(1, 0.2)], "N": [given(0, 1), given(0.2, 1)]}
+    (row,) = results.claim_rows(runs, results.claims_of(f"C > N: {metric}", runs), {metric: POINTS})
+    assert row["low"] < 1 < row["mean"] < row["high"] == 2
+    (row,) = results.arm_rows({"C": [slope] * 2}, {"slope/retrieval_hit": POINTS})
+    assert row["low"] == row["mean"] == row["high"] == 1.5
     assert rows["C", "distance"]["low"] < 0 and rows["C", "distance"]["high"] > 1
 
 

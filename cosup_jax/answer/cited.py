@@ -12,6 +12,7 @@ from cosup_jax.answer.decode import Answer, Found
 from cosup_jax.data import markup
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.data.tokenizer import CE, CS, RET, Tokenizer
+from cosup_jax.evaluation.cited import rendered
 
 
 class Part(NamedTuple):
@@ -62,12 +63,11 @@ def record(
             continue
         inserted = markup.insertion([passages[one.row] for one in part.found], tokenizer, longest)
         raw += f"{RET}{tokenizer.decode(inserted[:-1])}{CS}{part.text}{CE}"
-        span, row = part.text.strip(), _grounds(part, passages)
-        if span:
-            stop = span.endswith(".")
-            output += f"{span[:-1]}[{numbers[row]}]. " if stop else f"{span}[{numbers[row]}] "
-            text += f"{span} "
-        spans.append({"text": span, "passage": passages[row].id, "number": numbers[row]})
+        row = _grounds(part, passages)
+        span = {"text": part.text.strip(), "passage": passages[row].id, "number": numbers[row]}
+        output += rendered(span)
+        text += f"{span['text']} " if span["text"] else ""
+        spans.append(span)
     return {
         "id": example.id,
         "question": example.question,

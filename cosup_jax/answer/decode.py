@@ -261,12 +261,18 @@ class _Batch:
         turns = [len(self._retrieved[row]) for row in asking]
         k, questions = self._config.generate.passages, self._question[asking]
         if not np.isfinite(rows.query_BxD[asking]).all():
-            raise UserError("Gen's vectors at [Ret] are no numbers: this model has diverged")
+            raise UserError(
+                "Gen's vectors at [Ret] are no numbers: this model has diverged; take another "
+                "checkpoint"
+            )
         texts = [rows.tokens_BxS[row, : rows.known_B[row]] for row in asking]
         answers = self._retriever(rows.query_BxD[asking], questions.tolist(), turns, k, texts)
         for row, found in zip(asking, answers, strict=True):
             if not found:  # no score is above another where vectors are NaN
-                raise UserError("the vectors of passages are no numbers: this model has diverged")
+                raise UserError(
+                    "the vectors of passages are no numbers: this model has diverged; take another "
+                    "checkpoint"
+                )
             tokens, known = self._insertion(found), rows.known_B[row]
             if known + len(tokens) >= rows.tokens_BxS.shape[1]:
                 rows.status_B[row] = Status.CONTEXT

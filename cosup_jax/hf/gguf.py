@@ -47,7 +47,9 @@ class GgufFile:
             self.config = _config(known, settings, named)
             if factors is not None:
                 if "rope_scaling" in self.config:
-                    raise ProblemError(f"rope.scaling beside {_ROPE_FACTORS} is not supported")
+                    raise ProblemError(
+                        f"rope.scaling beside {_ROPE_FACTORS} is not supported; keep one of them"
+                    )
                 self.config["rope_scaling"] = _llama3(self.config, np.asarray(factors.data))
             self._tensors = {
                 name: _Tensor(self.path, tensor, *_layout(known, self.config, tensor))

@@ -23,7 +23,8 @@ RULE = (
     "excludes 0 in the claimed direction, and all seeds agree. *Not seen*: it holds nothing on "
     "that side, or, of shares and their differences, nothing beyond "
     f"{POINT:g} (of nats and the like nothing says what is as good as none). Else *undecided*, "
-    f"and also where both arms are right in at most {POINT:.0%} of the items, or wrong in as few. "
+    f"and also where both arms are right in at most {POINT:.0%} of the items, or wrong in as few, "
+    "of a difference in both its parts. "
     "*Detectable* is the smallest true difference that would have shown with a chance of "
     f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
     "confirmed by chance."
@@ -35,9 +36,9 @@ MATRIX_NOTE = (
     "or it is given. Along a row the writer stays the same, down a column the retrieval. "
     f"*{MAJORITY}*: one answer to all questions, the most frequent among the training rows of the "
     f"set's source, or in the set if that has none. *{FOUND}*: how often the right passage is "
-    "among those shown. What is right depends on the set: where answers are of several kinds, one "
-    "that is the right one letter for letter (em); where all are strings of the evidence, one that "
-    "holds it (acc_substring)."
+    "among those shown. What counts as right goes by a set's questions, as in --mode=evaluate: of "
+    "`world`'s sets the unseen task asks for a text that holds the answer, the others for the "
+    "answer itself; long and free answers have a score between 0 and 1."
 )
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (

@@ -129,15 +129,19 @@ def claim_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[s
             difference_SxI = ours - theirs
             towards_SxI = -difference_SxI if claim.below else difference_SxI
             kind = kinds[claim.metric]
-            apart = NUMBER if kind == NUMBER else POINTS
-            told = {"claim": str(claim), "set": name} | _numbers(difference_SxI, apart)
+            least, most = _ends(claim.metric, kind)
+            ends = least - most, most - least
+            told = {"claim": str(claim), "set": name} | _numbers(difference_SxI, ends)
             many = kind == SHARE and len(items) > 1  # a mean of a whole set is no count of items
             told["log_odds"] = log_odds(ours) - log_odds(theirs) if many else None
             told["verdict"] = verdict(towards_SxI, 0.0 if kind == NUMBER else POINT)
             if kind == SHARE or (kind == POINTS and LESS in claim.metric):
-                parts = claim.metric.split(LESS)
-                shares = [values(runs[:seeds], name, p, items) for runs in (a, b) for p in parts]
-                if _at_an_end(*shares):  # nobody can do it, or everybody
+                both = (a[:seeds], b[:seeds])
+                means = (
+                    [values(runs, name, part, items).mean() for runs in both]
+                    for part in claim.metric.split(LESS)
+                )
+                if all(map(_at_an_end, means)):
                     told |= {"verdict": "undecided", "detectable": None}
             found.append(told)
     return found
@@ -155,23 +159,29 @@ def log_odds(share_SxI: np.ndarray) -> float:
     return float(np.log((total + 0.5) / (count - total + 0.5)))
 
 
-def _at_an_end(*values: np.ndarray) -> bool:
-    means = [v.mean() for v in values]
-    return max(means) <= POINT or min(means) >= 1 - POINT
+def _at_an_end(shares: Sequence[float]) -> bool:
+    """Nobody can do it, or everybody."""
+    return max(shares) <= POINT or min(shares) >= 1 - POINT
+
+
+def _ends(metric: str, kind: str) -> tuple[float, float]:
+    """Between which a metric lies."""
+    if kind == SHARE:
+        return 0.0, 1.0
+    return (-1.0, 1.0) if kind == POINTS and LESS in metric else (-np.inf, np.inf)
 
 
 def _measured(seeds: Sequence[Scores], name: str, metric: str, kind: str) -> dict[str, Any] | None:
     """`_numbers` of one arm over the items that its seeds share; None without any."""
     items = items_of(seeds, name, metric)
-    return _numbers(values(seeds, name, metric, items), kind) if items else None
+    return _numbers(values(seeds, name, metric, items), _ends(metric, kind)) if items else None
 
 
-def _numbers(values_SxI: np.ndarray, kind: str) -> dict[str, Any]:
-    """The interval of a share, or of a difference of two, ends where those do."""
+def _numbers(values_SxI: np.ndarray, ends: tuple[float, float]) -> dict[str, Any]:
+    """The interval ends where the values do."""
     found: Estimate = estimate(values_SxI)
-    if kind != NUMBER and found.low is not None:
-        least = 0.0 if kind == SHARE else -1.0
-        found = found._replace(low=max(found.low, least), high=min(found.high, 1.0))
+    if found.low is not None:
+        found = found._replace(low=max(found.low, ends[0]), high=min(found.high, ends[1]))
     return found._asdict() | {"by_seed": values_SxI.mean(axis=1).tolist()}
 
 

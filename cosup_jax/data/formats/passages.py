@@ -43,7 +43,7 @@ def read(where: str, problems: Problems) -> Iterator[tuple[str, Passage]]:
 
 def _kind(path: Path) -> str:
     """Its ending, or that before the number of a shard: x.array_record-00001-of-00008."""
-    name = re.sub(r"-\d+(-of-\d+)?$", "", path.name)
+    name = re.sub(r"-\d+(-of-\d+)?(\.gz)?$", r"\2", path.name)
     return next((kind for kind in KINDS if name.endswith(kind)), "")
 
 
