@@ -3,8 +3,7 @@
 Shows       the method on pretrained weights at a size that one accelerator holds
 Hardware    one GPU or TPU chip: two towers of 135 M parameters, fp32 parameters, gradients and Adam
             moments 4.3 GB, 15.7 GB in all at most (measured); `laptop`: 2 CPU cores, 9 GB
-Expected    the table of docs/pretrained.md, in 7 minutes on an H200; `laptop`: 16 minutes with
-            its layers unrolled, as they no longer are
+Expected    the table of docs/pretrained.md, in 7 minutes on an H200; `laptop`: 10 minutes of steps
 Needs       the weights of HuggingFaceTB/SmolLM2-135M: hub, or gen.init=DIRECTORY or FILE.gguf;
             data: squad through TFDS, or data.train=FILE.jsonl,... and data.eval=FILE.jsonl,...
 Command     python -m cosup_jax.main --config=configs/smollm2.py --workdir=runs/smollm2
