@@ -240,7 +240,8 @@ def _command(arm: Arm, asked: Design) -> str:
         if isinstance(value, str) and value.startswith(f"{asked.root}/"):
             flags[key] = os.path.relpath(value)
     flags["seed"] = str(arm.seed)
-    return _line(asked.file.of(arm.name), flags, f"--workdir=runs/again/{arm.name}-{arm.seed}")
+    place = f"--workdir=runs/again/{asked.file.name}-{arm.name}-{arm.seed}"
+    return _line(asked.file.of(arm.name), flags, place)
 
 
 def _line(config: str, overrides: Mapping[str, str], *more: str) -> str:

@@ -340,10 +340,8 @@ def _first_start(workdir: Workdir) -> float:
 
 def _check_unfinished(job: Job, restored: Restored) -> None:
     """Raises UserError where other settings come to a run that has no step left to take."""
-    before, now = restored.meta["config"], to_dict(job.config)
-    changed = ", ".join(
-        f"config.{key}={v!r} (was {was!r})" for key, (was, v) in differing(before, now).items()
-    )
+    changes = _changes(restored.meta["config"], to_dict(job.config))
+    changed = ", ".join(f"config.{key}={v!r} (was {was!r})" for key, (was, v) in changes.items())
     finished = (job.workdir.read_status() or {}).get("state") == "finished"
     if finished and restored.step == job.num_steps and changed:
         raise UserError(
@@ -352,9 +350,15 @@ def _check_unfinished(job: Job, restored: Restored) -> None:
         )
 
 
+def _changes(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """But for the group study, which no run reads: an arm is the same in every study's file."""
+    changes = differing(before, now)
+    return {key: pair for key, pair in changes.items() if not key.startswith("study.")}
+
+
 def _say_changes(before: dict, now: dict) -> None:
     """Names the settings that a resume changes."""
-    for key, (was, value) in differing(before, now).items():
+    for key, (was, value) in _changes(before, now).items():
         _say(f"resuming with config.{key}={value!r}, was {was!r}")
 
 

@@ -54,7 +54,7 @@ def test_one_seed_has_an_interval_over_its_items():
     values = np.array([[1.0, 0, 0, 1, 1, 0, 1, 1]])
     found = estimate(values)
     low, high = stats.t.interval(0.95, 7, values.mean(), stats.sem(values[0]))
-    assert (found.low, found.high) == pytest.approx((low, high))
+    assert (found.low, found.high) == pytest.approx((low, high)) and found.detectable is None
 
 
 def test_a_difference_as_large_as_detectable_shows_as_often_as_is_said():
@@ -150,6 +150,9 @@ def test_a_metric_less_another_is_taken_item_by_item():
     assert kind("gold/correct - wrong/corect") is None
     with pytest.raises(UserError, match="'wrong/corect' is given by none"):
         measures.kinds("here", ["gold/correct - wrong/corect"], Config(), ["answers"])
+    with pytest.raises(UserError, match="; a difference takes two metrics"):
+        measures.kinds("here", [f"{metric} - none/correct"], Config(), ["answers"])
+    assert results.claims_of("C > N: - distance", runs)[0].metric == "distance"
 
 
 def test_what_nobody_can_answer_tells_nothing():
@@ -216,7 +219,10 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     """Bug: a column is missing or shifted; `|` in an arm's name breaks the table; text is taken for
     HTML; a number that is no share is drawn as one."""
     study = a_study()
+    assert page.RUNS_NOTE not in page.markdown(study)
+    study["runs"][0]["command"] += " --config.gen.init=runs/arms/0/export/gen"
     lines = page.markdown(study).splitlines()
+    assert page.RUNS_NOTE in lines
     assert "- **C > N|C: corpus/correct**: confirmed in world.in_domain" in lines
     assert "- **N|C > C: corpus/correct**: not seen in world.in_domain" in lines
     bars = lambda line: line.replace("\\|", "").count("|")
@@ -231,7 +237,10 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert any(line.startswith(told) for line in lines)
     at = lines.index("| generator | C |")
     assert lines[at + 3].startswith(told) and lines[at + 2].startswith("| N | 0.")
-    assert any("`python -m x --config=a.py:C`" in line and "| 1,500.0 |" in line for line in lines)
+    assert any(
+        "`python -m x --config=a.py:C --config.gen" in line and "| 1,500.0 |" in line
+        for line in lines
+    )
     assert "- **N|C > C: corpus/corect**: not tested: a run" in page.markdown(study)
     assert "`python -m x --mode=study`" in lines
     html = page.page(study)

@@ -228,7 +228,8 @@ def test_runs_of_unlike_data_are_not_compared(tmp_path):
 
 
 def test_the_command_of_a_run_is_one_that_a_shell_can_read(tmp_path, monkeypatch):
-    """Bugs: `>` of a claim makes a file; a path of this machine in what is published."""
+    """Bugs: `>` of a claim makes a file; a path of this machine in what is published; two studies'
+    commands of one arm name one workdir, which is another study's then."""
     monkeypatch.chdir(tmp_path)
     keys = {"study.claims": "C_pre > C: alignment", "data.max_gen_tokens": "200"}
     weight = f"{ROOT}/configs/studies/weight.py:small"
@@ -239,7 +240,7 @@ def test_the_command_of_a_run_is_one_that_a_shell_can_read(tmp_path, monkeypatch
         "--config.data.max_gen_tokens=200",
         f"--config.gen.init=runs/arms/{start}/export/gen",
         "--config.seed=1",
-        "--workdir=runs/again/C_pre-1",
+        "--workdir=runs/again/weight-small-C_pre-1",
     ]
     whole = study._Found(found).summary()["command"]
     assert "'--config.study.claims=C_pre > C: alignment'" in whole
@@ -455,7 +456,9 @@ def test_a_small_study_runs_resumes_and_says_what_it_found(tmp_path, capsys):
         measure, kept = path.name.partition("-")[0], json.loads(path.read_text())["found"]
         if measure != "facts":
             held_to_its_word(measure, kept, asked().config)
-    again = shlex.split(n["command"].replace("runs/again/N-0", str(tmp_path / "again")))[3:]
+    again = shlex.split(n["command"].replace("runs/again/core-small-N-0", str(tmp_path / "again")))[
+        3:
+    ]
     assert main_lib.main(again) == 0
     one, two = (
         (tmp_path / place / "metrics.jsonl").read_text().splitlines()[-1]

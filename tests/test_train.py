@@ -116,7 +116,8 @@ def test_a_checkpoint_knows_gens_tokenizer(short):
 
 
 def test_other_settings_are_no_settings_of_a_finished_run(tiny, short, capsys):
-    """Bug: config.json tells of a learning rate that no step was taken with."""
+    """Bugs: config.json tells of a learning rate that no step was taken with; an arm of a study is
+    refused as another study's, whose question it does not read."""
     workdir, _ = short
     before = (workdir / "config.json").read_bytes()
     flags = [f"--config={tiny}", f"--workdir={workdir}", *SHORT]
@@ -124,6 +125,8 @@ def test_other_settings_are_no_settings_of_a_finished_run(tiny, short, capsys):
     err = capsys.readouterr().err
     assert "no step is left for config.optim.gen_learning_rate=0.5 (was 0.0" in err
     assert (workdir / "config.json").read_bytes() == before
+    assert main_lib.main([*flags, "--config.study.question=why?"]) == 0
+    assert "is finished at step" not in capsys.readouterr().err
 
 
 def test_a_finished_run_left_everything(tiny, unbroken, capsys):

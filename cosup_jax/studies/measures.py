@@ -209,7 +209,9 @@ def kinds(
             others = [name for name in MEASURES if kind_of(metric, config, [name])]
             arm = metric.partition("/")[0]
             mend = "each function there says what it gives"
-            if others:
+            if metric.count(LESS) > 1:
+                mend = "a difference takes two metrics"
+            elif others:
                 mend = f"add {others[0]} to config.study.measures"
             elif arm in ARMS and arm not in config.eval.arm_names:
                 mend = f"config.eval.arms={config.eval.arms} lacks {arm}"

@@ -24,7 +24,7 @@ RULE = (
     "that side, or, of shares and their differences, nothing beyond "
     f"{POINT:g} (of nats and the like nothing says what is as good as none). Else *undecided*, "
     f"and also where both arms are right in at most {POINT:.0%} of the items, or wrong in as few, "
-    "of a difference in both its parts. "
+    "of a difference in both its parts, and wherever there is one seed. "
     "*Detectable* is the smallest true difference that would have shown with a chance of "
     f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
     "confirmed by chance."
@@ -36,13 +36,19 @@ MATRIX_NOTE = (
     "or it is given. Along a row the writer stays the same, down a column the retrieval. "
     f"*{MAJORITY}*: one answer to all questions, the most frequent among the training rows of the "
     f"set's source, or in the set if that has none. *{FOUND}*: how often the right passage is "
-    "among those shown. What counts as right goes by a set's questions, as in --mode=evaluate: of "
-    "`world`'s sets the unseen task asks for a text that holds the answer, the others for the "
-    "answer itself; long and free answers have a score between 0 and 1."
+    "among those shown, of BM25 to the first writer. What counts as right goes by a set's "
+    "questions, as in --mode=evaluate: of `world`'s sets the unseen task asks for a text that "
+    "holds the answer, the others for the answer itself; long and free answers have a score "
+    "between 0 and 1."
 )
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (
-    "not tested: a run compared lacks this metric; config.study.measures names what is measured"
+    "not tested: a run compared lacks this metric (config.study.measures names what is measured), "
+    "or its two parts share no item"
+)
+RUNS_NOTE = (
+    "What a command reads below `arms/` the study itself makes before that run: a stage 0, or "
+    "mined passages."
 )
 _NONE = "-"
 
@@ -58,7 +64,7 @@ def markdown(study: Study) -> str:
         parts += [f"### {name}", _table(matrix_cells(rows, study["arms"]))]
     for name, rows in _by(study["measured"], "set").items():
         parts += [f"## {name or WHOLE}", _table(arm_cells(rows, study["arms"]))]
-    parts += ["## Runs", _table(run_cells(study["runs"]))]
+    parts += ["## Runs", *_runs_note(study), _table(run_cells(study["runs"]))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -77,7 +83,8 @@ def page(study: Study) -> str:
             f'<div class="charts">{plots}</div>' if plots else ""
         )
         sections.append(f"<section><h2>{html.escape(name or WHOLE)}</h2>{content}</section>")
-    sections.append(f"<h2>Runs</h2>{_html_table(run_cells(study['runs']), left=9)}")
+    notes = "".join(f"<p class='note'>{note.replace('`', '')}</p>" for note in _runs_note(study))
+    sections.append(f"<h2>Runs</h2>{notes}{_html_table(run_cells(study['runs']), left=9)}")
     head = f"<p class='kicker'>{html.escape(study['name'])}</p><h1>{html.escape(study['question'])}"
     closing = "".join(
         f"<li><b>{html.escape(claim)}</b>: {html.escape(told)}</li>"
@@ -154,6 +161,11 @@ def _closing(study: Study) -> list[tuple[str, str]]:
         ]
         found.append((claim, "; ".join(told)))
     return found + [(claim, UNTESTED) for claim in study["untested"]]
+
+
+def _runs_note(study: Study) -> list[str]:
+    made = any("/arms/" in run["command"] for run in study["runs"])
+    return [RUNS_NOTE] if made else []
 
 
 def _few(number: float) -> str:

@@ -41,10 +41,13 @@ def claims_of(text: str, arms: Iterable[str]) -> list[Claim]:
             raise UserError(f"config.study.claims: {part!r} must read 'A > B: METRIC, METRIC'")
         for arm in form.group(1, 2):
             if arm not in known:
-                raise UserError(f"config.study.claims: {arm!r} is no arm of {', '.join(known)}")
+                raise UserError(
+                    f"config.study.claims: {arm!r} is no arm of {', '.join(known)}; add it to "
+                    "config.study.arms, or drop the claim"
+                )
         metrics = map(str.strip, form[3].split(","))
         found += [
-            Claim(form[1], form[2], metric.removeprefix("-"), metric.startswith("-"))
+            Claim(form[1], form[2], metric.removeprefix("-").strip(), metric.startswith("-"))
             for metric in metrics
         ]
     return found

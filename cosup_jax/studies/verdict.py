@@ -44,7 +44,8 @@ def estimate(values_SxI: np.ndarray) -> Estimate:
         return Estimate(mean, None, None, None, S, I)
     wide = (1 + LEVEL) / 2
     reach = _joined(stats.t.ppf(wide, freedom) * error for freedom, error in parts)
-    detectable = _joined(_shown(freedom) * error for freedom, error in parts)
+    shown = _joined(_shown(freedom) * error for freedom, error in parts)
+    detectable = shown if S > 1 else None  # no verdict goes by one seed
     return Estimate(mean, mean - reach, mean + reach, detectable, S, I)
 
 
