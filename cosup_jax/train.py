@@ -128,7 +128,8 @@ def _run(job: Job, given: dict[str, Any], told: Notices) -> tuple[int, bool]:
     if restored:
         assemble.check_contract(config, job.tokenizers, restored.meta)
         _check_unfinished(job, restored)
-        _say_changes(restored.meta["config"], to_dict(config))
+        for key, (was, now) in _changes(restored.meta["config"], to_dict(config)).items():
+            _say(f"resuming with config.{key}={now!r}, was {was!r}")
     job.workdir.write_json("config.json", to_dict(config))
     job.workdir.write_json(".given.json", given)
     job.workdir.status("running", start)
@@ -354,12 +355,6 @@ def _changes(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
     """But for the group study, which no run reads: an arm is the same in every study's file."""
     changes = differing(before, now)
     return {key: pair for key, pair in changes.items() if not key.startswith("study.")}
-
-
-def _say_changes(before: dict, now: dict) -> None:
-    """Names the settings that a resume changes."""
-    for key, (was, value) in _changes(before, now).items():
-        _say(f"resuming with config.{key}={value!r}, was {was!r}")
 
 
 def _say_bank(state: TrainState, shape: BatchShape, config: Config) -> None:
