@@ -5,7 +5,7 @@ Shows       the arms N (NTP alone), S and S2 (NSP alone, in one tower or two), C
             order; and one arm's Gen with another's retrieval: is a gain better retrieval or better
             reading?
 Hardware    2 CPU cores, 4 GB of memory
-Expected    docs/results/core.md
+Expected    docs/results/core.md, core-smollm2_cpu.md
 Command     python -m cosup_jax.main --config=configs/studies/core.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
