@@ -150,6 +150,8 @@ class Writer:
 
     def answers(self, examples: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """As files have them, in order. Raises UserError for a passage that is not there."""
+        if not examples:
+            return
         retriever = self._retriever(examples)  # before anything is compiled
         prompts = [markup.prompt(example, self._tokenizer) for example in examples]
         budgets = [example.budget for example in examples]
@@ -189,7 +191,7 @@ def _answer_file(path: Path, asked: Sequence[Question], writer: Writer) -> None:
         bar = tqdm(total=len(asked), initial=done, unit="question", disable=None, leave=False)
         tokens = retrievals = 0
         with bar:
-            for record in writer.answers(todo) if todo else ():
+            for record in writer.answers(todo):
                 answers.add(record)
                 bar.update()
                 tokens, retrievals = tokens + record["tokens"], retrievals + record["retrievals"]

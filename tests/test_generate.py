@@ -56,7 +56,7 @@ def test_a_file_of_questions(home, capsys, monkeypatch):
     path.write_text(whole[: len(whole) * 2 // 3])  # in the middle of a line
     run()
     assert "answers are in" in capsys.readouterr().out and path.read_text() == whole
-    monkeypatch.setattr(generate.Writer, "answers", lambda *_: pytest.fail("asked for nothing"))
+    monkeypatch.setattr(generate.Writer, "_retriever", lambda *_: pytest.fail("asked for nothing"))
     run()
     assert path.read_text() == whole
 

@@ -187,11 +187,14 @@ def test_what_has_no_ret_is_left_to_the_run(made, tmp_path):
 
 
 def test_what_is_only_evaluated_may_be_prepared_beside(made, tmp_path):
-    """Bug: prepared:DIR, which stands for all that is in it, is refused for the part that is only
-    evaluated."""
+    """Bugs: prepared:DIR, which stands for all that is in it, is refused for the part that is only
+    evaluated; a source that is not prepared is let through with it."""
     dataset = assemble.read_sources(made[1], tmp_path / "data").train[0][0]
     evaluated = dataclasses.replace(dataset, splits={"test": dataset.splits["test"]})
     assemble.refuse_untrained(assemble.Sources([(dataset, 1.0), (evaluated, 1.0)], [], {}))
+    plain = dataclasses.replace(evaluated, examples=list(evaluated.examples))
+    with pytest.raises(UserError, match="no example has split 'train', only test"):
+        assemble.refuse_untrained(assemble.Sources([(plain, 1.0)], [], {}))
 
 
 def test_a_killed_preparation_is_not_read(made, tmp_path, monkeypatch):

@@ -37,9 +37,7 @@ MATRIX_NOTE = (
     f"*{MAJORITY}*: one answer to all questions, the most frequent among the training rows of the "
     f"set's source, or in the set if that has none. *{FOUND}*: how often the right passage is "
     "among those shown, of BM25 to the first writer. What counts as right goes by a set's "
-    "questions, as in --mode=evaluate: of `world`'s sets the unseen task asks for a text that "
-    "holds the answer, the others for the answer itself; long and free answers have a score "
-    "between 0 and 1."
+    "questions, as in --mode=evaluate; long and free answers have a score between 0 and 1."
 )
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (

@@ -138,11 +138,10 @@ def claim_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[s
             many = kind == SHARE and len(items) > 1  # a mean of a whole set is no count of items
             told["log_odds"] = log_odds(ours) - log_odds(theirs) if many else None
             told["verdict"] = verdict(towards_SxI, 0.0 if kind == NUMBER else POINT)
-            if kind == SHARE or (kind == POINTS and LESS in claim.metric):
-                both = (a[:seeds], b[:seeds])
+            if np.isfinite(most):  # a share, or one less another
                 means = (
-                    [values(runs, name, part, items).mean() for runs in both]
-                    for part in claim.metric.split(LESS)
+                    [values(arm[:seeds], name, share, items).mean() for arm in (a, b)]
+                    for share in claim.metric.split(LESS)
                 )
                 if all(map(_at_an_end, means)):
                     told |= {"verdict": "undecided", "detectable": None}
