@@ -36,11 +36,15 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 # shellcheck disable=SC2046,SC2086 # several flags each
 {
   row 90 theirs "$python" tests/beside_transformers.py
+  row 90 theirs_heads_of_128 "$python" tests/beside_transformers.py 16 2048 5632 16 16
   ours rows_8 $large $heads_of_64 $(rows 8)
-  ours rows_16 $large $heads_of_64 $(rows 16)
   ours heads_of_128 $large $heads_of_128 $(rows 16)
-  ours heads_of_128_dots $large $heads_of_128 $(rows 16) --config.{gen,ctx}.arch.remat=dots
+  ours heads_of_128_unrolled $large $heads_of_128 $(rows 16) --config.{gen,ctx}.arch.scan_unroll=16
   ours small $small $(rows 32)
   ours small_passage_bank $small $(rows 32) --config.bank.{kind=passage,size=65536}
   ours small_dual_bank $small $(rows 32) --config.bank.{kind=dual,size=65536,queries=4096}
+  XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours without_triton $large $heads_of_128 \
+    $(rows 16) --config.{gen,ctx}.arch.scan_unroll=16
+  ours heads_of_128_dots $large $heads_of_128 $(rows 16) --config.{gen,ctx}.arch.remat=dots
+  ours rows_16 $large $heads_of_64 $(rows 16)
 }

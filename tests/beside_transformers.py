@@ -45,7 +45,11 @@ def main() -> None:
         return time.perf_counter() - start
 
     for dtype in (torch.bfloat16, torch.float32):
-        step(dtype)
+        try:
+            step(dtype)
+        except torch.OutOfMemoryError:
+            print(f"{dtype}: out of memory")
+            continue
         median_s = statistics.median(step(dtype) for _ in range(STEPS))
         print(f"{dtype}: {median_s:.4f} s a step, {2 * text.numel() / median_s:,.0f} tokens/s")
 
