@@ -82,6 +82,7 @@ class _Found:
         self._runs: list[dict[str, Any]] = []
         self._data: dict[str, tuple[str, Arm]] = {}  # by sources: versions, and whose first
         self._codes: set[str] = set()  # that measured
+        self._machines: set[str] = set()  # on which, where it was noted
 
     def add(self, arm: Arm) -> None:
         """Measures a run, or reads what was measured."""
@@ -109,6 +110,7 @@ class _Found:
     def _kept(self, arm: Arm, name: str, measure: Callable[[], Any]) -> Any:
         kept = _kept(arm, name, measure)
         self._codes.add(kept["code"])
+        self._machines |= {kept["machine"]} if "machine" in kept else set()
         return kept["found"]
 
     def _data_of(self, arm: Arm) -> str:
@@ -136,19 +138,16 @@ class _Found:
         seeds = asked.config.study.seeds
         wanted = seeds * len(asked.arms)
         finished = all(len(scores) == seeds for scores in self._scores.values())
-        device = jax.devices()[0]
-        versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
         return {
             "name": asked.file.name,
             "question": asked.config.study.question,
             "state": "finished" if finished else f"{len(self._runs)} of {wanted} runs",
             "date": datetime.date.today().isoformat(),
-            "hardware": f"{jax.device_count()} x {device.device_kind}",
-            "versions": ", ".join(versions),
             "command": _line(
                 *asked.file, "--mode=study", f"--workdir={os.path.relpath(asked.root)}"
             ),
             "measured_by_code": sorted(self._codes),
+            "measured_on": sorted(self._machines),
             "claims": judged,
             "matrix": results.matrix_rows(done, asked.writers),
             "untested": results.untested(judged, known),
@@ -213,14 +212,14 @@ def _measured(name: str, run: "_Opened") -> Scores:
 
 
 def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
-    """{"code", "found"} of `measure`, kept in the run's directory."""
+    """{"code", "machine", "found"} of `measure`, kept in the run's directory."""
     told = [pair for pair in set_keys(arm.config) if pair[0].split(".")[0] in _MEASURED_BY]
     by = digest(told)[:DIGITS]
     path = arm.directory / "measured" / f"{name}-{by}.json"
     if path.is_file():
         return json.loads(path.read_text())
     print(f"--- {arm}: measuring {name}", flush=True)
-    kept = {"code": processes.code_digest(), "found": measure()}
+    kept = {"code": processes.code_digest(), "machine": _machine(), "found": measure()}
     try:
         text = json.dumps(kept, allow_nan=False)
     except ValueError:
@@ -231,6 +230,12 @@ def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
     with writing(path):
         write_atomic(path, text + "\n")
     return kept
+
+
+def _machine() -> str:
+    """As "1 x cpu, jax 0.10.2, flax 0.12.8"."""
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
+    return ", ".join([f"{jax.device_count()} x {jax.devices()[0].device_kind}", *versions])
 
 
 def _command(arm: Arm, asked: Design) -> str:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from declared import held_to_its_word
@@ -18,7 +19,7 @@ from cosup_jax.config_files import File
 from cosup_jax.dotted import differing, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.pretrained import resolve
-from cosup_jax.studies import arms, measures
+from cosup_jax.studies import arms, measures, page
 from cosup_jax.studies import run as run_lib
 from cosup_jax.studies.design import Design, of_pair
 from cosup_jax.studies.scales import SCALES
@@ -212,6 +213,29 @@ def test_what_is_measured_is_measured_anew_where_its_settings_change(tmp_path):
         )
     ]
     assert [len(found) for found in names] == [1, 1, 2, 3, 3]
+
+
+def test_a_page_names_the_machines_that_measured(tmp_path, monkeypatch):
+    """Bug: what a GPU measured is published under the laptop that wrote the page last; measures of
+    a version that did not note theirs end in a KeyError."""
+    arm = asked(root=tmp_path).arm("C", 0)
+    for name, machine in (("facts", "1 x a GPU"), ("answers", "1 x a TPU")):
+        monkeypatch.setattr(study, "_machine", lambda machine=machine: machine)
+        study._kept(arm, name, dict)
+    monkeypatch.undo()
+    (old,) = (arm.directory / "measured").glob("answers-*")
+
+    def summary(*names):
+        found = study._Found(asked(root=tmp_path))
+        for name in names:
+            found._kept(arm, name, dict)
+        return found.summary()
+
+    assert summary("facts", "answers")["measured_on"] == ["1 x a GPU", "1 x a TPU"]
+    old.write_text(json.dumps({"code": "0", "found": {}}))
+    assert summary("facts", "answers")["measured_on"] == ["1 x a GPU"]
+    told = page.markdown(summary("facts", "training"))
+    assert f"1 x a GPU and 8 x cpu, jax {jax.__version__}, flax " in told
 
 
 def test_runs_of_unlike_data_are_not_compared(tmp_path):

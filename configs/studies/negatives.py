@@ -43,12 +43,14 @@ def own_arms(at: ml_collections.ConfigDict):
 def released(at: ml_collections.ConfigDict):
     """compat=official at a scale: over 8 ranks gradients stop at other ranks' passages, over one
     there are none; beside that, ranks are averaged over one by one, and padded one by one."""
+    room = {"data.max_gen_tokens": 216}  # the longest example of `world` has 213
     official = {
         "compat": "official",
         "batch_size": 2 * at.batch_size,  # rows of one example
         "data.ret_slots": 2,
         "loss.temperature": 1.0,
         "loss.mask_evidence": False,
+        **(room if at.data.train else {}),
     }
     return {
         "C_detached": official | {"loss.compat_ranks": 8},

@@ -172,8 +172,9 @@ def _few(number: float) -> str:
 
 
 def _facts(study: Study) -> str:
+    machines = " and ".join(study["measured_on"])
     code = f"measured by code {', '.join(study['measured_by_code'])}"
-    return f"{study['date']}, {study['hardware']}, {study['versions']}, {code}; {study['state']}."
+    return f"{', '.join(filter(None, (study['date'], machines, code)))}; {study['state']}."
 
 
 def _plot(name: str, metric: str, rows: Rows) -> str:
