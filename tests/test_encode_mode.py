@@ -1,6 +1,5 @@
 """--mode=encode and --mode=mine as a user runs them: end to end, by two processes, at a size."""
 
-import os
 import re
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def test_train_encode_mine_train(tmp_path):
             ]
         done = subprocess.run(
             [*script, f"--config={tmp_path / 'tiny.py'}", f"--workdir={tmp_path / workdir}", *argv],
-            env=os.environ | {"PYTHON": sys.executable},
+            env=towns.environ(tmp_path / "cache"),
             **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 280},
         )
         assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ Real processes over loopback, two CPU devices each.
 """
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -33,8 +32,13 @@ def config(tmp_path_factory):
     return towns.write_config(directory, num_steps=STEPS, mesh__fsdp=2, **every)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def start():
+def start(cache):
     """Starts the processes of a run; ends what a failed test leaves."""
     started = []
 
@@ -42,7 +46,7 @@ def start():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+        environ = towns.environ(cache, devices=2)
         environ |= {"COSUP_LOST_SECONDS": str(LOST_S), "JAX_COORDINATOR_BIND_ADDRESS": address}
         joining = [f"--coordinator={address}", f"--num_processes={count}"] if count > 1 else []
         for process in range(count):
@@ -67,10 +71,10 @@ def _finish(processes, timeout=400):
 
 
 @pytest.fixture(scope="module")
-def alone(config, tmp_path_factory):
+def alone(config, cache, tmp_path_factory):
     """The run of one process on two devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    environ = towns.environ(cache, devices=2)
     command = [sys.executable, "-m", "cosup_jax.main", f"--config={config}"]
     subprocess.run([*command, f"--workdir={workdir}"], cwd=ROOT, env=environ, check=True)
     return workdir

@@ -26,13 +26,6 @@ STEPS = 64
 MODES = ("train", "encode", "evaluate")
 
 
-ENVIRON = {
-    **{"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-}
-
-
 class Ended(NamedTuple):
     code: int
     said: str
@@ -44,7 +37,7 @@ class Runs:
 
     def __init__(self, config: Path, cache: Path):
         self._config = config
-        environ = os.environ | ENVIRON | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        environ = towns.environ(cache) | {"PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
         script = [sys.executable, str(ROOT / "tests" / "kills.py")]
         self.server = subprocess.Popen(script, stdin=pipe, stdout=pipe, text=True, env=environ)
@@ -286,7 +279,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on(config, tmp_path):
     """Bugs: a preempted pod in which one host stops, or leaves an evaluation, and the others wait
     for it; one that stops at scheduled steps only; one that goes on from another state than it
     stopped in."""
-    environ = os.environ | ENVIRON | {"PYTHON": sys.executable}
+    environ = towns.environ(tmp_path / "cache")
     where = "held-out questions, in one of several processes"
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
@@ -296,7 +289,6 @@ def test_two_processes_stop_at_the_same_step_and_go_on(config, tmp_path):
         f"    told = lambda *_: kills.NOTICES[{where!r}]()\n"
         "    kills._at_call(Notices, 'enter_loop', 1, told)\n"
     )
-    environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
 
     def start(workdir, *paths):
         script = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2", "1", "--"]

@@ -56,15 +56,10 @@ def tiny(tmp_path_factory) -> Path:
     return towns.write_config(tmp_path_factory.mktemp("tiny"), num_steps=24, **every)
 
 
-def _command(config, workdir, *flags) -> list[str]:
-    module = [sys.executable, "-m", "cosup_jax.main"]
-    return [*module, f"--config={config}", f"--workdir={workdir}", *flags]
-
-
-def _start(command) -> subprocess.Popen:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+def _start(config, workdir) -> subprocess.Popen:
+    command = [sys.executable, "-m", "cosup_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=towns.environ(config.parent / "cache"), **pipes)
 
 
 def _digest(workdir: Path) -> str:
@@ -78,7 +73,7 @@ def _digest(workdir: Path) -> str:
 def unbroken(tiny, tmp_path_factory) -> Path:
     """The run that the others are compared with."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    process = _start(_command(tiny, workdir))
+    process = _start(tiny, workdir)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "towns.dev: 20 questions, training reads the passages of 100% as evidence\n" in out
@@ -156,7 +151,7 @@ def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     def interrupted(number: int) -> tuple[int, str]:
         """Sends a signal a few steps beyond the lines that the run finds."""
         wanted = count() + rng.randint(1, 4)
-        process = _start(_command(tiny, workdir))
+        process = _start(tiny, workdir)
         while count() < wanted:
             time.sleep(0.005)
             assert process.poll() is None
@@ -175,7 +170,7 @@ def test_killed_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     assert status["state"] == "stopped" and f"stopped at step {status['step']}" in said
     assert (workdir / "checkpoints" / str(status["step"])).is_dir()
     assert interrupted(signal.SIGKILL)[0] == -signal.SIGKILL
-    process = _start(_command(tiny, workdir))
+    process = _start(tiny, workdir)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert towns.metrics(workdir) == towns.metrics(unbroken)
@@ -221,7 +216,7 @@ def test_two_processes_equal_one(tiny, short, tmp_path):
     process = subprocess.run(
         [*script, f"--config={tiny}", f"--workdir={two}", *SHORT],
         cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable},
+        env=towns.environ(tmp_path / "cache"),
         capture_output=True,
         text=True,
         timeout=250,

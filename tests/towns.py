@@ -1,7 +1,9 @@
 """Runs of seconds: forty towns, a tiny model, the command line."""
 
 import json
+import os
 import random
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,17 @@ from cosup_jax.config import make
 def get_config(variant=""):
     return make({overrides!r}, {{}}, variant)
 """
+
+
+def environ(cache: Path, devices: int = 1) -> dict[str, str]:
+    """That of a process of its own, whose programs are compiled quickly, and once for all that
+    share `cache`."""
+    return os.environ | {
+        **{"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        **{"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_ENABLE_COMPILATION_CACHE": "true"},
+        **{"JAX_COMPILATION_CACHE_DIR": str(cache)},
+        **{"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+    }
 
 
 def write_data(directory: Path) -> Path:
