@@ -38,7 +38,11 @@ def _no_logging_left_behind():
 
 
 # A file runs on one worker, where its programs are compiled once; the longest start first.
-LONGEST = ("test_train", "test_objective", "test_step", "test_probe", "test_official")
+LONGEST = (
+    *("test_survival", "test_pods", "test_decode_trained", "test_study", "test_encode_mode"),
+    *("test_train", "test_objective", "test_step", "test_probe", "test_official"),
+    *("test_weights_memory", "test_scale", "test_compiling", "test_diverged"),
+)
 
 
 def pytest_collection_modifyitems(items):

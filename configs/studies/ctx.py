@@ -6,7 +6,7 @@ Shows       Ctx from the same weights as Gen, from random ones of the same shape
             encoder whose vectors a learned matrix brings to Gen's width. Only smollm2 starts from
             pretrained weights; its random Ctx has a tokenizer of its own
 Hardware    2 CPU cores, 4 GB of memory
-Expected    docs/results/ctx.md
+Expected    docs/results/ctx.md, ctx-minilm.md
 Command     python -m cosup_jax.main --config=configs/studies/ctx.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's

@@ -98,6 +98,7 @@ SCALES = {
         "eval.every_steps": 4,
         "eval.examples": 32,
         "eval.questions": 16,
+        "log.probe_every_steps": 0,
         "study.seeds": 2,
     },
     "smollm2": SMOLLM2,
