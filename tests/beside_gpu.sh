@@ -16,7 +16,7 @@ row() { # SECONDS NAME COMMAND...: one row; the next one comes whatever becomes 
   tail -n 12 "$into/$name.txt"
 }
 ours() { # NAME FLAGS...: eight steps of two towers in bfloat16, every token of every row real
-  row 70 "$1" "$python" -m cosup_jax.main --mode=preflight --steps=8 --config=configs/base.py \
+  row 160 "$1" "$python" -m cosup_jax.main --mode=preflight --steps=8 --config=configs/base.py \
     --workdir="$into/$1" --config.{gen,ctx}.arch.dtype=bfloat16 \
     --config.{gen,ctx}.arch.scan_unroll=1 --config.data.{max_ctx_tokens=128,passage_slots=8,vocab_size=32000} \
     "${@:2}"
@@ -39,12 +39,9 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   row 90 theirs_heads_of_128 "$python" tests/beside_transformers.py 16 2048 5632 16 16
   ours rows_8 $large $heads_of_64 $(rows 8)
   ours heads_of_128 $large $heads_of_128 $(rows 16)
-  ours heads_of_128_unrolled $large $heads_of_128 $(rows 16) --config.{gen,ctx}.arch.scan_unroll=16
   ours small $small $(rows 32)
   ours small_passage_bank $small $(rows 32) --config.bank.{kind=passage,size=65536}
   ours small_dual_bank $small $(rows 32) --config.bank.{kind=dual,size=65536,queries=4096}
-  XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours without_triton $large $heads_of_128 \
-    $(rows 16) --config.{gen,ctx}.arch.scan_unroll=16
   ours heads_of_128_dots $large $heads_of_128 $(rows 16) --config.{gen,ctx}.arch.remat=dots
-  ours rows_16 $large $heads_of_64 $(rows 16)
+  ours heads_of_128_unrolled $large $heads_of_128 $(rows 16) --config.{gen,ctx}.arch.scan_unroll=16
 }
