@@ -1,6 +1,7 @@
 """Hard negatives mined by the model, against loops over all scores."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.plan import Plan
 from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.workdir import Workdir
 
 SETTINGS = IndexConfig(mine_margin=0.1, mine_keep=3)
 
@@ -115,6 +117,21 @@ def test_a_source_without_evidence(mined):
     bare = [dataclasses.replace(e, evidence=(), support=()) for e in rivers().examples]
     plain = Dataset.of("plain", "1", bare, list(rivers().passages.values()))
     assert mine.search(plain, corpus, vectors, asking, path / "data") == ({}, mine.Counts())
+
+
+def test_a_source_that_is_only_evaluated(mined, tmp_path, monkeypatch):
+    """Bug: as a part of prepared:DIR it ends the mining of all others, or the training on them."""
+    own, _, corpus, vectors, _ = mined
+    examples = [dataclasses.replace(e, split="test") for e in rivers().examples]
+    asked = Dataset.of("asked", "1", examples, list(rivers().passages.values()))
+    data = SimpleNamespace(train=[(asked, 1.0), (rivers(), 1.0)])
+    monkeypatch.setattr(mine.assemble, "trained", lambda *_: own._replace(data=data))
+    monkeypatch.setattr(mine.assemble, "refuse_bad_rows", lambda *_: [])
+    monkeypatch.setattr(mine, "encoded", lambda *_: (corpus, vectors))
+    Workdir(str(tmp_path)).close()
+    mine.mine(own.config, str(tmp_path))
+    written = sorted(path.name for path in (tmp_path / "mined").iterdir())
+    assert written == ["rivers.jsonl", "rivers.passages.jsonl"]
 
 
 def test_the_written_source_trains(mined, tmp_path):
