@@ -50,8 +50,9 @@ def mine(config: Config, workdir: str) -> None:
         for line in assemble.refuse_bad_rows(trained.data, config):
             say(line)
         for dataset in by_name(dataset for dataset, _ in trained.data.train):
-            if not len(dataset.splits.get("train", ())):
-                continue  # a part of prepared:DIR that is only evaluated
+            if "train" not in dataset.splits:  # a part of prepared:DIR that is only evaluated
+                say(f"{dataset.name}: no row to train on, nothing mined")
+                continue
             corpus, vectors = encoded(dataset, trained, directory.path)
             mined = search(dataset, corpus, vectors, trained, directory.path / "data")
             target = directory.path / "mined" / f"{dataset.name}.jsonl"

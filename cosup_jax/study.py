@@ -110,7 +110,8 @@ class _Found:
     def _kept(self, arm: Arm, name: str, measure: Callable[[], Any]) -> Any:
         kept = _kept(arm, name, measure)
         self._codes.add(kept["code"])
-        self._machines |= {kept["machine"]} if "machine" in kept else set()
+        if "machine" in kept:
+            self._machines.add(kept["machine"])
         return kept["found"]
 
     def _data_of(self, arm: Arm) -> str:

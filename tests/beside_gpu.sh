@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU rows of docs/performance.md, in one call of under ten minutes: the step of transformers'
+# The GPU rows of docs/performance.md, in one call of some eight minutes: the step of transformers'
 # Llama under torch, then ours. Needs torch with CUDA beside the project's own packages.
 #
 #   tests/beside_gpu.sh [DIRECTORY]     what each row printed goes there; default gpu

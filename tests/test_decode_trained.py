@@ -34,8 +34,8 @@ def trained(tmp_path_factory):
     config = config_files.frozen(str(ROOT / "configs/base.py"), {})
     if "COSUP_TRAINED" not in os.environ:
         path = tmp_path_factory.mktemp("base") / "run"
-        aside = {"generate.examples": 0, "eval.examples": 40, "log.probe_every_steps": 0}
-        for key, value in ({"num_steps": 66} | aside).items():
+        few = {"num_steps": 66, "generate.examples": 0, "eval.examples": 40}
+        for key, value in (few | {"log.probe_every_steps": 0}).items():
             config = replace_dotted(config, key, value)
         train.train(config, str(path))
     found = assemble.trained(config, path)

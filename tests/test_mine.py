@@ -119,7 +119,7 @@ def test_a_source_without_evidence(mined):
     assert mine.search(plain, corpus, vectors, asking, path / "data") == ({}, mine.Counts())
 
 
-def test_a_source_that_is_only_evaluated(mined, tmp_path, monkeypatch):
+def test_a_source_that_is_only_evaluated(mined, tmp_path, monkeypatch, capsys):
     """Bug: as a part of prepared:DIR it ends the mining of all others, or the training on them."""
     own, _, corpus, vectors, _ = mined
     examples = [dataclasses.replace(e, split="test") for e in rivers().examples]
@@ -132,6 +132,7 @@ def test_a_source_that_is_only_evaluated(mined, tmp_path, monkeypatch):
     mine.mine(own.config, str(tmp_path))
     written = sorted(path.name for path in (tmp_path / "mined").iterdir())
     assert written == ["rivers.jsonl", "rivers.passages.jsonl"]
+    assert "asked: no row to train on, nothing mined" in capsys.readouterr().out
 
 
 def test_the_written_source_trains(mined, tmp_path):
