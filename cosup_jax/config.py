@@ -298,13 +298,17 @@ class LogConfig:
 class StudyConfig:
     """--mode=study: which variants of the config file are compared, and what is claimed of them."""
 
+    name: str = ""  # of the directory of its pages; empty = those of the config file and variant
     question: str = ""  # what the study asks, in a sentence
-    arms: str = ""  # variants of the config file, comma-separated, the first one's claims first
+    arms: str = ""  # variants of the config file, comma-separated
     seeds: int = 3  # runs of each arm: config.seed and those after it
     measures: str = "answers,majority"  # of each run, comma-separated, as studies/measures.py has
     crossed: str = ""  # ARM|ARM,...: the first one's Gen answers, the second one's pair retrieves
     shown: str = ""  # metrics of the page's tables, comma-separated; empty = those of the claims
     claims: str = ""  # "A > B: METRIC, METRIC; ...": A's mean is above B's; - before one: below
+    between_sets: bool = (
+        False  # is what is claimed larger in the first held-out set than elsewhere?
+    )
 
 
 @dataclasses.dataclass(frozen=True)

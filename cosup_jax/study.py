@@ -8,15 +8,19 @@ WORKDIR/NAME/       study.json, study.md and index.html, written anew after ever
 What is finished is not done again, and a run that was stopped goes on.
 """
 
+import contextlib
 import datetime
 import functools
 import gc
 import importlib.metadata
 import json
 import os
+import platform
 import shlex
+import subprocess
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,11 +140,11 @@ class _Found:
         done = {name: scores for name, scores in self._scores.items() if scores}
         known = [claim for claim in asked.claims if {claim.better, claim.other} <= set(done)]
         judged = results.claim_rows(done, known, asked.kinds)
-        seeds = asked.config.study.seeds
+        seeds, between = asked.config.study.seeds, asked.config.study.between_sets
         wanted = seeds * len(asked.arms)
         finished = all(len(scores) == seeds for scores in self._scores.values())
         return {
-            "name": asked.file.name,
+            "name": asked.directory.name,
             "question": asked.config.study.question,
             "state": "finished" if finished else f"{len(self._runs)} of {wanted} runs",
             "date": datetime.date.today().isoformat(),
@@ -150,6 +154,7 @@ class _Found:
             "measured_by_code": sorted(self._codes),
             "measured_on": sorted(self._machines),
             "claims": judged,
+            "between": results.between_rows(done, known, asked.kinds) if between else [],
             "matrix": results.matrix_rows(done, asked.writers),
             "untested": results.untested(judged, known),
             "arms": list(self._scores),
@@ -220,7 +225,7 @@ def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text())
     print(f"--- {arm}: measuring {name}", flush=True)
-    kept = {"code": processes.code_digest(), "machine": _machine(), "found": measure()}
+    kept = {"code": _code(), "machine": _machine(), "found": measure()}
     try:
         text = json.dumps(kept, allow_nan=False)
     except ValueError:
@@ -233,10 +238,32 @@ def _kept(arm: Arm, name: str, measure: Callable[[], Any]) -> dict[str, Any]:
     return kept
 
 
+def _code() -> str:
+    """The commit, as "4622cd4f9a01"; a digest of the package's files where they are no commit's."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        run([*git, "ls-files", "--error-unmatch", __file__])  # the repository is not another's
+        if not run([*git, "status", "--porcelain", "."]).stdout:
+            return run([*git, "rev-parse", f"--short={DIGITS}", "HEAD"]).stdout.strip()
+    return f"{processes.code_digest()}, no commit"
+
+
 def _machine() -> str:
-    """As "1 x cpu, jax 0.10.2, flax 0.12.8"."""
+    """As "1 x cpu (AMD EPYC 9B14), jax 0.10.2, flax 0.12.8"."""
+    kind = jax.devices()[0].device_kind
+    if kind == "cpu" and (model := _processor()):
+        kind = f"cpu ({model})"
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
-    return ", ".join([f"{jax.device_count()} x {jax.devices()[0].device_kind}", *versions])
+    return ", ".join([f"{jax.device_count()} x {kind}", *versions])
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _command(arm: Arm, asked: Design) -> str:
@@ -246,7 +273,7 @@ def _command(arm: Arm, asked: Design) -> str:
         if isinstance(value, str) and value.startswith(f"{asked.root}/"):
             flags[key] = os.path.relpath(value)
     flags["seed"] = str(arm.seed)
-    place = f"--workdir=runs/again/{asked.file.name}-{arm.name}-{arm.seed}"
+    place = f"--workdir=runs/again/{asked.directory.name}-{arm.name}-{arm.seed}"
     return _line(asked.file.of(arm.name), flags, place)
 
 

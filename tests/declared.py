@@ -4,9 +4,16 @@ import re
 
 from cosup_jax.config import Config
 from cosup_jax.studies.measures import MEASURES
-from cosup_jax.studies.run import NUMBER, POINTS, SHARE, Scores
+from cosup_jax.studies.run import COSINE, NUMBER, POINTS, POSITIVE, SHARE, Scores
 
-_LEAST_AND_MOST = {SHARE: (0, 1), POINTS: (-1, 1), NUMBER: (-float("inf"), float("inf"))}
+_MANY, _ROUNDED = float("inf"), 1 + 1e-5
+_LEAST_AND_MOST = {
+    SHARE: (0, 1),
+    POINTS: (-1, 1),
+    COSINE: (-_ROUNDED, _ROUNDED),
+    POSITIVE: (0, _MANY),
+    NUMBER: (-_MANY, _MANY),
+}
 
 
 def held_to_its_word(measure: str, found: Scores, config: Config | None = None) -> None:

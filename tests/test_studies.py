@@ -10,8 +10,14 @@ from scipy import stats
 from cosup_jax.config import Config
 from cosup_jax.errors import UserError
 from cosup_jax.studies import measures, page, results
+from cosup_jax.studies import verdict as verdict_lib
 from cosup_jax.studies.run import NUMBER, POINTS, SHARE
-from cosup_jax.studies.verdict import _shown, estimate, verdict
+from cosup_jax.studies.verdict import _shown, between, estimate
+
+
+def verdict(differences, none=verdict_lib.POINT):
+    return verdict_lib.verdict(estimate(differences), none)
+
 
 KINDS = {
     "corpus/correct": SHARE,
@@ -47,6 +53,42 @@ def test_an_interval_over_seeds_alone_is_student_s():
     low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values[:, 0]))
     assert (found.low, found.high) == pytest.approx((low, high))
     assert estimate(values[:1])[:4] == (0.2, None, None, None)
+
+
+def test_a_mean_of_few_answers_is_known_no_better_than_that():
+    """Bugs: a mean over those for whom retrieval failed, five of sixteen answers, is as sure as one
+    of two hundred questions; a seed without any of them counts as one with 0."""
+    rng = np.random.default_rng(0)
+    values = (rng.random((3, 200)) < 0.3).astype(float)
+    few = np.where(rng.random((3, 200)) < 0.04, values, np.nan)
+    found, held = estimate(few), np.isfinite(few)
+    assert found.scores == held.sum() < 40 and found.mean == pytest.approx(np.nanmean(few))
+    assert found.by_seed == pytest.approx(np.nanmean(few, axis=1))
+    errors = []
+    for along in (0, 1):  # the linearised ratio's, by loops
+        terms = []
+        for i in range(few.shape[1 - along]):
+            own = np.take(few, i, axis=1 - along)
+            terms += [np.nansum(own - found.mean) / held.sum()] if np.isfinite(own).any() else []
+        n = len(terms)
+        errors.append(stats.t.ppf(0.975, n - 1) * np.std(terms, ddof=1) * n**0.5)
+    assert found.high - found.mean == pytest.approx(np.hypot(*errors), rel=1e-6)
+    assert found.high - found.low > 0.2 > 2 * (estimate(values).high - estimate(values).low)
+    few[1] = np.nan
+    assert estimate(few).by_seed[1] is None and estimate(few).seeds == 2
+
+
+def test_an_interval_of_a_mean_of_few_answers_holds_the_true_one():
+    """Bug: the number of answers, which chance decides, is taken for fixed, or an item's answers
+    under several seeds for independent ones."""
+    rng, inside = np.random.default_rng(3), 0
+    for _ in range(300):
+        p_I = rng.choice([0.1, 0.9], 120)
+        right = rng.random((3, 120)) < p_I
+        missed = rng.random((3, 120)) < 0.3
+        found = estimate(np.where(missed, right, np.nan))
+        inside += found.low <= 0.5 <= found.high
+    assert inside >= 277  # 285 less two standard deviations
 
 
 def test_one_seed_has_an_interval_over_its_items():
@@ -92,6 +134,36 @@ def test_the_verdict_follows_the_rule():
     assert verdict(many) == "undecided"
 
 
+def test_a_difference_of_differences_pairs_seeds_and_not_questions():
+    """Bugs: seeds that differ count as if each set had seeds of its own, or questions of unlike
+    sets as paired; the other set is larger, and the first is said to be."""
+    rng, inside = np.random.default_rng(2), 0
+    for _ in range(400):
+        seed = 0.3 * rng.standard_normal((3, 1))  # alike in both sets
+        first = seed + 0.2 + drawn(rng, 3, 60, 0.05, 0.3, 0.3)
+        found = between(first, seed + drawn(rng, 3, 90, 0.05, 0.3, 0.3))
+        inside += found.low <= 0.2 <= found.high
+    assert inside >= 371 and found.high - found.low < 0.8
+    assert (found.seeds, found.items, len(found.by_seed)) == (3, 150, 3)
+    given = lambda far, near: {
+        "far": {"corpus/correct": dict.fromkeys("abc", far)},
+        "near": {"corpus/correct": dict.fromkeys("de", near)},
+    }
+    runs = {"C": [given(0.9, 0.5), given(0.7, 0.5)], "N": [given(0.1, 0.4), given(0.1, 0.4)]}
+    text = "C > N: corpus/correct; N > C: -corpus/correct; N > C: corpus/correct"
+    rows = results.between_rows(runs, results.claims_of(text, runs), KINDS)
+    assert [row["set"] for row in rows] == ["far - near"] * 3
+    assert rows[0]["by_seed"] == pytest.approx([0.7, 0.5])
+    assert rows[0]["mean"] == pytest.approx(0.6) == -rows[2]["mean"]
+    assert [row["verdict"] for row in rows] == ["undecided"] * 3
+    runs = {"C": [given(0.9, 0.5)] * 2, "N": [given(0.1, 0.4)] * 2}
+    rows = results.between_rows(runs, results.claims_of(text, runs), KINDS)
+    assert [row["verdict"] for row in rows] == ["confirmed", "confirmed", "not seen"]
+    runs = {arm: [given(0.0, 1.0)] * 2 for arm in "CN"}
+    rows = results.between_rows(runs, results.claims_of(text, runs), KINDS)
+    assert {row["verdict"] for row in rows} == {"undecided"}
+
+
 def scores(**items):
     return {"world.in_domain": {"corpus/correct": items}}
 
@@ -107,8 +179,8 @@ def test_claims_are_tested_on_the_questions_all_runs_answered():
     assert (row["items"], row["seeds"], row["by_seed"]) == (2, 2, [0.5, 0.0])
     assert row["set"] == "world.in_domain" and row["mean"] == 0.25
     c, n = results.arm_rows(runs, KINDS)
-    assert (c["arm"], c["seeds"], c["by_seed"]) == ("C", 3, [1.0, 0.5, 0.0])
-    assert (n["arm"], n["items"]) == ("N", 2)
+    assert (c["arm"], c["seeds"], c["by_seed"]) == ("C", 3, [1.0, 2 / 3, 0.0])
+    assert (n["arm"], n["items"], n["scores"]) == ("N", 3, 5)
 
 
 def test_a_claim_may_say_that_a_number_is_smaller():
@@ -138,6 +210,13 @@ def test_a_metric_less_another_is_taken_item_by_item():
     assert (row["items"], row["by_seed"], row["log_odds"]) == (2, [0.5, 0.5], None)
     (c, n) = results.arm_rows(runs, {metric: POINTS})
     assert (c["mean"], n["mean"]) == (0.5, 0.0)
+    half = {"a": 1.0, "b": 0.0}  # right for some, whatever they are given
+    runs = {arm: [given(half, half)] * 2 for arm in "CN"}
+    (row,) = results.claim_rows(runs, [claim], {metric: POINTS})
+    assert row["verdict"] == "undecided" and row["mean"] == 0
+    runs = {"C": [given(half, dict.fromkeys("ab", 0.0))] * 2, "N": [given(half, half)] * 2}
+    (row,) = results.claim_rows(runs, [claim], {metric: POINTS})
+    assert row["mean"] == 0.5
     runs = {arm: [given(dict.fromkeys("ab", 0.0), dict.fromkeys("ab", 0.0))] * 2 for arm in "CN"}
     (row,) = results.claim_rows(runs, [claim], {metric: POINTS})
     assert row["verdict"] == "undecided"
@@ -207,6 +286,7 @@ def a_study():
         "command": "python -m x --mode=study",
         "arms": ["N", *runs],
         "claims": results.claim_rows(runs, claims, KINDS),
+        "between": [],
         "matrix": results.matrix_rows(runs, ["N", "C"]),
         "untested": ["N|C > C: corpus/corect"],
         "measured": results.arm_rows(runs, KINDS),
@@ -232,10 +312,11 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
         for line in lines
     )
     (row,) = (r for r in study["measured"] if (r["arm"], r["metric"]) == ("C", "corpus/correct"))
-    told = f"| C | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) |"
-    assert any(line.startswith(told) for line in lines)
+    told = f"| C | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}"
+    seeds = ", ".join(f"{value:.3f}" for value in row["by_seed"])
+    assert any(line.startswith(f"{told}; {seeds}) |") for line in lines)
     at = lines.index("| generator | C |")
-    assert lines[at + 3].startswith(told) and lines[at + 2].startswith("| N | 0.")
+    assert lines[at + 3].startswith(f"{told}) |") and lines[at + 2].startswith("| N | 0.")
     assert any(
         "`python -m x --config=a.py:C --config.gen" in line and "| 1,500.0 |" in line
         for line in lines
@@ -252,6 +333,20 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert f"{row['mean']:.3f}<br>{interval}" in matrix
     assert page.closing(study).count("\n") == 6
     assert "\nN|C > C: corpus/corect: not tested: a run" in page.closing(study)
+
+
+def test_the_page_says_what_an_interval_is_of():
+    """Bugs: an end beyond 0, by which a claim is confirmed, is written as 0; a mean of few answers
+    looks like one of all; claims between sets are computed and not shown; a seed without a score
+    ends the page."""
+    study = a_study()
+    study["between"] = [study["claims"][0] | {"set": "near - far", "low": 2e-4, "high": -3e-4}]
+    for text in (page.markdown(study), page.page(study)):
+        assert page.BETWEEN in text and "near - far" in text and "+0.0002 to -0.0003" in text
+    (row,) = (r for r in study["measured"] if (r["arm"], r["metric"]) == ("C", "corpus/correct"))
+    row |= {"scores": 5, "by_seed": [None, 0.4], "low": 0.0}
+    (cells,) = (c for c in page.arm_cells([row], ["C"])[1:])
+    assert cells[1] == f"{row['mean']:.3f} (0.000 to {row['high']:.3f}; -, 0.400; of 5)"
 
 
 def test_rows_stand_in_the_order_of_the_study():

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from cosup_jax.config_files import File
 from cosup_jax.dotted import differing, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.pretrained import resolve
+from cosup_jax.runtime import processes
 from cosup_jax.studies import arms, measures, page
 from cosup_jax.studies import run as run_lib
 from cosup_jax.studies.design import Design, of_pair
@@ -167,6 +170,15 @@ def test_a_run_that_diverged_is_named(tmp_path):
     assert not list(tmp_path.rglob("geometry*"))
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_whoever_retrieves_is_a_column_of_the_matrix(path):
+    """Bug: an arm that retrieves and does not write is in no pair, so that the matrix says nothing
+    of it, and a page does not say so."""
+    found = asked(path)
+    answered = {retriever for _, retriever in found.crossed} | set(found.writers)
+    assert set(found.arms) <= answered
+
+
 def test_an_arm_named_twice_is_one():
     """Bug: twice the seeds, of the same runs, and pairs of unlike seeds."""
     assert asked(study__arms="C,N,S2,C", study__crossed="C|N,C|N", study__claims="").arms == [
@@ -235,7 +247,53 @@ def test_a_page_names_the_machines_that_measured(tmp_path, monkeypatch):
     old.write_text(json.dumps({"code": "0", "found": {}}))
     assert summary("facts", "answers")["measured_on"] == ["1 x a GPU"]
     told = page.markdown(summary("facts", "training"))
-    assert f"1 x a GPU and 8 x cpu, jax {jax.__version__}, flax " in told
+    machine = study._machine()
+    assert re.fullmatch(rf"8 x cpu( \(.+\))?, jax {jax.__version__}, flax [\d.]+", machine)
+    assert f"1 x a GPU and {machine}" in told
+
+
+def test_the_code_that_measured_is_a_commit_where_it_is_one(tmp_path, monkeypatch):
+    """Bugs: a commit stands for files that were changed since, or that lie in somebody else's
+    repository, as an environment below a project does; without git a study ends."""
+    package = tmp_path / "cosup_jax"
+    package.mkdir()
+    (package / "study.py").write_text("")
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    monkeypatch.setattr(study, "__file__", str(package / "study.py"))
+    digest = f"{processes.code_digest()}, no commit"
+    assert study._code() == digest
+
+    def git(*told):
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        command = ["git", "-C", str(tmp_path), *who, *told]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    assert study._code() == git("rev-parse", "HEAD")[:12]
+    (package / "study.py").write_text("# changed\n")
+    assert study._code() == digest
+    git("commit", "-qam", "second")
+    installed = tmp_path / ".venv/cosup_jax/study.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("")
+    monkeypatch.setattr(study, "__file__", str(installed))
+    assert study._code() == digest
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert study._code() == digest
+
+
+def test_a_study_may_have_a_name_of_its_own(tmp_path):
+    """Bugs: the pages of other arms replace those of all; a name that is a path, or that of the
+    runs, leaves the workdir or mixes with them; a name that trains all arms anew."""
+    own, plain = asked(root=tmp_path, study__name="minilm"), asked(root=tmp_path)
+    assert (own.directory, plain.directory) == (tmp_path / "minilm", tmp_path / "core-small")
+    assert own.arm("C", 0).directory == plain.arm("C", 0).directory
+    assert study._Found(own).summary()["name"] == "minilm"
+    for name in ("arms", "../there", "a/b", ".."):
+        with pytest.raises(UserError, match=r"study\.name="):
+            asked(root=tmp_path, study__name=name)
 
 
 def test_runs_of_unlike_data_are_not_compared(tmp_path):
@@ -399,8 +457,8 @@ def test_fewer_arms_leave_out_what_is_said_of_the_others(capsys):
     one error at a time; or a claim of an arm that is there is left out with them."""
     found = asked(study__arms="N,C")
     assert found.crossed == [("N", "C")] and {c.better for c in found.claims} == {"C"}
-    assert {c.other for c in found.claims} == {"N"} and len(found.claims) == 4
-    assert "left out for want of arms: C|S2; C|T; N|S2; N|T" in capsys.readouterr().out
+    assert {c.other for c in found.claims} == {"N"} and len(found.claims) == 5
+    assert "left out for want of arms: C|S; C|S2; C|T; N|S; N|S2; N|T" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"study\.crossed: 'C\|S2'"):
         asked(study__arms="N,C", study__crossed="C|S2")
 
@@ -417,16 +475,17 @@ def test_fewer_pairs_leave_out_what_is_said_of_the_others(capsys):
     assert "left out for want of arms: " in capsys.readouterr().out
 
 
-def record(id, correct, hit=1.0, seen=True):
+def record(id, correct, hit=1.0, seen=True, evidence="p"):
     scores = {"retrieval_hit": hit}
-    return {"id": id, "scores": scores, "correct": correct, "seen": seen}
+    return {"id": id, "scores": scores, "correct": correct, "seen": seen, "evidence": [*evidence]}
 
 
 def test_metrics_of_answers_are_those_of_the_records():
     """Bug: means where retrieval failed hold answers where it succeeded; a slope over passages
-    instead of tenfolds, or over hard corpora and drawn ones together."""
+    instead of tenfolds, or over hard corpora and drawn ones together; questions of two passages
+    among those of one."""
     answered = {
-        "corpus": [record("a", 1.0), record("b", 0.0, hit=0.0, seen=False), record("c", 1.0)],
+        "corpus": [record("a", 1.0), record("b", 0.0, 0.0, False, "pq"), record("c", 1.0)],
         "corpus_100": [record("a", 1.0), record("b", 0.0), record("c", 1.0)],
         "corpus_hard_1000": [record("a", 1.0), record("b", 0.0, 0.0), record("c", 1.0, 0.0)],
         "gold": [record("a", 1.0), record("b", 1.0)],
@@ -441,9 +500,12 @@ def test_metrics_of_answers_are_those_of_the_records():
     assert found["corpus_seen/correct"] == {"a": 1.0, "c": 1.0}
     assert found["corpus_unseen/retrieval_hit"] == {"b": 0.0}
     assert found["wrong/correct"] == {"a": 0.0, "b": 1.0, "c": 1.0}
-    assert found["corpus_hit/correct"] == {"": 1.0} and found["corpus_miss/correct"] == {"": 0.0}
-    assert found["slope/retrieval_hit"][""] == pytest.approx((2 / 3 - 1) / 2)
-    assert found["slope_hard/retrieval_hit"][""] == pytest.approx(2 / 3 - 1 / 3)
+    assert found["corpus_one/correct"] == {"a": 1.0, "c": 1.0}
+    assert found["corpus_several/correct"] == {"b": 0.0}
+    assert found["corpus_hit/correct"] == {"a": 1.0, "c": 1.0}
+    assert found["corpus_miss/correct"] == {"b": 0.0}
+    assert found["slope/retrieval_hit"] == pytest.approx({"a": 0, "b": (0 - 1) / 2, "c": 0})
+    assert found["slope_hard/retrieval_hit"] == pytest.approx({"a": 0, "b": 0, "c": 1})
     held_to_its_word("answers", {"": found}, sized)
 
 

@@ -18,7 +18,7 @@ def get_config(variant=""):
         variant,
         question="How does retrieval fare in larger corpora?",
         arms="S,S2,C,T",
-        crossed="C|S2,C|T",
+        crossed="C|S,C|S2,C|T",
         claims="C > S2: slope/retrieval_hit, slope_hard/retrieval_hit;"
         "T > S: slope/retrieval_hit, slope_hard/retrieval_hit",
         shown="corpus_250/retrieval_hit,corpus_500/retrieval_hit,corpus_1000/retrieval_hit,"

@@ -1,7 +1,9 @@
 """Does what is gained in the domain hold out of it?
 
 Shows       the arms on questions of the trained set, on entities that were never asked about, and
-            on a task that was never trained: core's claims about answers and retrieval, set by set
+            on a task that was never trained: whether core's claims about answers and retrieval are
+            larger in the domain than out of it; questions whose passages training has read, and
+            those of one passage or several, apart
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/domains.md
 Command     python -m cosup_jax.main --config=configs/studies/domains.py --workdir=runs/studies \\
@@ -20,6 +22,9 @@ def get_config(variant=""):
         arms="N,S,S2,C,T",
         crossed=arms.CROSSED,
         claims="C > N: corpus/correct, bm25/correct; C > S2: corpus/retrieval_hit;"
-        "T > S: corpus/retrieval_hit",
-        shown="corpus/correct,corpus/retrieval_hit,bm25/retrieval_hit,bm25/correct,gold/correct",
+        "C > S: corpus/retrieval_hit; T > S: corpus/retrieval_hit; T > C: corpus/retrieval_hit",
+        between_sets=True,
+        shown="corpus/correct,corpus/retrieval_hit,corpus_seen/correct,corpus_unseen/correct,"
+        "corpus_seen/retrieval_hit,corpus_unseen/retrieval_hit,corpus_one/retrieval_hit,"
+        "corpus_several/retrieval_hit,bm25/retrieval_hit,bm25/correct,gold/correct",
     )

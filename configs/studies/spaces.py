@@ -29,7 +29,11 @@ def get_config(variant=""):
         claims=f"C > S2: {beyond_chance}, mutual_nearest; T > C: {beyond_chance}",
         shown="title_in_vector,title_in_vector_shuffled,title_at_ret,title_at_ret_shuffled,"
         "mutual_knn10,mutual_knn10_shuffled,mutual_nearest,mutual_nearest_most,"
-        "nearest_is_passage,passages_in_top10,"
+        "nearest_is_passage,nearest_is_passage_centred,"
+        "passages_in_top10,passages_in_top10_centred,passages_in_index,"
+        "title_in_vector_centred,title_in_vector_centred_shuffled,"
+        "title_at_ret_centred,title_at_ret_centred_shuffled,"
+        "mutual_knn10_centred,mutual_knn10_centred_shuffled,mutual_nearest_centred,"
         "gradient_cosine/gen,gradient_cosine/layer_0,gradient_cosine/layer_1,"
         + ",".join(on_the_way),
     )

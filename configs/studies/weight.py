@@ -26,7 +26,7 @@ def get_config(variant=""):
         ARMS,
         question="How much NSP, and is the sequence space stable without NTP?",
         arms=f"N,C,S2,{'N_pre,C_pre,S2_pre,' if scratch else ''}{','.join(ARMS)}",
-        crossed="C|S2,N|C,N|S2",
+        crossed="C|S2,N|C,N|S2" + (",N_pre|S2_pre" if scratch else ""),
         measures="answers,majority,training,geometry",
         claims="C > C_0.1: corpus/retrieval_hit, none/correct; C > C_10: none/correct;"
         f"C > S2: {half}" + (f"; C_pre > S2_pre: {half}" if scratch else ""),

@@ -34,7 +34,7 @@ ARMS = {
 }
 # Whose Gen writes, and whose pair retrieves for it. Kept beside the runs: a study that names the
 # same pairs as one before it answers nothing anew.
-CROSSED = "C|S2,C|T,N|C,N|S2,N|T"
+CROSSED = "C|S,C|S2,C|T,N|C,N|S,N|S2,N|T"
 
 
 def scale(variant: str) -> ml_collections.ConfigDict:

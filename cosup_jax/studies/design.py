@@ -73,7 +73,10 @@ class Design(NamedTuple):
         shown = _names(told.shown) or list(dict.fromkeys(claim.metric for claim in claims))
         claims, shown = _without_unmeasured(claims, shown, config, file, asked)
         kinds = _kinds(claims, shown, config, asked)
-        directory = root / file.name
+        name = config.study.name or file.name
+        if name in ("arms", "..") or Path(name).name != name:
+            raise UserError(f"config.study.name={name!r} names a directory beside `arms`, no path")
+        directory = root / name
         return cls(config, file, root, directory, arms, crossed, asked, shown, claims, kinds)
 
     @property

@@ -30,10 +30,10 @@ from cosup_jax.held_out import HeldOut
 from cosup_jax.model.transformer import Transformer, padded_vocab
 from cosup_jax.runtime.notices import safepoint
 from cosup_jax.search.encoder import to_mesh
-from cosup_jax.studies.run import NUMBER, SHARE, Gives, Metrics, Run, Scores, whole
+from cosup_jax.studies.run import NUMBER, POSITIVE, SHARE, Gives, Metrics, Run, Scores, whole
 
 GIVES: Gives = {
-    r"answer_nats_(with|without)_evidence": NUMBER,
+    r"answer_nats_(with|without)_evidence": POSITIVE,
     r"(original|swapped)/swap_over_answer_nats": NUMBER,
     r"(original|swapped)/(swap_wins|p_answer)": SHARE,
     r"questions|skipped/(no_span|not_in_text|in_title|no_other|too_long)": NUMBER,

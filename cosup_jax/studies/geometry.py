@@ -5,12 +5,24 @@ import itertools
 import numpy as np
 
 from cosup_jax.studies import run as run_lib
-from cosup_jax.studies.run import NUMBER, Gives, Metrics, Run, Scores, by_item, whole
+from cosup_jax.studies.run import (
+    COSINE,
+    NUMBER,
+    POSITIVE,
+    Gives,
+    Metrics,
+    Run,
+    Scores,
+    by_item,
+    whole,
+)
 
 GIVES: Gives = {
-    r"alignment": NUMBER,
-    r"(queries|passages)/(uniformity|anisotropy|effective_rank|effective_rank_centred)": NUMBER,
-    r"drift/to_(next|last)(_rotated|_shuffled)?/step_\d+": NUMBER,
+    r"alignment": POSITIVE,
+    r"(queries|passages)/uniformity": NUMBER,
+    r"(queries|passages)/anisotropy": COSINE,
+    r"(queries|passages)/effective_rank(_centred)?": POSITIVE,
+    r"drift/to_(next|last)(_rotated|_shuffled)?/step_\d+": COSINE,
 }
 _SEED = 1  # of the shuffled baseline
 

@@ -15,10 +15,10 @@ from cosup_jax.data import pipeline
 from cosup_jax.data.batch import Batch
 from cosup_jax.data.plan import Plan
 from cosup_jax.step import Skipped, TrainState
-from cosup_jax.studies.run import NUMBER, Gives, Run, Scores
+from cosup_jax.studies.run import COSINE, Gives, Run, Scores
 from cosup_jax.towers import Towers
 
-GIVES: Gives = {r"gradient_cosine/(gen|embed|head|final_norm|layer_\d+)": NUMBER}
+GIVES: Gives = {r"gradient_cosine/(gen|embed|head|final_norm|layer_\d+)": COSINE}
 BATCHES = 4  # that come next in training
 
 

@@ -18,7 +18,7 @@ from cosup_jax.evaluation import nli, scoring
 from cosup_jax.rehearsal import model_flops
 from cosup_jax.runtime import telemetry
 from cosup_jax.studies import evidence, geometry, gradients, spaces
-from cosup_jax.studies.run import LESS, NUMBER, POINTS, SHARE, Gives, Run, Scores
+from cosup_jax.studies.run import LESS, NUMBER, POINTS, POSITIVE, SHARE, Gives, Run, Scores
 
 _SCORE = (  # all that `scoring.scored` may find, by a judge of some prefix, and `correct`
     r"correct|(KILT-)?(accuracy|em|f1|rougel)|acc_substring|rougeLsum|str_em"
@@ -34,11 +34,12 @@ _SLOPES = {"slope": r"corpus(_\d+)?", "slope_hard": rf"corpus|{asked.HARD}\d+"}
 def answers(run: Run, folder: str = "evaluation") -> Scores:
     """All that --mode=evaluate scores, as `ARM/SCORE`: `corpus/retrieval_hit`, `gold/correct`, ...
 
-    Beside these, of each question, corpus_seen/SCORE and corpus_unseen/SCORE, where training reads
-    its evidence and where not. Of each set: corpus_hit/correct and corpus_miss/correct, means where
-    retrieval succeeded and where it failed, over other questions in each run; slope/retrieval_hit,
-    of the line through it over log10 of the passages searched, and slope_hard/retrieval_hit where
-    those are the ones that BM25 ranks best.
+    Beside these corpus_NAME/SCORE, of the questions of which training reads the evidence (NAME is
+    seen) or not (unseen), and of those that need one passage (one) or more (several);
+    corpus_hit/correct and corpus_miss/correct, of those for which retrieval succeeded or failed,
+    which are others in each run; slope/retrieval_hit, of the line through a question's over log10
+    of the passages searched, and slope_hard/retrieval_hit where those are the ones that BM25 ranks
+    best.
 
     Written to WORKDIR/evaluation, or another folder of the run's.
     """
@@ -65,14 +66,15 @@ def of_set(
             if record["correct"] is not None:
                 scores["correct"] = record["correct"]
             names = [arm]
-            if arm == "corpus" and record["seen"] is not None:
+            if arm == "corpus" and record["seen"] is not None:  # it asks for passages
                 names.append("corpus_seen" if record["seen"] else "corpus_unseen")
+                names.append("corpus_one" if len(record["evidence"]) == 1 else "corpus_several")
             for name, (score, value) in itertools.product(names, scores.items()):
                 found.setdefault(f"{name}/{score}", {})[record["id"]] = float(value)
     hits, right = (found.get(f"corpus/{name}", {}) for name in ("retrieval_hit", "correct"))
     for name, hit in (("hit", 1.0), ("miss", 0.0)):
-        if values := [right[id] for id in right if hits.get(id) == hit]:
-            found[f"corpus_{name}/correct"] = {"": float(np.mean(values))}
+        if values := {id: right[id] for id in right if hits.get(id) == hit}:
+            found[f"corpus_{name}/correct"] = values
     for slope, pattern in _SLOPES.items():
         searched = {
             arm: count
@@ -80,16 +82,18 @@ def of_set(
             if count and re.fullmatch(pattern, arm) and f"{arm}/retrieval_hit" in found
         }
         if len(set(searched.values())) > 1:
-            recalls = [np.mean([*found[f"{arm}/retrieval_hit"].values()]) for arm in searched]
-            along = np.polyfit(np.log10([*searched.values()]), recalls, 1)[0]
-            found[f"{slope}/retrieval_hit"] = {"": float(along)}
+            of_arms = [found[f"{arm}/retrieval_hit"] for arm in searched]
+            ids = [id for id in of_arms[0] if all(id in one for one in of_arms)]
+            hits_AxQ = [[one[id] for id in ids] for one in of_arms]
+            along_Q = np.polyfit(np.log10([*searched.values()]), hits_AxQ, 1)[0]
+            found[f"{slope}/retrieval_hit"] = dict(zip(ids, along_Q.tolist(), strict=True))
     return found
 
 
 def _answers_give(config: Config) -> Gives:
     arms, score = config.eval.arm_names, _SCORE.format(prefix=nli.prefix_of(config.eval.judge))
     if "corpus" in arms:
-        parts = ("seen", "unseen", *map(str, config.eval.sizes))
+        parts = ("seen", "unseen", "one", "several", *map(str, config.eval.sizes))
         arms = [*arms, *(f"corpus_{part}" for part in parts)]
         arms += [f"{asked.HARD}{size}" for size in config.eval.hard_sizes]
     found = {rf"({'|'.join(arms)})/({score})": SHARE}
@@ -137,7 +141,7 @@ def training(run: Run) -> Scores:
 def _training_gives(config: Config) -> Gives:
     score = _SCORE.format(prefix=nli.prefix_of(config.eval.judge))
     return {
-        r"gradient_ratio|ntp_nats_per_token": NUMBER,
+        r"gradient_ratio|ntp_nats_per_token": POSITIVE,
         r"(recall_at_1|recall_at_10|mrr_at_10)(_seen|_unseen)?|top1_in_batch": SHARE,
         rf"answers_({score})": SHARE,
     }
@@ -184,7 +188,7 @@ MEASURES = {
 
 
 def kind_of(metric: str, config: Config, asked: Iterable[str]) -> str | None:
-    """SHARE, POINTS or NUMBER, also of `"A - B"`; None of what none of these measures gives."""
+    """As `run.Gives` has it, also of `"A - B"`; None of what none of these measures gives."""
     if LESS in metric:
         kinds = [kind_of(one, config, asked) for one in metric.split(LESS)]
         if len(kinds) > 2 or None in kinds:

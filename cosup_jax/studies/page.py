@@ -17,17 +17,25 @@ Rows = Sequence[Mapping[str, Any]]
 Cells = list[list[str]]
 
 RULE = (
-    f"Intervals are of {LEVEL:.0%}, over seeds and questions both, of what has one item over seeds "
-    "alone. Over seeds they count on values that vary like a normal: where a run either begins to "
+    f"Intervals are {LEVEL:.0%} ones, over seeds and questions both; of a metric with one number a "
+    "run they are over seeds alone. Questions count as drawn one by one, though some may ask for "
+    "one passage. Over seeds, values are taken to vary like a normal: where a run either begins to "
     "learn or does not, read the seeds. *Confirmed*: the interval of the paired difference "
     "excludes 0 in the claimed direction, and all seeds agree. *Not seen*: it holds nothing on "
     "that side, or, of shares and their differences, nothing beyond "
-    f"{POINT:g} (of nats and the like nothing says what is as good as none). Else *undecided*, "
-    f"and also where both arms are right in at most {POINT:.0%} of the items, or wrong in as few, "
-    "of a difference in both its parts, and wherever there is one seed. "
+    f"{POINT:g} (of nats and the like nothing says what is as good as none). Else *undecided*; "
+    f"so too where both arms are right in at most {POINT:.0%} of the items, or wrong in as few; "
+    'where of "A - B" both A and B are so in both arms, or A and B differ by as little in both; '
+    "and wherever there is one seed. "
     "*Detectable* is the smallest true difference that would have shown with a chance of "
     f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
     "confirmed by chance."
+)
+BETWEEN = "Claims between sets"
+BETWEEN_NOTE = (
+    "Whether what is claimed is larger in the first set than in another: the difference there less "
+    "the difference here. The sets' questions are unlike, so that seeds are paired and questions "
+    "are not; judged as the claims are."
 )
 MATRIX = "Generator by retriever"
 MATRIX_NOTE = (
@@ -36,13 +44,16 @@ MATRIX_NOTE = (
     "or it is given. Along a row the writer stays the same, down a column the retrieval. "
     f"*{MAJORITY}*: one answer to all questions, the most frequent among the training rows of the "
     f"set's source, or in the set if that has none. *{FOUND}*: how often the right passage is "
-    "among those shown, of BM25 to the first writer. What counts as right goes by a set's "
-    "questions, as in --mode=evaluate; long and free answers have a score between 0 and 1."
+    "among those shown; BM25's, of what it shows the first writer. What counts as right goes by a "
+    "set's questions, as in --mode=evaluate; long and free answers have a score between 0 and 1."
 )
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (
     "not tested: a run compared lacks this metric (config.study.measures names what is measured), "
     "or its two parts share no item"
+)
+PARAMETERS_NOTE = (
+    "Parameters are those that a run holds, whether it trains them or not: N leaves Ctx as it was."
 )
 RUNS_NOTE = (
     "What a command reads below `arms/` the study itself makes before that run: a stage 0, or "
@@ -56,6 +67,8 @@ def markdown(study: Study) -> str:
     parts = [f"# {study['name']}", study["question"], _facts(study), f"`{study['command']}`"]
     parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
     parts += ["## Claims", RULE, _table(claim_cells(study["claims"]))]
+    if study["between"]:
+        parts += [f"## {BETWEEN}", BETWEEN_NOTE, _table(claim_cells(study["between"]))]
     if study["matrix"]:
         parts += [f"## {MATRIX}", MATRIX_NOTE]
     for name, rows in _by(study["matrix"], "set").items():
@@ -70,6 +83,9 @@ def page(study: Study) -> str:
     """The same, with plots of every metric that is a share."""
     sections = [f"<h2>Claims</h2><p class='note'>{_emphasised(RULE)}</p>"]
     sections.append(_html_table(claim_cells(study["claims"]), left=3))
+    if study["between"]:
+        sections.append(f"<h2>{BETWEEN}</h2><p class='note'>{BETWEEN_NOTE}</p>")
+        sections.append(_html_table(claim_cells(study["between"]), left=3))
     if study["matrix"]:
         sections.append(f"<h2>{MATRIX}</h2><p class='note'>{_emphasised(MATRIX_NOTE)}</p>")
     for name, rows in _by(study["matrix"], "set").items():
@@ -125,13 +141,14 @@ def matrix_cells(rows: Rows, arms: Sequence[str]) -> Cells:
 
 
 def arm_cells(rows: Rows, arms: Sequence[str]) -> Cells:
-    """A heading, and a row for each arm that has one, in the study's order, of one set."""
+    """A heading, and a row for each arm that has one, in the study's order, of one set: the mean
+    (its interval; what each seed has)."""
     metrics, by_arm = list(_by(rows, "metric")), _by(rows, "arm")
     cells = [["arm", *metrics, "seeds", "items, at most"]]
     for arm in filter(by_arm.__contains__, arms):
         own = by_arm[arm]
         found = {row["metric"]: row for row in own}
-        told = [_with_interval(found[m]) if m in found else _NONE for m in metrics]
+        told = [_with_seeds(found[m]) if m in found else _NONE for m in metrics]
         most = max(row["items"] for row in own)
         cells.append([arm, *told, str(own[0]["seeds"]), f"{most:,}"])
     return cells
@@ -163,7 +180,7 @@ def _closing(study: Study) -> list[tuple[str, str]]:
 
 def _runs_note(study: Study) -> list[str]:
     made = any("/arms/" in run["command"] for run in study["runs"])
-    return [RUNS_NOTE] if made else []
+    return [PARAMETERS_NOTE, *([RUNS_NOTE] if made else [])]
 
 
 def _few(number: float) -> str:
@@ -192,10 +209,24 @@ def _with_interval(row: Mapping[str, Any]) -> str:
     return f"{row['mean']:.3f}" + (f" ({found})" if found != _NONE else "")
 
 
+def _with_seeds(row: Mapping[str, Any]) -> str:
+    """And of how many scores, where not every seed has one of each item."""
+    if len(row["by_seed"]) < 2:
+        return _with_interval(row)
+    seeds = ", ".join(_NONE if value is None else f"{value:.3f}" for value in row["by_seed"])
+    if row["scores"] < len(row["by_seed"]) * row["items"]:
+        seeds += f"; of {row['scores']}"
+    return f"{_with_interval(row).rstrip(')')}; {seeds})"
+
+
 def _interval(row: Mapping[str, Any], sign: str = "") -> str:
+    """An end that is not 0 is not written as 0."""
     if row["low"] is None:
         return _NONE
-    return f"{row['low']:{sign}.3f} to {row['high']:{sign}.3f}"
+    ends = (row["low"], row["high"])
+    return " to ".join(
+        f"{end:{sign}.3f}" if abs(end) >= 5e-4 or end == 0 else f"{end:{sign}.1g}" for end in ends
+    )
 
 
 def _by(rows: Rows, key: str) -> dict[str, list[Mapping[str, Any]]]:

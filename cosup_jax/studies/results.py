@@ -1,8 +1,9 @@
 """From the scores of finished runs to the numbers of a study: arms, differences, verdicts.
 
-Everything is computed over the items (questions) that all runs compared have in common.
+Arms are compared over the items (questions) that all runs compared have in common.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosup_jax.errors import UserError
-from cosup_jax.studies.run import LESS, NUMBER, POINTS, SHARE, Scores
-from cosup_jax.studies.verdict import POINT, Estimate, estimate, verdict
+from cosup_jax.studies.run import COSINE, LESS, POINTS, POSITIVE, SHARE, Scores
+from cosup_jax.studies.verdict import POINT, Estimate, between, estimate, verdict
 
 Runs = Mapping[str, Sequence[Scores]]  # of each arm its seeds, in their order
 Kinds = Mapping[str, str]  # of each metric, as `run.Gives` has them
@@ -54,17 +55,25 @@ def claims_of(text: str, arms: Iterable[str]) -> list[Claim]:
 
 
 def values(runs: Sequence[Scores], name: str, metric: str, items: Sequence[str]) -> np.ndarray:
-    """[S, I] the scores of one arm in the set `name`; of `"A - B"` what A has more than B."""
-    of = lambda one: [[scores[name][one][item] for item in items] for scores in runs]
-    first, *less = (np.array(of(one), np.float64) for one in metric.split(LESS))
+    """[S, I] the scores of one arm in the set `name`, NaN where a run has none of an item; of
+    `"A - B"` what A has more than B."""
+
+    def of(one: str) -> np.ndarray:
+        scored = (scores.get(name, {}).get(one, {}) for scores in runs)
+        return np.array([[found.get(item, np.nan) for item in items] for found in scored])
+
+    first, *less = map(of, metric.split(LESS))
     return first - less[0] if less else first
 
 
-def items_of(runs: Iterable[Scores], name: str, metric: str) -> list[str]:
-    """Those that every run has scored, sorted; none if a run has no such metric."""
-    metrics = metric.split(LESS)
-    scored = [set(scores.get(name, {}).get(one, ())) for scores in runs for one in metrics]
-    return sorted(set.intersection(*scored)) if scored else []
+def items_of(runs: Iterable[Scores], name: str, metric: str, shared: bool = True) -> list[str]:
+    """Those that every run has scored, sorted, or that any run has."""
+    scored = []
+    for scores in runs:
+        own = [set(scores.get(name, {}).get(one, ())) for one in metric.split(LESS)]
+        scored.append(set.intersection(*own))
+    join = set.intersection if shared else set.union
+    return sorted(join(*scored)) if scored else []
 
 
 def arm_rows(runs: Runs, kinds: Kinds) -> list[dict[str, Any]]:
@@ -122,31 +131,71 @@ def claim_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[s
     """
     found = []
     for claim in claims:
-        a, b = runs[claim.better], runs[claim.other]
-        seeds = min(len(a), len(b))
-        for name in _sets(runs):
-            items = items_of([*a[:seeds], *b[:seeds]], name, claim.metric)
-            if not items:
-                continue
-            ours, theirs = (values(part[:seeds], name, claim.metric, items) for part in (a, b))
-            difference_SxI = ours - theirs
-            towards_SxI = -difference_SxI if claim.below else difference_SxI
+        for name, (ours, theirs) in _compared(runs, claim).items():
             kind = kinds[claim.metric]
-            least, most = _ends(claim.metric, kind)
-            ends = least - most, most - least
-            told = {"claim": str(claim), "set": name} | _numbers(difference_SxI, ends)
-            many = kind == SHARE and len(items) > 1  # a mean of a whole set is no count of items
-            told["log_odds"] = log_odds(ours) - log_odds(theirs) if many else None
-            told["verdict"] = verdict(towards_SxI, 0.0 if kind == NUMBER else POINT)
-            if np.isfinite(most):  # a share, or one less another
-                means = (
-                    [values(arm[:seeds], name, share, items).mean() for arm in (a, b)]
-                    for share in claim.metric.split(LESS)
-                )
-                if all(map(_at_an_end, means)):
-                    told |= {"verdict": "undecided", "detectable": None}
+            differs = estimate(ours - theirs)
+            many = kind == SHARE and differs.items > 1  # a mean of a whole set is no count of items
+            odds = log_odds(ours) - log_odds(theirs) if many else None
+            told = {"claim": str(claim), "set": name, "log_odds": odds}
+            told |= _judged(differs, claim, kind, 1)
+            if _tells_nothing(runs, claim, kind, name):
+                told |= {"verdict": "undecided", "detectable": None}
             found.append(told)
     return found
+
+
+def between_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[str, Any]]:
+    """As `claim_rows`, of the claim that a difference is larger in the first set than in another:
+    {"set": "FIRST - OTHER", ...}."""
+    found = []
+    for claim in claims:
+        kind = kinds[claim.metric]
+        differs = {name: ours - theirs for name, (ours, theirs) in _compared(runs, claim).items()}
+        mute = {name for name in differs if _tells_nothing(runs, claim, kind, name)}
+        for first, other in itertools.product(list(differs)[:1], list(differs)[1:]):
+            told = {"claim": str(claim), "set": f"{first} - {other}", "log_odds": None}
+            told |= _judged(between(differs[first], differs[other]), claim, kind, 2)
+            if {first, other} <= mute:
+                told |= {"verdict": "undecided", "detectable": None}
+            found.append(told)
+    return found
+
+
+def _compared(runs: Runs, claim: Claim) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By set: scores of the claim's two arms, [S, I] each, of the seeds and items of both."""
+    found = {}
+    seeds = min(len(runs[claim.better]), len(runs[claim.other]))
+    arms = [runs[arm][:seeds] for arm in (claim.better, claim.other)]
+    for name in _sets(runs):
+        if items := items_of([*arms[0], *arms[1]], name, claim.metric):
+            found[name] = tuple(values(arm, name, claim.metric, items) for arm in arms)
+    return found
+
+
+def _judged(differs: Estimate, claim: Claim, kind: str, sets: int) -> dict[str, Any]:
+    """The numbers and the verdict of a difference of two arms, in one set or between two."""
+    least, most = _ends(claim.metric, kind)
+    reach = sets * (most - least)
+    towards = differs
+    if claim.below and differs.low is not None:
+        by_seed = tuple(-value for value in differs.by_seed)
+        towards = differs._replace(low=-differs.high, high=-differs.low, by_seed=by_seed)
+    decided = verdict(towards, POINT if kind in (SHARE, POINTS) else 0.0)
+    return _numbers(differs, (-reach, reach)) | {"verdict": decided}
+
+
+def _tells_nothing(runs: Runs, claim: Claim, kind: str, name: str) -> bool:
+    """Of shares: nobody can do it in this set, or everybody; of one share less another also, both
+    arms have no difference of the two."""
+    if not (kind == SHARE or (kind == POINTS and LESS in claim.metric)):
+        return False
+    means = lambda metric: [
+        both.mean() for both in _compared(runs, claim._replace(metric=metric))[name]
+    ]
+    at_an_end = lambda shares: max(shares) <= POINT or min(shares) >= 1 - POINT
+    if LESS in claim.metric and max(map(abs, means(claim.metric))) <= POINT:
+        return True
+    return all(at_an_end(means(share)) for share in claim.metric.split(LESS))
 
 
 def untested(judged: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> list[str]:
@@ -161,30 +210,25 @@ def log_odds(share_SxI: np.ndarray) -> float:
     return float(np.log((total + 0.5) / (count - total + 0.5)))
 
 
-def _at_an_end(shares: Sequence[float]) -> bool:
-    """Nobody can do it, or everybody."""
-    return max(shares) <= POINT or min(shares) >= 1 - POINT
-
-
 def _ends(metric: str, kind: str) -> tuple[float, float]:
     """Between which a metric lies."""
-    if kind == SHARE:
-        return 0.0, 1.0
-    return (-1.0, 1.0) if kind == POINTS and LESS in metric else (-np.inf, np.inf)
+    less = kind == POINTS and LESS in metric
+    ends = {SHARE: (0.0, 1.0), COSINE: (-1.0, 1.0), POSITIVE: (0.0, np.inf)}
+    return (-1.0, 1.0) if less else ends.get(kind, (-np.inf, np.inf))
 
 
 def _measured(seeds: Sequence[Scores], name: str, metric: str, kind: str) -> dict[str, Any] | None:
-    """`_numbers` of one arm over the items that its seeds share; None without any."""
-    items = items_of(seeds, name, metric)
-    return _numbers(values(seeds, name, metric, items), _ends(metric, kind)) if items else None
+    """`_numbers` of one arm over the items that any of its seeds has; None without any."""
+    if not (items := items_of(seeds, name, metric, shared=False)):
+        return None
+    return _numbers(estimate(values(seeds, name, metric, items)), _ends(metric, kind))
 
 
-def _numbers(values_SxI: np.ndarray, ends: tuple[float, float]) -> dict[str, Any]:
+def _numbers(found: Estimate, ends: tuple[float, float]) -> dict[str, Any]:
     """The interval ends where the values do."""
-    found: Estimate = estimate(values_SxI)
     if found.low is not None:
         found = found._replace(low=max(found.low, ends[0]), high=min(found.high, ends[1]))
-    return found._asdict() | {"by_seed": values_SxI.mean(axis=1).tolist()}
+    return found._asdict() | {"by_seed": list(found.by_seed)}
 
 
 def _sets(runs: Runs) -> list[str]:

@@ -31,7 +31,9 @@ Scores = dict[str, Metrics]  # by held-out set; "" is of none
 # What a metric's values are, and what a measure may give: a regular expression of whole names.
 SHARE = "share"  # of 0 to 1
 POINTS = "points"  # a difference of two shares
-NUMBER = "number"  # nats, cosines, ranks, counts: nothing says how much is as good as none
+NUMBER = "number"  # nothing says how much of it is as good as none; nor of the next two
+POSITIVE = "positive"  # nats, ranks, squared distances, ratios: 0 or more
+COSINE = "cosine"  # -1 to 1
 LESS = " - "  # between two metrics: the first less the second, item by item
 Gives = Mapping[str, str]
 

@@ -30,7 +30,7 @@ OVER_TRAINING_GIVES: Gives = {
 }
 NEIGHBOURS = 10
 TOKENS = 50  # the likeliest, among which a title's are sought
-_SEED = 2  # of the shuffled baselines
+_SEED, _SHUFFLES = 2, 10  # of the shuffled baselines, which are means over so many
 
 
 class Vocabulary(NamedTuple):
@@ -52,7 +52,7 @@ def spaces(run: Run) -> Scores:
     mutual_nearest       are it and its passage each other's nearest, of the queries of the set and
                          the passages of its corpus?
     title_at_ret         share of the tokens of its passage's title among the 50 likeliest text
-                         tokens at [Ret]; _shuffled: of another question's
+                         tokens at [Ret]; _shuffled: of other questions'
 
     Of each set, for comparison:
     passages_in_index    share of passages among all passages and text tokens
@@ -127,14 +127,15 @@ def _of_passages(run: Run, sample: Sample, vocabulary: Vocabulary) -> Metrics:
     texts = tokenizer.encode_batch([passage_text(passage) for passage in sample.passages])
     mean_NxD = np.stack([vocabulary.embedding_ExD[ids[:most]].mean(axis=0) for ids in texts])
     titles = [set(tokenizer.encode(passage.title)) for passage in sample.passages]
-    order, found = np.random.default_rng(_SEED).permutation(len(texts)), {}
+    rng, found = np.random.default_rng(_SEED), {}
+    orders = [rng.permutation(len(texts)) for _ in range(_SHUFFLES)]
     for ending, about in (("", unit), ("_centred", centred)):
         likely_NxK = likeliest(about(vector_NxD), vocabulary)
         found |= _titles(f"title_in_vector{ending}", sample.ids, likely_NxK, titles)
         own_NxK = neighbours(about(vector_NxD))
-        for shuffled, by_tokens_NxD in (("", mean_NxD), ("_shuffled", mean_NxD[order])):
-            shared_N = overlap(own_NxK, neighbours(about(by_tokens_NxD)))
-            found[f"mutual_knn10{ending}{shuffled}"] = by_item(sample.ids, shared_N)
+        for shuffled, given in (("", [slice(None)]), ("_shuffled", orders)):
+            shared = [overlap(own_NxK, neighbours(about(mean_NxD[order]))) for order in given]
+            found[f"mutual_knn10{ending}{shuffled}"] = by_item(sample.ids, np.mean(shared, axis=0))
     return found
 
 
@@ -142,19 +143,22 @@ def _titles(
     name: str, ids: Sequence[str], likely_NxK: np.ndarray, titles: Sequence[set[int]]
 ) -> Metrics:
     """`name` and `name_shuffled`, of the items whose passage has a title."""
-    order = np.random.default_rng(_SEED).permutation(len(ids))
-    other = np.empty_like(order)
-    other[order] = np.roll(order, 1)  # nobody's own
-    found = {}
-    for ending, given in (("", titles), ("_shuffled", [titles[i] for i in other])):
-        share = [
-            (id, len(title & set(likely_K)) / len(title))
-            for id, likely_K, title in zip(ids, likely_NxK.tolist(), given, strict=True)
-            if title
-        ]
-        if share:
-            found[name + ending] = by_item(*zip(*share, strict=True))
-    return found
+    N, likely = len(ids), [set(likely_K) for likely_K in likely_NxK.tolist()]
+    order = np.random.default_rng(_SEED).permutation(N)
+    place = np.argsort(order)
+    share = lambda i, title: len(title & likely[i]) / len(title)
+    own = {i: share(i, title) for i, title in enumerate(titles) if title}
+    others = {}
+    for i in own:
+        after = range(1, min(_SHUFFLES, N - 1) + 1)  # never its own
+        shares = [share(i, t) for k in after if (t := titles[order[(place[i] + k) % N]])]
+        if shares:
+            others[i] = float(np.mean(shares))
+    return {
+        name + ending: by_item([ids[i] for i in found], [*found.values()])
+        for ending, found in (("", own), ("_shuffled", others))
+        if found
+    }
 
 
 def nearest_passages(
