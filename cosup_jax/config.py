@@ -306,9 +306,7 @@ class StudyConfig:
     crossed: str = ""  # ARM|ARM,...: the first one's Gen answers, the second one's pair retrieves
     shown: str = ""  # metrics of the page's tables, comma-separated; empty = those of the claims
     claims: str = ""  # "A > B: METRIC, METRIC; ...": A's mean is above B's; - before one: below
-    between_sets: bool = (
-        False  # is what is claimed larger in the first held-out set than elsewhere?
-    )
+    between_sets: bool = False  # also: is what is claimed larger in the first set than in others?
 
 
 @dataclasses.dataclass(frozen=True)

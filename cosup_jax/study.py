@@ -156,6 +156,7 @@ class _Found:
             "claims": judged,
             "between": results.between_rows(done, known, asked.kinds) if between else [],
             "matrix": results.matrix_rows(done, asked.writers),
+            "planes": results.planes(done),
             "untested": results.untested(judged, known),
             "arms": list(self._scores),
             "measured": results.arm_rows(done, {name: asked.kinds[name] for name in asked.shown}),

@@ -52,6 +52,7 @@ LAYERS = (  # low to high; a module imports strictly lower ones
     "studies.arms",
     "studies.geometry studies.gradients studies.evidence studies.results",
     "studies.spaces",
+    "studies.plane",
     "studies.measures studies.page",
     "studies.design",
     "study",

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from cosup_jax.data.plan import Plan
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.studies import measures
 from cosup_jax.studies import run as run_lib
+from cosup_jax.studies import spaces as spaces_lib
 from cosup_jax.studies.evidence import conflict, conflicts, evidence, relation
 from cosup_jax.studies.geometry import drift, geometry, rotation, spread, unit
 from cosup_jax.studies.gradients import gradients
+from cosup_jax.studies.plane import plane, projected
 from cosup_jax.studies.spaces import (
     mutual_nearest,
     nearest_passages,
@@ -155,6 +158,85 @@ def test_neighbours_equal_loops(monkeypatch):
     for q, row in zip(queries, is_passage, strict=True):
         order = np.argsort(-np.concatenate([x[:9] @ q, y @ q]))[:4]
         assert row.tolist() == (order < 9).tolist()
+
+
+def principal(x):
+    """Places on the two first principal components and their share, from the covariance."""
+    x = x - sum(x) / len(x)
+    variances, axes = np.linalg.eigh(sum(np.outer(row, row) for row in x))
+    axes = [axes[:, -1], axes[:, -2]]
+    axes = [axis if max(axis, key=abs) > 0 else -axis for axis in axes]
+    return [[row @ axis for axis in axes] for row in x], sum(variances[-2:]) / sum(variances)
+
+
+def test_the_plane_is_that_of_the_principal_components():
+    """Bugs: places about 0 and not about the mean; whitened, or of other components; a share of
+    singular values; a sign that another machine, or the order of the vectors, turns over."""
+    x = np.random.default_rng(0).normal(size=(40, 6)) * [1, 5, 2, 3, 1, 1] + 4
+    places, share = projected(x)
+    expected, held = principal(x)
+    np.testing.assert_allclose(places, expected, atol=1e-9)
+    assert share == pytest.approx(held) and 0.5 < share < 0.95
+    np.testing.assert_allclose(projected(x[::-1])[0][::-1], places, atol=1e-9)
+    same, share = projected(np.ones((5, 3)))
+    assert share == 0 and not same.any()
+
+
+def test_what_is_drawn_on_the_plane_keeps_its_place(monkeypatch):
+    """Bugs: a query at a passage's place; a set's questions in another set; vectors that are not of
+    length 1; a question's second [Ret] over its first, or the mean of both; more than are drawn, or
+    other ones in another run; each kind about its own mean."""
+    rng, kept = np.random.default_rng(0), {}
+    monkeypatch.setattr("cosup_jax.studies.plane.MOST", 9)
+    cloud = lambda count, at: (rng.normal(size=(count, 4)) + at) * rng.uniform(1, 9, (count, 1))
+    passages, columns = cloud(9, [6, 0, 0, 0]), cloud(20, [0, 6, 0, 0])
+    queries = {"a": cloud(12, [0, 0, 6, 0]), "b": cloud(3, [0, 0, 0, 6]), "none": cloud(0, 0)}
+    names = {"a": [f"q{i // 2}" for i in range(12)], "b": ["q0", "q1", "q2"], "none": []}
+    vocabulary = spaces_lib.Vocabulary(np.arange(20) + 100, columns, columns)
+    sample = run_lib.Sample([f"s/p{i}" for i in range(9)], [], [])
+    asked = lambda run, part: run_lib.Asked(names[part.name], queries[part.name], None)
+    monkeypatch.setattr(run_lib, "sample", lambda run, most: kept.update(most=most) or sample)
+    monkeypatch.setattr(run_lib, "vectors", lambda run, tokens: passages)
+    monkeypatch.setattr(run_lib, "asked", asked)
+    monkeypatch.setattr(spaces_lib, "vocabulary_of", lambda run: vocabulary)
+    run = SimpleNamespace(sets=[SimpleNamespace(name=name) for name in names])
+    found = plane(run)
+    held_to_its_word("plane", found)
+    no_empty_words("plane", found)
+    assert plane(run) == found and kept["most"] == 9 and found.keys() == {"", "a", "b"}
+    tokens = list(found[""]["plane/vocabulary/x"])
+    assert len(set(tokens)) == 9 and set(tokens) <= {str(i) for i in range(100, 120)}
+    assert list(found["a"]["plane/queries/x"]) == [f"q{i}" for i in range(6)]
+    drawn = [("", "plane/passages/{}", f"s/p{i}", passages[i]) for i in range(9)]
+    drawn += [("", "plane/vocabulary/{}", id, columns[int(id) - 100]) for id in tokens]
+    drawn += [("a", "plane/queries/{}", f"q{i}", queries["a"][2 * i]) for i in range(6)]
+    drawn += [("b", "plane/queries/{}", f"q{i}", queries["b"][i]) for i in range(3)]
+    expected, share = principal(np.stack([v / np.linalg.norm(v) for *_, v in drawn]))
+    for (held_out, name, id, _), place in zip(drawn, expected, strict=True):
+        own = [found[held_out][name.format(axis)][id] for axis in "xy"]
+        assert own == pytest.approx(place), (held_out, name, id)
+    assert found[""]["plane/share"] == {"": pytest.approx(share)}
+
+
+@pytest.mark.slow
+def test_plane_of_a_run(run):
+    """Bugs: a vector of the wrong tower or of another passage; a state that is not at [Ret]; the
+    embedding for the unembedding."""
+    (part,), found = run.sets, plane(run)
+    held_to_its_word("plane", found)
+    no_empty_words("plane", found)
+    out = np.asarray(run.trained.params["gen"]["head"]["kernel"], np.float64).T
+    drawn = {"passages": {f"towns/{p.id}": vector(run, p) for p in part.dataset.passages.values()}}
+    drawn["vocabulary"] = {token: out[int(token)] for token in found[""]["plane/vocabulary/x"]}
+    drawn["queries"] = {example.id: state_at_ret(run, example) for example in part.examples}
+    places, share = principal(unit(np.stack([v for own in drawn.values() for v in own.values()])))
+    given = [(kind, id) for kind, own in drawn.items() for id in own]
+    for (kind, id), place in zip(given, places, strict=True):
+        own = found[SET if kind == "queries" else ""]
+        at = [own[f"plane/{kind}/{axis}"][id] for axis in "xy"]
+        assert at == pytest.approx(place, abs=1e-3), (kind, id)
+    assert found[""]["plane/share"][""] == pytest.approx(share, abs=1e-4)
+    assert [len(own) for own in drawn.values()] == [40, 300, 12]
 
 
 @pytest.mark.slow

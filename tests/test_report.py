@@ -13,7 +13,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.report import answers
 from cosup_jax.report import page as page_lib
 from cosup_jax.report.page import closing_rows, closing_table, write_report
-from cosup_jax.report.plots import Measured, Score, by_row
+from cosup_jax.report.plots import Cloud, Measured, Score, by_row, scatter
 from cosup_jax.report.tables import answers_table
 
 VOID = {"meta", "br", "link", "img", "input"}
@@ -265,6 +265,22 @@ def test_dots_lie_where_the_scores_are():
     (bar,) = [bar for bar in bars if float(bar[1]) == y1]
     assert float(bar[0]) == pytest.approx(x0 + (x2 - x0) / 4, abs=0.01)
     assert float(bar[2]) == pytest.approx(x2, abs=0.01)
+
+
+def test_points_of_a_plane_lie_on_one_scale():
+    """Bugs: a plane that is stretched one way; x for y; a cloud in another's colour, or one that
+    hides what lies below it; a colour that is not the page's."""
+    clouds = [Cloud("tokens <V>", 1, [[0, 0], [0, 3]]), Cloud("passages", 2, [[1, 0], [9, 3]])]
+    svg = scatter("C", "73%", clouds, key="plane")
+    pattern = r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill: var\(--series-(\d)\); fill-op'
+    dots = [(float(x), float(y), int(color)) for x, y, color in re.findall(pattern, svg)]
+    assert [color for *_, color in dots] == [1, 1, 2, 2] and svg.count("<use") == 4
+    (x0, y0, _), (x1, y1, _), (x2, y2, _), (x3, y3, _) = dots
+    assert x1 == x0 and y2 == y0 and y3 == y1 < y0  # y points down
+    scale = x2 - x0
+    assert (y0 - y1, x3 - x0) == (pytest.approx(3 * scale), pytest.approx(9 * scale))
+    assert not Page(svg).open and "tokens &lt;V&gt;</li>" in svg and "73%" in svg
+    assert not re.search(r"#[0-9a-f]{6}", svg)
 
 
 def test_a_label_is_no_formula():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -288,6 +289,7 @@ def a_study():
         "claims": results.claim_rows(runs, claims, KINDS),
         "between": [],
         "matrix": results.matrix_rows(runs, ["N", "C"]),
+        "planes": [],
         "untested": ["N|C > C: corpus/corect"],
         "measured": results.arm_rows(runs, KINDS),
         "runs": [{"arm": "C", "seed": 0, **run, **place}],
@@ -347,6 +349,50 @@ def test_the_page_says_what_an_interval_is_of():
     row |= {"scores": 5, "by_seed": [None, 0.4], "low": 0.0}
     (cells,) = (c for c in page.arm_cells([row], ["C"])[1:])
     assert cells[1] == f"{row['mean']:.3f} (0.000 to {row['high']:.3f}; -, 0.400; of 5)"
+
+
+def on_a_plane(shift):
+    """A run's scores, as `plane` gives them."""
+    axes = lambda kind, places: {
+        f"plane/{kind}/{axis}": {id: place[i] + shift for id, place in places.items()}
+        for i, axis in enumerate("xy")
+    }
+    none = axes("passages", {"w/p": (0.11119, 0.2), "w/r": (0.3, -0.4)})
+    none |= axes("vocabulary", {"7": (0.5, 0.6)})
+    queries = axes("queries", {"q": (-0.7, 0.8)}), axes("queries", {"q": (-0.1, 0.9)})
+    sets = dict(zip(("w.a", "w.b"), queries, strict=True))
+    return {"": none | {"plane/share": {"": 0.25 + shift}}} | sets
+
+
+def test_planes_are_of_each_arm_s_first_seed():
+    """Bugs: the points of all seeds, each with axes of its own, in one picture; two sets' queries
+    as one; an arm or a pair that was not measured so ends the study; digits without end."""
+    runs = {"N": [scores(a=1.0)], "C": [on_a_plane(0.0), on_a_plane(0.5)], "C|N": [scores(a=0.0)]}
+    points = {
+        "vocabulary": [[0.5, 0.6]],
+        "passages": [[0.1112, 0.2], [0.3, -0.4]],
+        "queries w.a": [[-0.7, 0.8]],
+        "queries w.b": [[-0.1, 0.9]],
+    }
+    assert results.planes(runs) == [{"arm": "C", "points": points, "share": 0.25}]
+
+
+def test_the_page_has_a_dot_for_each_point_of_a_plane():
+    """Bugs: a point that is not drawn, or an arm's picture under another's name; a picture of
+    nothing where nothing was measured; markdown that does not say where the pictures are."""
+    study = a_study()
+    assert page.PLANES not in page.page(study) + page.markdown(study)
+    runs = {"C": [on_a_plane(0.0)], "N<": [on_a_plane(0.125)]}
+    study["planes"] = results.planes(runs)
+    html = page.page(study)
+    section = html.partition(f"<h2>{page.PLANES}</h2>")[2].partition("<h2>")[0]
+    found = re.findall("<figure>.*?</figure>", section, re.DOTALL)
+    for figure, name, share in zip(found, ("C", "N&lt;"), ("25%", "38%"), strict=True):
+        assert f"<figcaption>{name} <span" in figure and f">{share} of the variance" in figure
+        assert [figure.count(f"series-{color}); fill-op") for color in range(1, 5)] == [1, 2, 1, 1]
+        assert "<script" not in figure and not re.search(r"\b(nan|inf)\b", figure)
+        assert all(f">{kind}</li>" in figure for kind in study["planes"][0]["points"])
+    assert page.PLANES_NOTE in section and page.PLANES_PLACE in page.markdown(study).splitlines()
 
 
 def test_rows_stand_in_the_order_of_the_study():

@@ -2,7 +2,7 @@
 
 Shows       how near the states at [Ret], the passage vectors and the rows of the vocabulary come to
             each other in every arm, at the end of training and on the way, beside shuffled
-            baselines
+            baselines; how they lie on a plane is drawn in index.html
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/spaces.md
 Command     python -m cosup_jax.main --config=configs/studies/spaces.py --workdir=runs/studies \\
@@ -25,7 +25,7 @@ def get_config(variant=""):
         question="Do the token space and the sequence space meet?",
         arms="N,S,S2,C,T",
         crossed=arms.CROSSED,
-        measures="answers,majority,spaces,spaces_over_training,gradients",
+        measures="answers,majority,spaces,spaces_over_training,plane,gradients",
         claims=f"C > S2: {beyond_chance}, mutual_nearest; T > C: {beyond_chance}",
         shown="title_in_vector,title_in_vector_shuffled,title_at_ret,title_at_ret_shuffled,"
         "mutual_knn10,mutual_knn10_shuffled,mutual_nearest,mutual_nearest_most,"

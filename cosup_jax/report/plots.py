@@ -45,6 +45,14 @@ class Measured(NamedTuple):
     scores: Sequence[Score | None]
 
 
+class Cloud(NamedTuple):
+    """Points of one kind."""
+
+    label: str
+    color: int  # N of the CSS variable --series-N, 1 to 7
+    points: Sequence[Sequence[float]]  # x and y of each
+
+
 def chart(title: str, unit: str, curves: Sequence[Curve]) -> str:
     """A <figure> of curves over steps. A recall or a share is drawn from 0 to 1."""
     solid = [(c.label, c.color, False) for c in curves if not c.baseline]
@@ -103,6 +111,22 @@ def by_size(
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("passages searched")
     legend = [(one.label, one.color, False) for one in measured]
+    return _figure(title, unit, _themed(file.getvalue(), name), legend)
+
+
+def scatter(title: str, unit: str, clouds: Sequence[Cloud], key: str = "") -> str:
+    """A <figure> of points on a plane, x and y on one scale, the first cloud at the back.
+
+    `key` tells it from another figure of this title.
+    """
+    name = f"{key} {title}"
+    with _plot(name, height=4.0, grid="both") as (axes, file):
+        for cloud in clouds:
+            x, y = np.asarray(cloud.points, float).T
+            look = {"ms": 3, "mew": 0, "alpha": 0.45, "color": _series(cloud.color)}
+            axes.plot(x, y, "o", **look)
+        axes.set_aspect("equal", adjustable="datalim")
+    legend = [(cloud.label, cloud.color, False) for cloud in clouds]
     return _figure(title, unit, _themed(file.getvalue(), name), legend)
 
 

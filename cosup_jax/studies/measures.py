@@ -17,7 +17,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.evaluation import nli, scoring
 from cosup_jax.rehearsal import model_flops
 from cosup_jax.runtime import telemetry
-from cosup_jax.studies import evidence, geometry, gradients, spaces
+from cosup_jax.studies import evidence, geometry, gradients, plane, spaces
 from cosup_jax.studies.run import LESS, NUMBER, POINTS, POSITIVE, SHARE, Gives, Run, Scores
 
 _SCORE = (  # all that `scoring.scored` may find, by a judge of some prefix, and `correct`
@@ -182,6 +182,7 @@ MEASURES = {
     "spaces_over_training": Measure(
         spaces.spaces_over_training, lambda _: spaces.OVER_TRAINING_GIVES
     ),
+    "plane": Measure(plane.plane, lambda _: plane.GIVES),
     "evidence": Measure(evidence.evidence, lambda _: evidence.GIVES),
     "gradients": Measure(gradients.gradients, lambda _: gradients.GIVES),
 }

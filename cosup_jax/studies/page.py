@@ -6,7 +6,7 @@ from typing import Any
 
 from cosup_jax.config import ARMS
 from cosup_jax.report import tables
-from cosup_jax.report.plots import Measured, Score, by_row
+from cosup_jax.report.plots import Cloud, Measured, Score, by_row, scatter
 from cosup_jax.report.style import CSS, PAGE
 from cosup_jax.studies.results import FOUND, MAJORITY
 from cosup_jax.studies.run import SHARE
@@ -47,6 +47,15 @@ MATRIX_NOTE = (
     "among those shown; BM25's, of what it shows the first writer. What counts as right goes by a "
     "set's questions, as in --mode=evaluate; long and free answers have a score between 0 and 1."
 )
+PLANES = "The spaces"
+PLANES_NOTE = (
+    "Of each arm's first seed, a dot for a vector at length 1: of a passage, of Gen's state at "
+    "[Ret] to a question of a held-out set (queries), of a text token's column of Gen's "
+    "unembedding (vocabulary). The plane is that of their first two principal components, of all "
+    "dots together; its share of their variance is given. What is apart here is apart; what meets "
+    "here may still lie apart in other directions."
+)
+PLANES_PLACE = "How queries, passages and vocabulary lie on a plane, of each arm: see index.html."
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (
     "not tested: a run compared lacks this metric (config.study.measures names what is measured), "
@@ -73,6 +82,8 @@ def markdown(study: Study) -> str:
         parts += [f"## {MATRIX}", MATRIX_NOTE]
     for name, rows in _by(study["matrix"], "set").items():
         parts += [f"### {name}", _table(matrix_cells(rows, study["arms"]))]
+    if study["planes"]:
+        parts += [f"## {PLANES}", PLANES_PLACE]
     for name, rows in _by(study["measured"], "set").items():
         parts += [f"## {name or WHOLE}", _table(arm_cells(rows, study["arms"]))]
     parts += ["## Runs", *_runs_note(study), _table(run_cells(study["runs"]))]
@@ -91,6 +102,10 @@ def page(study: Study) -> str:
     for name, rows in _by(study["matrix"], "set").items():
         table = _html_table(matrix_cells(rows, study["arms"]))
         sections.append(f"<section><h3>{html.escape(name)}</h3>{table}</section>")
+    if study["planes"]:
+        plots = "".join(map(_plane, study["planes"]))
+        note = f"<p class='note'>{PLANES_NOTE}</p>"
+        sections.append(f'<h2>{PLANES}</h2>{note}<div class="charts">{plots}</div>')
     for name, rows in _by(study["measured"], "set").items():
         plots = "".join(_plot(name, metric, part) for metric, part in _by(rows, "metric").items())
         content = _html_table(arm_cells(rows, study["arms"])) + (
@@ -202,6 +217,15 @@ def _plot(name: str, metric: str, rows: Rows) -> str:
     scores = [Score(row["mean"], row["low"], row["high"]) for row in known]
     measured = [Measured("mean over seeds", 2, scores)]
     return by_row(metric, "share", [row["arm"] for row in known], measured, key=name)
+
+
+def _plane(found: Mapping[str, Any]) -> str:
+    """Colours go round where there are many sets."""
+    clouds = [
+        Cloud(kind, 1 + place if place < 2 else 3 + (place - 2) % 5, points)
+        for place, (kind, points) in enumerate(found["points"].items())
+    ]
+    return scatter(found["arm"], f"{found['share']:.0%} of the variance", clouds, key=PLANES)
 
 
 def _with_interval(row: Mapping[str, Any]) -> str:

@@ -204,6 +204,24 @@ def untested(judged: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> li
     return [claim for claim in map(str, claims) if claim not in told]
 
 
+def planes(runs: Runs) -> list[dict[str, Any]]:
+    """{"arm", "points", "share"} of each arm's first seed, where `plane` is measured.
+
+    Points are [[x, y], ...] by kind: "passages", "vocabulary", "queries SET".
+    """
+    found = []
+    for arm, (first, *_) in runs.items():
+        points = {
+            f"{kind} {name}".strip(): [[round(x[id], 4), round(y[id], 4)] for id in x]
+            for kind in ("vocabulary", "passages", "queries")
+            for name, metrics in first.items()
+            if (x := metrics.get(f"plane/{kind}/x")) and (y := metrics[f"plane/{kind}/y"])
+        }
+        if points:
+            found.append({"arm": arm, "points": points, "share": first[""]["plane/share"][""]})
+    return found
+
+
 def log_odds(share_SxI: np.ndarray) -> float:
     """Of a mean share, half an item added on either side: points near 0 and 1 weigh more."""
     count, total = share_SxI.size, share_SxI.sum()

@@ -106,11 +106,11 @@ def asked(run: Run, part: HeldOut) -> Asked:
 def sample(run: Run, most: int = PASSAGES) -> Sample:
     """`most` distinct passages, the same for every run over the same sources."""
     sources = list({part.dataset.version: part for part in run.sets}.values())
-    drawn, first = _drawn(sum(len(part.dataset.passages) for part in sources), most), 0
+    rows, first = drawn(sum(len(part.dataset.passages) for part in sources), most), 0
     found = Sample([], [], [])
     for part in sources:
         passages = part.dataset.passages
-        here = drawn[(drawn >= first) & (drawn < first + len(passages))] - first
+        here = rows[(rows >= first) & (rows < first + len(passages))] - first
         for row in passages.by_id()[here]:
             found.passages.append(passages.at(int(row)))
             found.ids.append(f"{part.dataset.name}/{found.passages[-1].id}")
@@ -147,7 +147,7 @@ def whole(**values: float) -> Metrics:
     return {name: {"": float(value)} for name, value in values.items()}
 
 
-def _drawn(count: int, most: int) -> np.ndarray:
+def drawn(count: int, most: int) -> np.ndarray:
     """int64, rising: `most` of the numbers below `count`, or all."""
     return np.sort(np.random.default_rng(_SEED).permutation(count)[:most])
 

@@ -64,7 +64,7 @@ def spaces(run: Run) -> Scores:
                          of their tokens' embeddings in Gen (arXiv 2405.07987); _shuffled: with the
                          embeddings dealt out to other passages
     """
-    vocabulary, sample = _vocabulary(run), run_lib.sample(run)
+    vocabulary, sample = vocabulary_of(run), run_lib.sample(run)
     found: Scores = {"": _of_passages(run, sample, vocabulary)}
     corpora: dict[str, np.ndarray] = {}
     for part in run.sets:
@@ -205,7 +205,8 @@ def centred(vector_NxD: np.ndarray) -> np.ndarray:
     return unit(unit_NxD - unit_NxD.mean(axis=0))
 
 
-def _vocabulary(run: Run) -> Vocabulary:
+def vocabulary_of(run: Run) -> Vocabulary:
+    """Gen's, of a run."""
     gen, params, tokenizer = run.trained.towers.gen, run.trained.params, run.trained.tokenizers.gen
     ids_V = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.control))
     floats = lambda x: np.asarray(jax.device_get(x), np.float32)
