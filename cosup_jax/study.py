@@ -199,6 +199,7 @@ def _trained(arm: Arm, asked: Design) -> str:
     with Workdir(arm.directory) as directory:
         status = directory.read_status() or {}
     if status.get("state") == "finished":
+        print(f"--- {arm}: finished before, {arm.directory}", flush=True)
         return "finished"
     print(f"--- {arm}: {arm.directory}", flush=True)
     started = time.monotonic()

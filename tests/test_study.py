@@ -186,6 +186,33 @@ def test_an_arm_named_twice_is_one():
     ]
 
 
+OWN = """
+from cosup_jax.studies import arms
+
+def get_config(variant=""):
+    own = {"C_same": {"loss.temperature": 0.1}, "C_warm": {"loss.temperature": 0.2}}
+    told = {"question": "?", "arms": "C,C_same", "claims": "C > C_same: gold/correct"}
+    return arms.config(variant, own, **told)
+"""
+
+
+def test_two_arms_that_are_one_run_are_refused(tmp_path):
+    """Bug: an arm whose one difference is the default is compared with itself, and found to make no
+    difference."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    with pytest.raises(UserError, match=r"arms: C_same has the settings of C, .* in .*own\.py"):
+        asked(f"{path}:small")
+    other = {"study__arms": "C,C_warm", "study__claims": "C > C_warm: gold/correct"}
+    assert asked(f"{path}:small", **other).arms == ["C", "C_warm"]
+
+
+def test_an_override_that_leaves_an_arm_nothing_is_named():
+    """Bug: whoever weighs NSP with 0 for all arms is told what is wrong with S2, not by what."""
+    with pytest.raises(UserError, match=r"arm S2, with --config\.loss\.nsp_weight: .* both 0"):
+        asked(study__arms="S2,C", loss__nsp_weight="0")
+
+
 def test_a_pair_that_was_moved_is_the_same(tmp_path, monkeypatch):
     """Bug: all pairs are answered anew where the studies' directory has another path; or answers by
     another run's pair are taken for these."""

@@ -73,16 +73,26 @@ class Design(NamedTuple):
         shown = _names(told.shown) or list(dict.fromkeys(claim.metric for claim in claims))
         claims, shown = _without_unmeasured(claims, shown, config, file, asked)
         kinds = _kinds(claims, shown, config, asked)
-        name = config.study.name or file.name
-        if name in ("arms", "..") or Path(name).name != name:
-            raise UserError(f"config.study.name={name!r} names a directory beside `arms`, no path")
-        directory = root / name
-        return cls(config, file, root, directory, arms, crossed, asked, shown, claims, kinds)
+        directory = root / _directory_name(config.study.name or file.name, root)
+        design = cls(config, file, root, directory, arms, crossed, asked, shown, claims, kinds)
+        design._check_unlike()
+        return design
 
     @property
     def writers(self) -> list[str]:
         """The arms whose Gen was trained to write."""
         return [name for name in self.arms if self.file.variant(name).loss.ntp_weight]
+
+    def _check_unlike(self) -> None:
+        """Raises UserError for two arms that are one run: it would be compared with itself."""
+        first: dict[str, str] = {}
+        for name in self.arms:
+            key = self.arm(name, self.config.seed).directory.name
+            if (other := first.setdefault(key, name)) != name:
+                raise UserError(
+                    f"config.study.arms: {name} has the settings of {other}, and would be the same "
+                    f"run; change it in {self.file.path_and_variant.partition(':')[0]}, or drop it"
+                )
 
     def arm(self, name: str, seed: int) -> Arm:
         """One run. Raises UserError for a variant that the file does not have."""
@@ -116,6 +126,16 @@ def set_keys(config: Config) -> list[tuple[str, Any]]:
     return [(key, value) for key, (_, value) in changed.items()]
 
 
+def _directory_name(name: str, root: Path) -> str:
+    """Raises UserError for one that leads elsewhere, or to the runs."""
+    if name in ("arms", "..") or Path(name).name != name:
+        raise UserError(
+            f"config.study.name={name!r}: pages lie in a directory of {root} of this name, beside "
+            "the runs in `arms`; take a name without slashes, such as core-again"
+        )
+    return name
+
+
 def _from_runs(config: Config) -> Iterator[tuple[str, str, str]]:
     """Those that do, START or MINED, and the variant of the other run."""
     for setting, mark in _FROM_RUNS.items():
@@ -131,7 +151,9 @@ def _check_arms(file: File, arms: Sequence[str]) -> None:
         try:
             config = file.variant(name)
         except UserError as error:
-            raise UserError(f"arm {name}: {error}") from error
+            trained = [f"--config.{key}" for key in file.overrides if not key.startswith("study.")]
+            with_them = f", with {', '.join(trained)}" if trained else ""
+            raise UserError(f"arm {name}{with_them}: {error}") from error
         own = settings(file.of(name))
         for key in file.overrides:
             if own[key] != base[key]:

@@ -31,6 +31,7 @@ RULE = (
     f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
     "confirmed by chance."
 )
+NO_CLAIMS = "No two arms of a claim are measured yet."
 BETWEEN = "Claims between sets"
 BETWEEN_NOTE = (
     "Whether what is claimed is larger in the first set than in another: the difference there less "
@@ -75,7 +76,9 @@ def markdown(study: Study) -> str:
     """The whole study, with the command of every run."""
     parts = [f"# {study['name']}", study["question"], _facts(study), f"`{study['command']}`"]
     parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
-    parts += ["## Claims", RULE, _table(claim_cells(study["claims"]))]
+    parts += ["## Claims", RULE if study["claims"] else NO_CLAIMS]
+    if study["claims"]:
+        parts.append(_table(claim_cells(study["claims"])))
     if study["between"]:
         parts += [f"## {BETWEEN}", BETWEEN_NOTE, _table(claim_cells(study["between"]))]
     if study["matrix"]:
@@ -92,8 +95,10 @@ def markdown(study: Study) -> str:
 
 def page(study: Study) -> str:
     """The same, with plots of every metric that is a share."""
-    sections = [f"<h2>Claims</h2><p class='note'>{_emphasised(RULE)}</p>"]
-    sections.append(_html_table(claim_cells(study["claims"]), left=3))
+    note = _emphasised(RULE if study["claims"] else NO_CLAIMS)
+    sections = [f"<h2>Claims</h2><p class='note'>{note}</p>"]
+    if study["claims"]:
+        sections.append(_html_table(claim_cells(study["claims"]), left=3))
     if study["between"]:
         sections.append(f"<h2>{BETWEEN}</h2><p class='note'>{BETWEEN_NOTE}</p>")
         sections.append(_html_table(claim_cells(study["between"]), left=3))

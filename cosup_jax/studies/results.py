@@ -46,6 +46,8 @@ def claims_of(text: str, arms: Iterable[str]) -> list[Claim]:
                     f"config.study.claims: {arm!r} is no arm of {', '.join(known)}; add it to "
                     "config.study.arms, or drop the claim"
                 )
+        if " > " in form[3]:
+            raise UserError(f"config.study.claims: {part!r} holds two claims; write ; between them")
         metrics = map(str.strip, form[3].split(","))
         found += [
             Claim(form[1], form[2], metric.removeprefix("-").strip(), metric.startswith("-"))
