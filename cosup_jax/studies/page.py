@@ -25,8 +25,8 @@ RULE = (
     "that side, or, of shares and their differences, nothing beyond "
     f"{POINT:g} (of nats and the like nothing says what is as good as none). Else *undecided*; "
     f"so too where both arms are right in at most {POINT:.0%} of the items, or wrong in as few; "
-    'where of "A - B" both A and B are so in both arms, or A and B differ by as little in both; '
-    "and wherever there is one seed. "
+    'where of "A - B" both A and B are so in both arms, or A and B differ by as little in both and '
+    "the arms by as little in that; and wherever there is one seed. "
     "*Detectable* is the smallest true difference that would have shown with a chance of "
     f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
     "confirmed by chance."
@@ -140,10 +140,10 @@ def claim_cells(rows: Rows) -> Cells:
     heading = ["difference", "95 %", "log-odds", "by seed", "detectable", "items"]
     cells = [["claim", "set", "verdict", *heading]]
     for row in rows:
-        seeds = ", ".join(f"{value:+.3f}" for value in row["by_seed"])
+        seeds = ", ".join(f"{_plain(value):+.3f}" for value in row["by_seed"])
         detectable = _NONE if row["detectable"] is None else f"{row['detectable']:.3f}"
         odds = _NONE if row["log_odds"] is None else f"{row['log_odds']:+.2f}"
-        numbers = [f"{row['mean']:+.3f}", _interval(row, "+"), odds, seeds, detectable]
+        numbers = [f"{_plain(row['mean']):+.3f}", _interval(row, "+"), odds, seeds, detectable]
         told = [row["claim"], row["set"] or WHOLE, row["verdict"]]
         cells.append([*told, *numbers, f"{row['items']:,}"])
     return cells
@@ -248,11 +248,16 @@ def _with_seeds(row: Mapping[str, Any]) -> str:
     return f"{_with_interval(row).rstrip(')')}; {seeds})"
 
 
+def _plain(value: float) -> float:
+    """Without what rounding in floats leaves of 0, and its sign."""
+    return 0.0 if abs(value) < 1e-9 else value
+
+
 def _interval(row: Mapping[str, Any], sign: str = "") -> str:
     """An end that is not 0 is not written as 0."""
     if row["low"] is None:
         return _NONE
-    ends = (row["low"], row["high"])
+    ends = (_plain(row["low"]), _plain(row["high"]))
     return " to ".join(
         f"{end:{sign}.3f}" if abs(end) >= 5e-4 or end == 0 else f"{end:{sign}.1g}" for end in ends
     )

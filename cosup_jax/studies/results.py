@@ -157,7 +157,7 @@ def between_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict
         for first, other in itertools.product(list(differs)[:1], list(differs)[1:]):
             told = {"claim": str(claim), "set": f"{first} - {other}", "log_odds": None}
             told |= _judged(between(differs[first], differs[other]), claim, kind, 2)
-            if {first, other} <= mute:
+            if {first, other} & mute:  # then it is the difference in one set alone
                 told |= {"verdict": "undecided", "detectable": None}
             found.append(told)
     return found
@@ -187,16 +187,18 @@ def _judged(differs: Estimate, claim: Claim, kind: str, sets: int) -> dict[str, 
 
 
 def _tells_nothing(runs: Runs, claim: Claim, kind: str, name: str) -> bool:
-    """Of shares: nobody can do it in this set, or everybody; of one share less another also, both
-    arms have no difference of the two."""
+    """Of shares: nobody can do it in this set, or everybody; of one share less another also, the
+    two are as good as the same in both arms, and these alike."""
     if not (kind == SHARE or (kind == POINTS and LESS in claim.metric)):
         return False
     means = lambda metric: [
         both.mean() for both in _compared(runs, claim._replace(metric=metric))[name]
     ]
     at_an_end = lambda shares: max(shares) <= POINT or min(shares) >= 1 - POINT
-    if LESS in claim.metric and max(map(abs, means(claim.metric))) <= POINT:
-        return True
+    if LESS in claim.metric:
+        a, b = means(claim.metric)
+        if max(abs(a), abs(b), abs(a - b)) <= POINT:
+            return True
     return all(at_an_end(means(share)) for share in claim.metric.split(LESS))
 
 
