@@ -3,7 +3,7 @@
 Shows       answers where retrieval succeeded and where it failed, arm by arm; and, as these are not
             the same questions, every question with its own passage and with one fixed wrong one
 Hardware    2 CPU cores, 4 GB of memory
-Expected    docs/results/retrieval.md
+Expected    docs/results/retrieval.md, retrieval-smollm2_cpu.md
 Command     python -m cosup_jax.main --config=configs/studies/retrieval.py --workdir=runs/studies \\
                 --mode=study
 Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-135M on data of one's
