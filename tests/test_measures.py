@@ -160,6 +160,21 @@ def test_neighbours_equal_loops(monkeypatch):
         assert row.tolist() == (order < 9).tolist()
 
 
+@pytest.mark.parametrize("count", [4, 40])
+def test_a_shuffled_title_is_never_the_item_s_own(count):
+    """Bugs: a baseline that holds the item itself, where there are fewer than it is a mean over;
+    one of those without a title; one of a single other."""
+    titles = [{100 + i, 0} if i % 4 else set() for i in range(count)]  # 0 is in every title
+    likely = np.array([[100 + i, 0, 1 + i % 2] for i in range(count)])
+    found = spaces_lib._titles("t", [f"p{i}" for i in range(count)], likely, titles)
+    named = {f"p{i}" for i in range(count) if i % 4}
+    assert found["t"] == dict.fromkeys(named, 1.0)
+    assert found["t_shuffled"] == dict.fromkeys(named, 0.5)
+    likely[:, 1] = 100 + (np.arange(count) + 1) % count  # one other's title
+    some = spaces_lib._titles("t", [f"p{i}" for i in range(count)], likely, titles)["t_shuffled"]
+    assert count < 10 or set(some.values()) - {0.0, 0.5}
+
+
 def principal(x):
     """Places on the two first principal components and their share, from the covariance."""
     x = x - sum(x) / len(x)

@@ -133,14 +133,17 @@ def claim_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[s
     """
     found = []
     for claim in claims:
-        for name, (ours, theirs) in _compared(runs, claim).items():
-            kind = kinds[claim.metric]
+        if not (sets := _compared(runs, claim)):
+            continue
+        kind = kinds[claim.metric]
+        mute = _mute(runs, claim, kind)
+        for name, (ours, theirs) in sets.items():
             differs = estimate(ours - theirs)
             many = kind == SHARE and differs.items > 1  # a mean of a whole set is no count of items
             odds = log_odds(ours) - log_odds(theirs) if many else None
             told = {"claim": str(claim), "set": name, "log_odds": odds}
             told |= _judged(differs, claim, kind, 1)
-            if _tells_nothing(runs, claim, kind, name):
+            if name in mute:
                 told |= {"verdict": "undecided", "detectable": None}
             found.append(told)
     return found
@@ -153,7 +156,7 @@ def between_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict
     for claim in claims:
         kind = kinds[claim.metric]
         differs = {name: ours - theirs for name, (ours, theirs) in _compared(runs, claim).items()}
-        mute = {name for name in differs if _tells_nothing(runs, claim, kind, name)}
+        mute = _mute(runs, claim, kind)
         for first, other in itertools.product(list(differs)[:1], list(differs)[1:]):
             told = {"claim": str(claim), "set": f"{first} - {other}", "log_odds": None}
             told |= _judged(between(differs[first], differs[other]), claim, kind, 2)
@@ -186,20 +189,24 @@ def _judged(differs: Estimate, claim: Claim, kind: str, sets: int) -> dict[str, 
     return _numbers(differs, (-reach, reach)) | {"verdict": decided}
 
 
-def _tells_nothing(runs: Runs, claim: Claim, kind: str, name: str) -> bool:
-    """Of shares: nobody can do it in this set, or everybody; of one share less another also, the
-    two are as good as the same in both arms, and these alike."""
+def _mute(runs: Runs, claim: Claim, kind: str) -> set[str]:
+    """The sets that tell nothing of a share, as nobody can do it there, or everybody; nor of one
+    share less another, where both are so, or as good as the same in both arms, and these alike."""
     if not (kind == SHARE or (kind == POINTS and LESS in claim.metric)):
-        return False
-    means = lambda metric: [
-        both.mean() for both in _compared(runs, claim._replace(metric=metric))[name]
-    ]
-    at_an_end = lambda shares: max(shares) <= POINT or min(shares) >= 1 - POINT
-    if LESS in claim.metric:
-        a, b = means(claim.metric)
-        if max(abs(a), abs(b), abs(a - b)) <= POINT:
-            return True
-    return all(at_an_end(means(share)) for share in claim.metric.split(LESS))
+        return set()
+
+    def means(metric: str) -> dict[str, tuple[float, float]]:
+        sets = _compared(runs, claim._replace(metric=metric))
+        return {name: (ours.mean(), theirs.mean()) for name, (ours, theirs) in sets.items()}
+
+    shares = [means(share) for share in claim.metric.split(LESS)]
+    at_an_end = lambda pair: max(pair) <= POINT or min(pair) >= 1 - POINT
+    alike = lambda a, b: len(shares) > 1 and max(abs(a), abs(b), abs(a - b)) <= POINT
+    return {
+        name
+        for name, pair in means(claim.metric).items()
+        if all(at_an_end(share[name]) for share in shares) or alike(*pair)
+    }
 
 
 def untested(judged: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> list[str]:
