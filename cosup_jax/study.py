@@ -35,7 +35,7 @@ from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import is_url
 from cosup_jax.runtime.paths import expanded
 from cosup_jax.runtime.workdir import Workdir, write_atomic, writing
-from cosup_jax.studies import measures, page, results
+from cosup_jax.studies import equal_ratio, measures, page, results
 from cosup_jax.studies.arms import MINED
 from cosup_jax.studies.design import DIGITS, Arm, Design, of_pair, set_keys
 from cosup_jax.studies.measures import MEASURES
@@ -68,6 +68,7 @@ def study(config: Config, workdir: str, file: File) -> str | None:
                     return "stopped"
                 found.add(arm)
                 _write(directory, asked, found)
+            found.add_equated()
             for writer, retriever in asked.crossed:
                 found.add_crossed(asked.arm(writer, seed), asked.arm(retriever, seed))
             _write(directory, asked, found)
@@ -82,7 +83,9 @@ class _Found:
     def __init__(self, asked: Design):
         self._asked = asked
         crossed = map("|".join, asked.crossed)
-        self._scores: dict[str, list[Scores]] = {name: [] for name in (*asked.arms, *crossed)}
+        self._scores: dict[str, list[Scores]] = {
+            name: [] for name in (*asked.arms, *crossed, *asked.equated)
+        }
         self._runs: list[dict[str, Any]] = []
         self._data: dict[str, tuple[str, Arm]] = {}  # by sources: versions, and whose first
         self._codes: set[str] = set()  # that measured
@@ -110,6 +113,13 @@ class _Found:
         with _Opened(arm._replace(config=by)) as run:
             scores = self._kept(arm, name, lambda: measures.answers(run(), name))
         self._scores[f"{writer.name}|{retriever.name}"].append(scores)
+
+    def add_equated(self) -> None:
+        """The arms of which another's gradient_ratio makes others, of the seed added last."""
+        for name, told in self._asked.equated.items():
+            curve = [self._scores[arm][-1] for arm in told.curve]
+            at = equal_ratio.ratio(self._scores[told.at][-1])
+            self._scores[name].append(equal_ratio.read(curve, at))
 
     def _kept(self, arm: Arm, name: str, measure: Callable[[], Any]) -> Any:
         kept = _kept(arm, name, measure)
@@ -157,6 +167,7 @@ class _Found:
             "between": results.between_rows(done, known, asked.kinds) if between else [],
             "matrix": results.matrix_rows(done, asked.writers),
             "planes": results.planes(done),
+            "agreement": results.agreement_rows(done),
             "untested": results.untested(judged, known),
             "arms": list(self._scores),
             "measured": results.arm_rows(done, {name: asked.kinds[name] for name in asked.shown}),

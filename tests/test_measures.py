@@ -21,9 +21,9 @@ from cosup_jax.data.schema import Example, Passage
 from cosup_jax.studies import measures
 from cosup_jax.studies import run as run_lib
 from cosup_jax.studies import spaces as spaces_lib
-from cosup_jax.studies.evidence import conflict, conflicts, evidence, relation
-from cosup_jax.studies.geometry import drift, geometry, rotation, spread, unit
-from cosup_jax.studies.gradients import gradients
+from cosup_jax.studies.evidence import closed_book, conflict, conflicts, evidence, relation
+from cosup_jax.studies.geometry import PAIRS, drift, geometry, rotation, spread, unit
+from cosup_jax.studies.gradients import gradients, gradients_over_training
 from cosup_jax.studies.plane import plane, projected
 from cosup_jax.studies.spaces import (
     mutual_nearest,
@@ -278,6 +278,13 @@ def test_geometry_of_a_run(run):
     every = unit(np.stack([vector(run, one) for one in part.dataset.passages.values()]))
     for name, value in spread(every).items():
         assert found[""][f"passages/{name}"][""] == pytest.approx(value, rel=1e-3)
+    place = {id: i for i, id in enumerate(run_lib.sample(run).ids)}
+    ids = [f"towns/{one.id}" for one in part.dataset.passages.values()]
+    for pair, value in found[""][PAIRS].items():
+        i, j = map(ids.index, pair.split())
+        assert (place[ids[j]] - place[ids[i]]) % 40 in (1, 2, 3, 4)
+        assert value == pytest.approx(every[i] @ every[j], abs=1e-4)
+    assert len(found[""][PAIRS]) == 160
     few = run_lib.sample(run, 9)
     assert few.ids == run_lib.sample(past[0], 9).ids and len(set(few.ids)) == 9
     assert [f"towns/{one.id}" for one in few.passages] == few.ids
@@ -373,6 +380,21 @@ def test_gradients_of_a_run(run):
         values = found[f"gradient_cosine/{name}"]
         assert list(values) == [f"step_{step}" for step in range(2, 6)]
         assert values["step_3"] == pytest.approx(cosine(a, b), abs=1e-4)
+    # A weight that rises to 0.5 at step 4 and stays; NTP's is 3.
+    ramp = dataclasses.replace(loss, nsp_weight=0.5, nsp_ramp_steps=4, nsp_ramp_from=0.1)
+    ramped = dataclasses.replace(trained.config, loss=ramp)
+    later = gradients_over_training(run._replace(trained=trained._replace(config=ramped)))
+    held_to_its_word("gradients_over_training", later)
+    no_empty_words("gradients_over_training", later)
+    for name, values in found.items():
+        assert later[""][f"{name}/step_2"] == pytest.approx(values, abs=1e-5)
+        assert list(later[""][f"{name}/step_1"]) == [f"step_{step}" for step in range(1, 5)]
+    norms = [np.sqrt(sum(np.vdot(x, x) for x in jax.tree.leaves(tree))) for tree in (nsp, ntp)]
+    ratio = later[""]["gradient_ratio/step_2"]["step_3"]
+    assert ratio == pytest.approx(0.4 / 3 * norms[0] / norms[1], rel=1e-4)
+    assert (
+        later[""]["gradient_cosine/gen/step_1"]["step_3"] != found["gradient_cosine/gen"]["step_3"]
+    )
 
 
 @pytest.mark.slow
@@ -413,6 +435,25 @@ def test_evidence_of_a_run(run):
             assert found[f"{name}/swap_wins"][id] == (answer > swap)
             share = np.exp(-answer) / (np.exp(-answer) + np.exp(-swap))
             assert found[f"{name}/p_answer"][id] == pytest.approx(share, rel=1e-3)
+
+    # Of two questions training reads the passage, one has two passages, one needs more room.
+    long = " and ".join(["harbour"] * 150)
+    examples = list(part.examples)
+    examples[1] = dataclasses.replace(examples[1], evidence=(*examples[1].evidence, "x"))
+    examples[2] = dataclasses.replace(examples[2], answers=(long,), long_answer="")
+    examples[3] = dataclasses.replace(examples[3], answers=(), long_answer="")
+    seen = np.arange(len(part.seen)) < 2
+    closed = closed_book(run._replace(sets=[part._replace(examples=examples, seen=seen)]))
+    held_to_its_word("closed_book", closed)
+    no_empty_words("closed_book", closed)
+    closed, ids = closed[SET], [one.id for one in examples]
+    assert [*closed["closed_book/answer_nats"]] == [*ids[:2], *ids[4:]]
+    assert [*closed["closed_book/answer_nats_seen"]] == ids[:2]
+    assert [*closed["closed_book/answer_nats_unseen"]] == ids[4:]
+    for example in (examples[1], examples[7]):
+        total, count = nats(example, example.long_answer or example.answers[0])
+        value = closed["closed_book/answer_nats"][example.id]
+        assert value == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from cosup_jax.config import Config
 from cosup_jax.errors import UserError
 from cosup_jax.studies import measures, page, results
 from cosup_jax.studies import verdict as verdict_lib
+from cosup_jax.studies.geometry import PAIRS
 from cosup_jax.studies.run import NUMBER, POINTS, SHARE
 from cosup_jax.studies.verdict import _shown, between, estimate
 
@@ -278,7 +279,7 @@ def a_study():
     draw = lambda p: {f"q{i}": float(rng.random() < p) for i in range(50)}
     one = lambda p, far: {
         "world.in_domain": {"corpus/correct": draw(p), "corpus/recall@1": draw(p)},
-        "": {"distance": {"": far}, "drift/to_last/step_1": draw(0.5)},
+        "": {"distance": {"": far}, "drift/to_last/step_1": draw(0.5), PAIRS: draw(0.5)},
     }
     runs = {"C": [one(0.9, 2.0), one(0.8, 3.0)], "N|C": [one(0.2, 1.0), one(0.1, 1.5)]}
     text = (
@@ -300,6 +301,7 @@ def a_study():
         "between": [],
         "matrix": results.matrix_rows(runs, ["N", "C"]),
         "planes": [],
+        "agreement": results.agreement_rows(runs),
         "untested": ["N|C > C: corpus/corect"],
         "measured": results.arm_rows(runs, KINDS),
         "runs": [{"arm": "C", "seed": 0, **run, **place}],
@@ -335,6 +337,8 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     )
     assert "- **N|C > C: corpus/corect**: not tested: a run" in page.markdown(study)
     assert "`python -m x --mode=study`" in lines
+    (agreed, _), told = study["agreement"], f"{study['agreement'][0]['by_pair'][0]:.3f}"
+    assert agreed["arm"] == "C" and f"| C | {told} | {told} |" in lines
     html = page.page(study)
     assert "Is &lt;C&gt; better?" in html and html.count("<svg") >= 2
     assert "corpus/recall@1 <span" in html and "distance <span" not in html
@@ -385,6 +389,27 @@ def test_planes_are_of_each_arm_s_first_seed():
         "queries w.b": [[-0.1, 0.9]],
     }
     assert results.planes(runs) == [{"arm": "C", "points": points, "share": 0.25}]
+
+
+def test_seeds_agree_as_far_as_their_passages_lie_alike():
+    """Bugs: pairs matched by place and not by name; a seed compared with itself; a space in which
+    all lies in one point, which agrees with nothing, ends the study."""
+    pairs = [f"p{i} p{i + 1}" for i in range(6)]
+    one = lambda values, names=pairs: {"": {PAIRS: dict(zip(names, values, strict=True))}}
+    rising, wave = np.arange(6.0), np.array([0.0, 2, 1, 0, 3, 1])
+    runs = {
+        "C": [one(rising), one(wave[::-1], pairs[::-1]), one(-rising)],
+        "S": [one(np.full(6, 0.3)), one(rising)],
+        "N": [one(rising)],
+        "N|C": [{}, {}],
+    }
+    found = {row["arm"]: row["by_pair"] for row in results.agreement_rows(runs)}
+    a, b = rising - rising.mean(), wave - wave.mean()
+    r = a @ b / (a @ a * (b @ b)) ** 0.5
+    assert found.keys() == {"C", "S"} and found["S"] == [None]
+    assert found["C"] == pytest.approx([r, -1.0, -r])
+    cells = page.agreement_cells(results.agreement_rows(runs))
+    assert cells[1:] == [["C", "-0.333", f"{r:.3f}, -1.000, {-r:.3f}"], ["S", "-", "-"]]
 
 
 def test_the_page_has_a_dot_for_each_point_of_a_plane():

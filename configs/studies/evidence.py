@@ -25,10 +25,12 @@ def get_config(variant=""):
         question="Should the annotated evidence be a target of NTP, or be masked?",
         arms="C,C_target,N,N_target",
         crossed="C_target|C,N|C,N_target|C",
-        measures="answers,majority,evidence",
+        measures="answers,majority,evidence,closed_book",
         claims="C > C_target: swapped/swap_wins - original/swap_wins, gold/correct,"
         "corpus/retrieval_hit;"
-        "C_target > C: none/correct, -answer_nats_without_evidence",
+        "C_target > C: none/correct, -closed_book/answer_nats_seen;"
+        "N_target > N: none/correct, -closed_book/answer_nats_seen",
         shown="corpus/correct,corpus/retrieval_hit,gold/correct,none/correct,swapped/swap_wins,"
-        "original/swap_wins,answer_nats_with_evidence,answer_nats_without_evidence",
+        "original/swap_wins,answer_nats_with_evidence,answer_nats_without_evidence,"
+        "closed_book/answer_nats,closed_book/answer_nats_seen,closed_book/answer_nats_unseen",
     )

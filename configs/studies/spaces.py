@@ -25,7 +25,8 @@ def get_config(variant=""):
         question="Do the token space and the sequence space meet?",
         arms="N,S,S2,C,T",
         crossed=arms.CROSSED,
-        measures="answers,majority,spaces,spaces_over_training,plane,gradients",
+        measures="answers,majority,spaces,spaces_over_training,plane,gradients,"
+        "gradients_over_training",
         claims=f"C > S2: {beyond_chance}, mutual_nearest; T > C: {beyond_chance}",
         shown="title_in_vector,title_in_vector_shuffled,title_at_ret,title_at_ret_shuffled,"
         "mutual_knn10,mutual_knn10_shuffled,mutual_nearest,mutual_nearest_most,"
@@ -35,5 +36,5 @@ def get_config(variant=""):
         "title_at_ret_centred,title_at_ret_centred_shuffled,"
         "mutual_knn10_centred,mutual_knn10_centred_shuffled,mutual_nearest_centred,"
         "gradient_cosine/gen,gradient_cosine/layer_0,gradient_cosine/layer_1,"
-        + ",".join(on_the_way),
+        + ",".join([*on_the_way, *(f"gradient_cosine/gen/step_{step}" for step in kept)]),
     )

@@ -1,6 +1,7 @@
 """What a study compares and measures, from its config, checked before the first run."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from cosup_jax.config_files import File, load
 from cosup_jax.dotted import differing, get_dotted, leaves, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import digest
-from cosup_jax.studies import measures, results
+from cosup_jax.studies import equal_ratio, measures, results
 from cosup_jax.studies.arms import MINED, START
+from cosup_jax.studies.equal_ratio import Read
 from cosup_jax.studies.measures import MEASURES
 from cosup_jax.studies.results import Claim
 
@@ -48,6 +50,7 @@ class Design(NamedTuple):
     shown: list[str]
     claims: list[Claim]
     kinds: dict[str, str]  # of each metric shown or claimed, as `run.Gives` has them
+    equated: dict[str, Read]  # "ARM@OTHER", as claims name them
 
     @classmethod
     def of(cls, config: Config, root: Path, file: File) -> "Design":
@@ -69,12 +72,17 @@ class Design(NamedTuple):
         for name in asked:
             if name not in MEASURES:
                 raise UserError(f"config.study.measures: {name!r} is none of {', '.join(MEASURES)}")
-        claims = results.claims_of(told.claims, [*arms, *map("|".join, crossed)])
+        equated = _equated(told.claims, arms, file)
+        claims = results.claims_of(told.claims, [*arms, *map("|".join, crossed), *equated])
         shown = _names(told.shown) or list(dict.fromkeys(claim.metric for claim in claims))
         claims, shown = _without_unmeasured(claims, shown, config, file, asked)
         kinds = _kinds(claims, shown, config, asked)
+        if equated:
+            measures.kinds("config.study.claims, @", [f"{equal_ratio.RATIO}1"], config, asked)
         directory = root / _directory_name(config.study.name or file.name, root)
-        design = cls(config, file, root, directory, arms, crossed, asked, shown, claims, kinds)
+        design = cls(
+            config, file, root, directory, arms, crossed, asked, shown, claims, kinds, equated
+        )
         design._check_unlike()
         return design
 
@@ -177,7 +185,7 @@ def _without_absent(told: StudyConfig, file: File, arms: Sequence[str]) -> Study
         left_out = [
             part
             for part in parts
-            if any(name in absent or absent & set(name.split("|")) for name in named(part))
+            if any(name in absent or absent & set(re.split("[|@]", name)) for name in named(part))
         ]
         if f"study.{key}" not in file.overrides and left_out:
             print(f"left out for want of arms: {'; '.join(left_out)}")
@@ -205,6 +213,18 @@ def _without_unmeasured(
         print(f"left out for want of measures: {', '.join(left_out)}")
     claims = [claim for claim in claims if claim.metric not in of_claims]
     return claims, [metric for metric in shown if metric not in of_shown]
+
+
+def _equated(claims: str, arms: Sequence[str], file: File) -> dict[str, Read]:
+    """Each ARM@OTHER of two arms that is claimed about; another is no arm, as `claims_of` says."""
+    found = {}
+    settings = {name: file.variant(name) for name in arms}
+    alike = lambda name: replace_dotted(settings[name], "loss.nsp_weight", 1.0)
+    for name in re.findall(r"\S+@[^\s:]+", claims):
+        arm, _, other = name.partition("@")
+        if {arm, other} <= set(arms):
+            found[name] = Read([one for one in arms if alike(one) == alike(arm)], other)
+    return found
 
 
 def _kinds(

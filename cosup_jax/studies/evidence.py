@@ -38,6 +38,7 @@ GIVES: Gives = {
     r"(original|swapped)/(swap_wins|p_answer)": SHARE,
     r"questions|skipped/(no_span|not_in_text|in_title|no_other|too_long)": NUMBER,
 }
+CLOSED_BOOK_GIVES: Gives = {r"closed_book/answer_nats(_seen|_unseen)?": POSITIVE}
 
 
 class Conflict(NamedTuple):
@@ -80,6 +81,35 @@ def evidence(run: Run) -> Scores:
         scores = _scores(turned, nats.reshape(-1, 5), [text.scored for text in texts[::5]])
         counts = {f"skipped/{reason}": number for reason, number in skipped.items()}
         found[part.name] = whole(questions=len(part.examples), **counts) | scores
+    return found
+
+
+def closed_book(run: Run) -> Scores:
+    """`closed_book/answer_nats` of each question that has an answer: as `evidence` has
+    answer_nats_without_evidence, of all that training asks that way, however many passages they
+    need. Also _seen and _unseen: of those whose passages training reads, or not.
+
+    A question that data.max_gen_tokens leaves no room for has none.
+    """
+    trained, found = run.trained, {}
+    tokenizer, config = trained.tokenizers.gen, trained.config
+    for part in run.sets:
+        asked: list[tuple[int, Text]] = []
+        for question, example in enumerate(part.examples):
+            if example.answers and not example.output:
+                said = example.long_answer or example.answers[0]
+                text = text_of(example, None, said, tokenizer, config)
+                if len(text.tokens) <= config.data.max_gen_tokens:
+                    asked.append((question, text))
+        nats = answer_nats(run, [text for _, text in asked]) if asked else ()
+        of_set: Metrics = collections.defaultdict(dict)
+        for (question, text), value in zip(asked, nats, strict=True):
+            names = ["closed_book/answer_nats"]
+            if (seen := part.evidence_seen(question)) is not None:
+                names.append(f"{names[0]}_{'seen' if seen else 'unseen'}")
+            for name in names:
+                of_set[name][part.examples[question].id] = float(value) / text.scored
+        found[part.name] = dict(of_set)
     return found
 
 

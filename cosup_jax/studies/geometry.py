@@ -1,6 +1,7 @@
 """How queries and passages lie on the sphere, and how far training still moves them."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,21 +18,24 @@ from cosup_jax.studies.run import (
     whole,
 )
 
+PAIRS = "passages/pair_cosine"
 GIVES: Gives = {
     r"alignment": POSITIVE,
     r"(queries|passages)/uniformity": NUMBER,
     r"(queries|passages)/anisotropy": COSINE,
     r"(queries|passages)/effective_rank(_centred)?": POSITIVE,
+    PAIRS: COSINE,
     r"drift/to_(next|last)(_rotated|_shuffled)?/step_\d+": COSINE,
 }
 _SEED = 1  # of the shuffled baseline
+_PARTNERS = 4  # of each passage, in `pair_cosines`
 
 
 def geometry(run: Run) -> Scores:
     """Spread and drift of 500 fixed passages; spread and alignment of each set's queries.
 
     Of each question `alignment`. Of a set `queries/NAME`, of no set `passages/NAME`, for each NAME
-    of `spread`. Of each passage the metrics of `drift`.
+    of `spread`. Of each passage the metrics of `drift`; of pairs of them `pair_cosines`.
     """
     sample = run_lib.sample(run)
     past = {
@@ -39,7 +43,8 @@ def geometry(run: Run) -> Scores:
         for at in run_lib.over_training(run)
     }
     passages = {f"passages/{name}": v for name, v in spread(past[run.trained.step]).items()}
-    found: Scores = {"": whole(**passages) | drift(past, sample.ids)}
+    pairs = {PAIRS: pair_cosines(past[run.trained.step], sample.ids)}
+    found: Scores = {"": whole(**passages) | drift(past, sample.ids) | pairs}
     for part in run.sets:
         asked = run_lib.asked(run, part)
         if len(asked.ids) > 1:
@@ -70,6 +75,17 @@ def spread(unit_NxD: np.ndarray) -> dict[str, float]:
         "effective_rank": effective_rank(unit_NxD),
         "effective_rank_centred": effective_rank(unit_NxD - unit_NxD.mean(axis=0)),
     }
+
+
+def pair_cosines(unit_NxD: np.ndarray, ids: Sequence[str]) -> dict[str, float]:
+    """{"ID ID": cosine} of each passage and the few that follow it, the same pairs for every run:
+    where runs of several seeds agree on them, they have come to one arrangement, however it is
+    turned (representational similarity, Kriegeskorte et al. 2008)."""
+    N, found = len(ids), {}
+    for i, after in itertools.product(range(N), range(1, min(_PARTNERS, N - 1) + 1)):
+        j = (i + after) % N
+        found[f"{ids[i]} {ids[j]}"] = float(unit_NxD[i] @ unit_NxD[j])
+    return found
 
 
 def effective_rank(vector_NxD: np.ndarray) -> float:

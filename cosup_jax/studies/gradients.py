@@ -1,4 +1,4 @@
-"""Do the two losses pull Gen the same way, layer by layer?"""
+"""Do the two losses pull Gen the same way, layer by layer, and which one pulls more?"""
 
 import dataclasses
 import functools
@@ -8,44 +8,71 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from cosup_jax import sharding
+from cosup_jax import cosup, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import Config
 from cosup_jax.data import pipeline
 from cosup_jax.data.batch import Batch
 from cosup_jax.data.plan import Plan
 from cosup_jax.step import Skipped, TrainState
-from cosup_jax.studies.run import COSINE, Gives, Run, Scores
+from cosup_jax.studies import run as run_lib
+from cosup_jax.studies.run import COSINE, POSITIVE, Gives, Metrics, Run, Scores
 from cosup_jax.towers import Towers
 
-GIVES: Gives = {r"gradient_cosine/(gen|embed|head|final_norm|layer_\d+)": COSINE}
+_PART = r"gradient_cosine/(gen|embed|head|final_norm|layer_\d+)"
+GIVES: Gives = {_PART: COSINE, "gradient_ratio": POSITIVE}
+OVER_TRAINING_GIVES: Gives = {rf"{_PART}/step_\d+": COSINE, r"gradient_ratio/step_\d+": POSITIVE}
 BATCHES = 4  # that come next in training
 
 
 def gradients(run: Run) -> Scores:
-    """`gradient_cosine/PART` in -1..1 of NTP's gradient with NSP's, of each of the batches that
-    come next, `step_N`; PART is `layer_0`, ... and `embed`, `head`, `final_norm`, or `gen`: all.
+    """Of each of the batches that come next in training, `step_N`:
 
-    Both losses are taken as if both were trained, of what is not frozen, and without a bank. A
-    part that either loss does not reach has none, as NSP does not reach an untied head.
+    gradient_cosine/PART  in -1..1, of NTP's gradient with NSP's; PART is `layer_0`, ..., `embed`,
+                          `head`, `final_norm`, or `gen`: all. A part that either loss does not
+                          reach has none, as NSP does not reach an untied head
+    gradient_ratio        NSP's gradient in all of Gen over NTP's, as trained, weights included; of
+                          an arm that trains on both
+
+    Both losses are taken as if both were trained, of what is not frozen, and without a bank.
     """
-    trained = run.trained
-    config, rows = trained.config, sharding.rows(trained.mesh)
-    plan, found = Plan(run.store, config), {}
-    cosines = _cosines(trained.mesh, trained.towers, config, trained.tokenizers.gen.pad)
-    for step in range(trained.step, trained.step + BATCHES):
-        batch = pipeline.batch_at(run.store, plan, config, rows, rows, step)
-        with jax.set_mesh(trained.mesh):
-            parts = jax.device_get(cosines(trained.params, step, batch))
-        for name, (dot, ntp, nsp) in parts.items():
-            if ntp > 0 and nsp > 0:
-                cosine = float(dot / (ntp * nsp) ** 0.5)
-                found.setdefault(f"gradient_cosine/{name}", {})[f"step_{step}"] = cosine
+    return {"": _of_next_batches(run)}
+
+
+def gradients_over_training(run: Run) -> Scores:
+    """`NAME/step_N` of every kept checkpoint, for each NAME of `gradients`."""
+    found: Metrics = {}
+    for at in run_lib.over_training(run):
+        for name, values in _of_next_batches(at).items():
+            found[f"{name}/step_{at.trained.step}"] = values
     return {"": found}
 
 
+def _of_next_batches(run: Run) -> Metrics:
+    trained = run.trained
+    config, rows, loss = trained.config, sharding.rows(trained.mesh), trained.config.loss
+    plan, found = Plan(run.store, config), {}
+    of_batch = _products(trained.mesh, trained.towers, config, trained.tokenizers.gen.pad)
+    for step in range(trained.step, trained.step + BATCHES):
+        batch = pipeline.batch_at(run.store, plan, config, rows, rows, step)
+        with jax.set_mesh(trained.mesh):
+            parts = jax.device_get(of_batch(trained.params, step, batch))
+        values = {
+            f"gradient_cosine/{name}": dot / (ntp * nsp) ** 0.5
+            for name, (dot, ntp, nsp) in parts.items()
+            if ntp > 0 and nsp > 0
+        }
+        _, ntp, nsp = parts["gen"]
+        if loss.ntp_weight and loss.trains_nsp and ntp > 0:
+            weight = cosup.nsp_weight(step, loss) / loss.ntp_weight
+            values["gradient_ratio"] = weight * (nsp / ntp) ** 0.5
+        for name, value in values.items():
+            found.setdefault(name, {})[f"step_{step}"] = float(value)
+    return found
+
+
 @functools.lru_cache(maxsize=2)
-def _cosines(mesh: Mesh, towers: Towers, config: Config, pad_id: int):
+def _products(mesh: Mesh, towers: Towers, config: Config, pad_id: int):
     """`products` on the mesh, compiled once for all checkpoints of a run."""
     loss = dataclasses.replace(config.loss, ntp_weight=1.0, nsp_weight=1.0)
     config = dataclasses.replace(config, loss=loss)

@@ -121,16 +121,10 @@ def majority(run: Run) -> Scores:
 
 
 def training(run: Run) -> Scores:
-    """What training itself has logged: `gradient_ratio`, how large NSP's gradient in Gen is beside
-    NTP's, weights included, at each step at which it was probed, but for step 0, where it says what
-    the weights are; and of each set the last held-out `ntp_nats_per_token`, `recall_at_1`, ... over
-    eval.examples questions."""
-    lines = telemetry.lines(run.workdir / "metrics.jsonl")
-    name = "grad/nsp_over_ntp_gen"
-    probed = (line for line in lines if line["step"] and line.get(name) is not None)
-    ratio = {f"step_{line['step']}": line[name] for line in probed}
-    found: Scores = {"": {"gradient_ratio": ratio} if ratio else {}}
-    for key, value in lines[-1].items():
+    """What training itself has logged last of each set: held-out `ntp_nats_per_token`,
+    `recall_at_1`, ... over eval.examples questions."""
+    found: Scores = {}
+    for key, value in telemetry.lines(run.workdir / "metrics.jsonl")[-1].items():
         group, _, rest = key.partition("/")
         if group == "eval":
             held_out, _, metric = rest.rpartition("/")
@@ -141,7 +135,7 @@ def training(run: Run) -> Scores:
 def _training_gives(config: Config) -> Gives:
     score = _SCORE.format(prefix=nli.prefix_of(config.eval.judge))
     return {
-        r"gradient_ratio|ntp_nats_per_token": POSITIVE,
+        r"ntp_nats_per_token": POSITIVE,
         r"(recall_at_1|recall_at_10|mrr_at_10)(_seen|_unseen)?|top1_in_batch": SHARE,
         rf"answers_({score})": SHARE,
     }
@@ -184,7 +178,11 @@ MEASURES = {
     ),
     "plane": Measure(plane.plane, lambda _: plane.GIVES),
     "evidence": Measure(evidence.evidence, lambda _: evidence.GIVES),
+    "closed_book": Measure(evidence.closed_book, lambda _: evidence.CLOSED_BOOK_GIVES),
     "gradients": Measure(gradients.gradients, lambda _: gradients.GIVES),
+    "gradients_over_training": Measure(
+        gradients.gradients_over_training, lambda _: gradients.OVER_TRAINING_GIVES
+    ),
 }
 
 

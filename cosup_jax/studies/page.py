@@ -57,10 +57,18 @@ PLANES_NOTE = (
     "here may still lie apart in other directions."
 )
 PLANES_PLACE = "How queries, passages and vocabulary lie on a plane, of each arm: see index.html."
+AGREEMENT = "Over seeds"
+AGREEMENT_NOTE = (
+    "Do the seeds of an arm come to one arrangement of passages? The correlation, of each two "
+    "seeds, of the cosines of 2,000 pairs of the fixed passages: 1 where one space is the other, "
+    "turned or mirrored. Each pair of seeds shares a seed with the next, so that no interval is "
+    "given. An arm that never trains Ctx shows what its start is worth."
+)
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (
     "not tested: a run compared lacks this metric (config.study.measures names what is measured), "
-    "or its two parts share no item"
+    "its two parts share no item, or, of ARM@OTHER, no two nsp_weights of ARM have OTHER's "
+    "gradient_ratio between them"
 )
 PARAMETERS_NOTE = (
     "Parameters are those that a run holds, whether it trains them or not: N leaves Ctx as it was."
@@ -87,6 +95,9 @@ def markdown(study: Study) -> str:
         parts += [f"### {name}", _table(matrix_cells(rows, study["arms"]))]
     if study["planes"]:
         parts += [f"## {PLANES}", PLANES_PLACE]
+    if study["agreement"]:
+        cells = agreement_cells(study["agreement"])
+        parts += [f"## {AGREEMENT}", AGREEMENT_NOTE, _table(cells)]
     for name, rows in _by(study["measured"], "set").items():
         parts += [f"## {name or WHOLE}", _table(arm_cells(rows, study["arms"]))]
     parts += ["## Runs", *_runs_note(study), _table(run_cells(study["runs"]))]
@@ -111,6 +122,9 @@ def page(study: Study) -> str:
         plots = "".join(map(_plane, study["planes"]))
         note = f"<p class='note'>{PLANES_NOTE}</p>"
         sections.append(f'<h2>{PLANES}</h2>{note}<div class="charts">{plots}</div>')
+    if study["agreement"]:
+        table = _html_table(agreement_cells(study["agreement"]))
+        sections.append(f"<h2>{AGREEMENT}</h2><p class='note'>{AGREEMENT_NOTE}</p>{table}")
     for name, rows in _by(study["measured"], "set").items():
         plots = "".join(_plot(name, metric, part) for metric, part in _by(rows, "metric").items())
         content = _html_table(arm_cells(rows, study["arms"])) + (
@@ -171,6 +185,17 @@ def arm_cells(rows: Rows, arms: Sequence[str]) -> Cells:
         told = [_with_seeds(found[m]) if m in found else _NONE for m in metrics]
         most = max(row["items"] for row in own)
         cells.append([arm, *told, str(own[0]["seeds"]), f"{most:,}"])
+    return cells
+
+
+def agreement_cells(rows: Rows) -> Cells:
+    """A heading, and a row for each arm."""
+    cells = [["arm", "mean", "of each two seeds"]]
+    for row in rows:
+        known = [value for value in row["by_pair"] if value is not None]
+        told = [_NONE if value is None else f"{value:.3f}" for value in row["by_pair"]]
+        mean = f"{sum(known) / len(known):.3f}" if known else _NONE
+        cells.append([row["arm"], mean, ", ".join(told)])
     return cells
 
 

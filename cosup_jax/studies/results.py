@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosup_jax.errors import UserError
+from cosup_jax.studies.geometry import PAIRS
 from cosup_jax.studies.run import COSINE, LESS, POINTS, POSITIVE, SHARE, Scores
 from cosup_jax.studies.verdict import POINT, Estimate, between, estimate, verdict
 
@@ -231,6 +232,23 @@ def planes(runs: Runs) -> list[dict[str, Any]]:
         if points:
             found.append({"arm": arm, "points": points, "share": first[""]["plane/share"][""]})
     return found
+
+
+def agreement_rows(runs: Runs) -> list[dict[str, Any]]:
+    """{"arm", "by_pair": [Pearson correlation of two seeds' cosines of pairs of passages, ...]} of
+    each arm with several seeds; None where the cosines of a seed are all alike."""
+    found = []
+    for arm, seeds in runs.items():
+        if len(seeds) > 1 and (pairs := items_of(seeds, "", PAIRS)):
+            cosine_SxP = values(seeds, "", PAIRS, pairs)
+            two = itertools.combinations(cosine_SxP, 2)
+            found.append({"arm": arm, "by_pair": [_correlation(a, b) for a, b in two]})
+    return found
+
+
+def _correlation(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
+    alike = min(np.ptp(a_N), np.ptp(b_N)) < 1e-9
+    return None if alike else float(np.corrcoef(a_N, b_N)[0, 1])
 
 
 def log_odds(share_SxI: np.ndarray) -> float:
