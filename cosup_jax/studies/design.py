@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosup_jax.config import Config, StudyConfig, to_dict
+from cosup_jax.config import Config, EvalConfig, StudyConfig, to_dict
 from cosup_jax.config_files import File, load
 from cosup_jax.dotted import differing, get_dotted, leaves, replace_dotted
 from cosup_jax.errors import UserError
@@ -124,8 +124,9 @@ class Design(NamedTuple):
 
 def of_pair(config: Config) -> Config:
     """By which one arm's Gen is asked where another arm's pair retrieves."""
-    whole = dataclasses.replace(config.eval, arms="corpus", corpus_sizes="", hard_corpus_sizes="")
-    return dataclasses.replace(config, eval=whole)
+    whole = {"arms": "corpus", "corpus_sizes": "", "hard_corpus_sizes": ""}
+    whole["examples"] = EvalConfig().examples  # of no answer
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **whole))
 
 
 def set_keys(config: Config) -> list[tuple[str, Any]]:
