@@ -68,7 +68,7 @@ def study(config: Config, workdir: str, file: File) -> str | None:
                     return "stopped"
                 found.add(arm)
                 _write(directory, asked, found)
-            found.add_equated()
+            found.add_matched()
             for writer, retriever in asked.crossed:
                 found.add_crossed(asked.arm(writer, seed), asked.arm(retriever, seed))
             _write(directory, asked, found)
@@ -83,9 +83,8 @@ class _Found:
     def __init__(self, asked: Design):
         self._asked = asked
         crossed = map("|".join, asked.crossed)
-        self._scores: dict[str, list[Scores]] = {
-            name: [] for name in (*asked.arms, *crossed, *asked.equated)
-        }
+        names = (*asked.arms, *crossed, *asked.matched)
+        self._scores: dict[str, list[Scores]] = {name: [] for name in names}
         self._runs: list[dict[str, Any]] = []
         self._data: dict[str, tuple[str, Arm]] = {}  # by sources: versions, and whose first
         self._codes: set[str] = set()  # that measured
@@ -114,12 +113,11 @@ class _Found:
             scores = self._kept(arm, name, lambda: measures.answers(run(), name))
         self._scores[f"{writer.name}|{retriever.name}"].append(scores)
 
-    def add_equated(self) -> None:
-        """The arms of which another's gradient_ratio makes others, of the seed added last."""
-        for name, told in self._asked.equated.items():
-            curve = [self._scores[arm][-1] for arm in told.curve]
-            at = equal_ratio.ratio(self._scores[told.at][-1])
-            self._scores[name].append(equal_ratio.read(curve, at))
+    def add_matched(self) -> None:
+        """Each ARM@OTHER, under the seed whose arms were added last."""
+        last = lambda arm: self._scores[arm][-1]
+        for name, (curve, to) in self._asked.matched.items():
+            self._scores[name].append(equal_ratio.interpolated([*map(last, curve)], last(to)))
 
     def _kept(self, arm: Arm, name: str, measure: Callable[[], Any]) -> Any:
         kept = _kept(arm, name, measure)
@@ -168,6 +166,7 @@ class _Found:
             "matrix": results.matrix_rows(done, asked.writers),
             "planes": results.planes(done),
             "agreement": results.agreement_rows(done),
+            "matched": {name: list(told.curve) for name, told in asked.matched.items()},
             "untested": results.untested(judged, known),
             "arms": list(self._scores),
             "measured": results.arm_rows(done, {name: asked.kinds[name] for name in asked.shown}),

@@ -302,6 +302,7 @@ def a_study():
         "matrix": results.matrix_rows(runs, ["N", "C"]),
         "planes": [],
         "agreement": results.agreement_rows(runs),
+        "matched": {"N@C": ["N", "N_3"]},
         "untested": ["N|C > C: corpus/corect"],
         "measured": results.arm_rows(runs, KINDS),
         "runs": [{"arm": "C", "seed": 0, **run, **place}],
@@ -338,8 +339,11 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert "- **N|C > C: corpus/corect**: not tested: a run" in page.markdown(study)
     assert "`python -m x --mode=study`" in lines
     (agreed, _), told = study["agreement"], f"{study['agreement'][0]['by_pair'][0]:.3f}"
-    assert agreed["arm"] == "C" and f"| C | {told} | {told} |" in lines
+    assert agreed["arm"] == "C" and f"| C | {told} | {told} | 50 |" in lines
+    matched = "N@C has no run: it is read, question by question, off the curve of N, N_3, where"
+    assert any(line.startswith(matched) for line in lines)
     html = page.page(study)
+    assert f"<p class='note'>{matched}" in html
     assert "Is &lt;C&gt; better?" in html and html.count("<svg") >= 2
     assert "corpus/recall@1 <span" in html and "distance <span" not in html
     assert "drift/to_last/step_1" in html and "drift/to_last/step_1 <span" not in html
@@ -409,7 +413,7 @@ def test_seeds_agree_as_far_as_their_passages_lie_alike():
     assert found.keys() == {"C", "S"} and found["S"] == [None]
     assert found["C"] == pytest.approx([r, -1.0, -r])
     cells = page.agreement_cells(results.agreement_rows(runs))
-    assert cells[1:] == [["C", "-0.333", f"{r:.3f}, -1.000, {-r:.3f}"], ["S", "-", "-"]]
+    assert cells[1:] == [["C", "-0.333", f"{r:.3f}, -1.000, {-r:.3f}", "6"], ["S", "-", "-", "6"]]
 
 
 def test_the_page_has_a_dot_for_each_point_of_a_plane():

@@ -442,8 +442,8 @@ def test_fewer_measures_leave_out_what_the_others_would_show(capsys, tmp_path):
     error is left out with it."""
     spaces = f"{ROOT}/configs/studies/spaces.py:small"
     found = asked(spaces, study__measures="spaces")
-    assert "mutual_knn10" in found.shown and "gradient_cosine/gen" not in found.shown
-    said = "left out for want of measures: gradient_cosine/gen, gradient_cosine/layer_0"
+    assert "mutual_knn10" in found.shown and "gradient_cosine/gen/step_4" not in found.shown
+    said = "left out for want of measures: gradient_cosine/gen/step_2, gradient_cosine/gen/step_4, "
     assert said in capsys.readouterr().out
     own = tmp_path / "own.py"
     own.write_text(
@@ -465,15 +465,17 @@ def test_what_is_asked_for_is_not_left_out(key, value):
 
 def test_what_training_logged_last_is_read_by_set(tmp_path):
     """Bug: numbers of an evaluation half-way stand for those of the end; a set's name is cut at its
-    dot."""
+    dot; the ratio of a later step, which says what was learned, stands for that of the first."""
     lines = [
         {"step": 0, "eval/w.a/ntp_nats_per_token": 9.0},
-        {"step": 10, "loss/total": 1.0},
+        {"step": 0, "grad/nsp_over_ntp_gen": 2.0},
+        {"step": 10, "grad/nsp_over_ntp_gen": 7.0},
         {"step": 20, "loss/total": 0.5, "eval/w.a/ntp_nats_per_token": 3.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     found = measures.training(SimpleNamespace(workdir=tmp_path))
-    assert found == {"w.a": {"ntp_nats_per_token": {"": 3.0}}}
+    assert found[""] == {"gradient_ratio/at_start": {"": 2.0}}
+    assert found["w.a"] == {"ntp_nats_per_token": {"": 3.0}}
     held_to_its_word("training", found)
 
 
@@ -589,7 +591,7 @@ def test_a_small_study_runs_resumes_and_says_what_it_found(tmp_path, capsys):
 NEXT = """
 from cosup_jax.studies import arms
 OWN = {"next": {"gen.init": "start:C", "data.train": "mined:C", "data.eval": "mined:C"}}
-STUDY = {"question": "?", "arms": "next", "measures": "training", "shown": "gradient_ratio"}
+STUDY = {"question": "?", "arms": "next", "measures": "training", "shown": "ntp_nats_per_token"}
 def get_config(variant=""):
     return arms.config(variant, OWN, **STUDY)
 """

@@ -20,7 +20,7 @@ ARMS = {
 
 
 def get_config(variant=""):
-    config = arms.config(
+    return arms.config(
         variant,
         ARMS,
         question="Should the annotated evidence be a target of NTP, or be masked?",
@@ -35,6 +35,3 @@ def get_config(variant=""):
         "original/swap_wins,answer_nats_with_evidence,answer_nats_without_evidence,"
         "closed_book/answer_nats,closed_book/answer_nats_seen,closed_book/answer_nats_unseen",
     )
-    if config.eval.examples >= 400:  # the default; not at scales that have time for fewer
-        config.eval.examples = 1000
-    return config

@@ -16,17 +16,19 @@ from cosup_jax.studies import arms
 
 def get_config(variant=""):
     at = arms.scale(variant)
-    kept = range(at.checkpoint.every_steps, at.num_steps, at.checkpoint.every_steps)
+    last = at.num_steps
+    kept = range(at.checkpoint.every_steps, last, at.checkpoint.every_steps)
     shares = ("title_in_vector", "title_at_ret", "mutual_knn10", "mutual_nearest")
     beyond_chance = ", ".join(f"{share} - {share}_shuffled" for share in shares[:3])
     on_the_way = [f"{share}/step_{step}" for share in shares for step in kept]
+    parts = ("gen", "layer_0", "layer_1")
+    cosines = [f"gradient_cosine/{part}/step_{step}" for part in parts for step in (*kept, last)]
     return arms.config(
         variant,
         question="Do the token space and the sequence space meet?",
         arms="N,S,S2,C,T",
         crossed=arms.CROSSED,
-        measures="answers,majority,spaces,spaces_over_training,plane,gradients,"
-        "gradients_over_training",
+        measures="answers,majority,spaces,spaces_over_training,plane,gradients",
         claims=f"C > S2: {beyond_chance}, mutual_nearest; T > C: {beyond_chance}",
         shown="title_in_vector,title_in_vector_shuffled,title_at_ret,title_at_ret_shuffled,"
         "mutual_knn10,mutual_knn10_shuffled,mutual_nearest,mutual_nearest_most,"
@@ -35,6 +37,5 @@ def get_config(variant=""):
         "title_in_vector_centred,title_in_vector_centred_shuffled,"
         "title_at_ret_centred,title_at_ret_centred_shuffled,"
         "mutual_knn10_centred,mutual_knn10_centred_shuffled,mutual_nearest_centred,"
-        "gradient_cosine/gen,gradient_cosine/layer_0,gradient_cosine/layer_1,"
-        + ",".join([*on_the_way, *(f"gradient_cosine/gen/step_{step}" for step in kept)]),
+        + ",".join([*cosines, *on_the_way]),
     )

@@ -1,9 +1,9 @@
 """How much NSP, and is the sequence space stable without NTP?
 
 Shows       the arm C at several nsp_weights, the share of NSP in Gen's gradient beside each, and
-            other arms beside C at an equal share (C@T: C at T's gradient_ratio); spread and drift
-            of passage vectors with and without NTP, from a Gen that has read the passages and from
-            a random one, and whether seeds come to one space
+            T beside C at an equal share (C@T: C at T's gradient ratio); spread and drift of passage
+            vectors with and without NTP, from a Gen that has read the passages and from a random
+            one, and whether seeds come to one space
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/weight.md
 Command     python -m cosup_jax.main --config=configs/studies/weight.py --workdir=runs/studies \\
@@ -21,7 +21,7 @@ def get_config(variant=""):
     at = arms.scale(variant)
     half = f"drift/to_last/step_{at.num_steps // 2}"
     steps = range(at.checkpoint.every_steps, at.num_steps + 1, at.checkpoint.every_steps)
-    ratios = ",".join(f"gradient_ratio/step_{step}" for step in steps)
+    ratios = ",".join(["gradient_ratio/at_start", *(f"gradient_ratio/step_{s}" for s in steps)])
     # A Gen that starts from random weights can have read the passages before, or not.
     scratch = at.gen.init == "scratch"
     return arms.config(
@@ -30,11 +30,10 @@ def get_config(variant=""):
         question="How much NSP, and is the sequence space stable without NTP?",
         arms=f"N,C,S2,T,{'N_pre,C_pre,S2_pre,' if scratch else ''}{','.join(ARMS)}",
         crossed="C|S2,C|T,N|C,N|S2,N|T" + (",N_pre|S2_pre" if scratch else ""),
-        measures="answers,majority,training,geometry,gradients_over_training",
+        measures="answers,majority,training,geometry,gradients",
         claims="C > C_0.1: corpus/retrieval_hit; C > C_3: -ntp_nats_per_token;"
         "T > C@T: corpus/retrieval_hit, -ntp_nats_per_token;"
-        f"C > S2: {half}"
-        + (f"; C@C_pre > C_pre: corpus/retrieval_hit; C_pre > S2_pre: {half}" if scratch else ""),
+        f"C > S2: {half}" + (f"; C_pre > S2_pre: {half}" if scratch else ""),
         shown="corpus/retrieval_hit,corpus/correct,gold/correct,ntp_nats_per_token,"
         f"{ratios},passages/uniformity,passages/anisotropy,passages/effective_rank,alignment",
     )

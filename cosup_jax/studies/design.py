@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosup_jax.config import Config, EvalConfig, StudyConfig, to_dict
+from cosup_jax.config import Config, StudyConfig, to_dict
 from cosup_jax.config_files import File, load
 from cosup_jax.dotted import differing, get_dotted, leaves, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import digest
-from cosup_jax.studies import equal_ratio, measures, results
+from cosup_jax.studies import measures, results
 from cosup_jax.studies.arms import MINED, START
-from cosup_jax.studies.equal_ratio import Read
+from cosup_jax.studies.equal_ratio import AT_START, Matched
 from cosup_jax.studies.measures import MEASURES
 from cosup_jax.studies.results import Claim
 
@@ -21,6 +21,7 @@ DIGITS = 12  # of a digest, in a name
 # Keys that may name what another run has made.
 _FROM_RUNS = {"gen.init": START, "ctx.init": START, "data.train": MINED, "data.eval": MINED}
 _MADE = {START: "export/gen", MINED: "mined/*.jsonl"}  # in the directory of that other run
+_MATCHED = re.compile(r"[^\s;]+@[^\s;:]+")  # ARM@OTHER, in claims
 # Groups of the config that a trained model does not depend on.
 _ASIDE = ("checkpoint", "eval", "export", "generate", "index", "log", "study")
 
@@ -50,7 +51,7 @@ class Design(NamedTuple):
     shown: list[str]
     claims: list[Claim]
     kinds: dict[str, str]  # of each metric shown or claimed, as `run.Gives` has them
-    equated: dict[str, Read]  # "ARM@OTHER", as claims name them
+    matched: dict[str, Matched]  # each "ARM@OTHER" that a claim names
 
     @classmethod
     def of(cls, config: Config, root: Path, file: File) -> "Design":
@@ -63,7 +64,8 @@ class Design(NamedTuple):
                 "configs/studies"
             )
         _check_arms(file, arms)
-        told = _without_absent(told, file, arms)
+        matched = _matched(told.claims, arms, file)
+        told = _without_absent(told, file, [*arms, *matched])
         crossed = [tuple(pair.split("|")) for pair in _names(told.crossed)]
         for pair in crossed:
             if len(pair) != 2 or not set(pair) <= set(arms):
@@ -72,16 +74,19 @@ class Design(NamedTuple):
         for name in asked:
             if name not in MEASURES:
                 raise UserError(f"config.study.measures: {name!r} is none of {', '.join(MEASURES)}")
-        equated = _equated(told.claims, arms, file)
-        claims = results.claims_of(told.claims, [*arms, *map("|".join, crossed), *equated])
+        claims = results.claims_of(told.claims, [*arms, *map("|".join, crossed), *matched])
         shown = _names(told.shown) or list(dict.fromkeys(claim.metric for claim in claims))
         claims, shown = _without_unmeasured(claims, shown, config, file, asked)
         kinds = _kinds(claims, shown, config, asked)
-        if equated:
-            measures.kinds("config.study.claims, @", [f"{equal_ratio.RATIO}1"], config, asked)
+        named = {name for claim in claims for name in (claim.better, claim.other)}
+        matched = {name: told for name, told in matched.items() if name in named}
+        if matched:
+            measures.kinds(
+                f"config.study.claims of {', '.join(matched)}", [AT_START], config, asked
+            )
         directory = root / _directory_name(config.study.name or file.name, root)
         design = cls(
-            config, file, root, directory, arms, crossed, asked, shown, claims, kinds, equated
+            config, file, root, directory, arms, crossed, asked, shown, claims, kinds, matched
         )
         design._check_unlike()
         return design
@@ -124,9 +129,8 @@ class Design(NamedTuple):
 
 def of_pair(config: Config) -> Config:
     """By which one arm's Gen is asked where another arm's pair retrieves."""
-    whole = {"arms": "corpus", "corpus_sizes": "", "hard_corpus_sizes": ""}
-    whole["examples"] = EvalConfig().examples  # of no answer
-    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **whole))
+    whole = dataclasses.replace(config.eval, arms="corpus", corpus_sizes="", hard_corpus_sizes="")
+    return dataclasses.replace(config, eval=whole)
 
 
 def set_keys(config: Config) -> list[tuple[str, Any]]:
@@ -173,20 +177,24 @@ def _check_arms(file: File, arms: Sequence[str]) -> None:
         _check_arms(file, [variant for *_, variant in _from_runs(config)])
 
 
-def _without_absent(told: StudyConfig, file: File, arms: Sequence[str]) -> StudyConfig:
+def _without_absent(told: StudyConfig, file: File, there: Sequence[str]) -> StudyConfig:
     """Where the command line chooses among the file's arms or pairs, its pairs and claims of the
-    others are left out, and it is said which."""
+    others are left out, and it is said which.
+
+    Args:
+      there: the arms, and what is made of them by `_matched`.
+    """
     if not {"study.arms", "study.crossed"} & set(file.overrides):
         return told
     own = load(file.path_and_variant).study
-    absent = set(_names(own.arms)) - set(arms)
+    absent = {*_names(own.arms), *_MATCHED.findall(own.claims)} - set(there)
     for key, mark in (("crossed", ","), ("claims", ";")):
         parts = [part.strip() for part in getattr(told, key).split(mark) if part.strip()]
         named = lambda part: set(part.partition(":")[0].split())
         left_out = [
             part
             for part in parts
-            if any(name in absent or absent & set(re.split("[|@]", name)) for name in named(part))
+            if any(name in absent or absent & set(name.split("|")) for name in named(part))
         ]
         if f"study.{key}" not in file.overrides and left_out:
             print(f"left out for want of arms: {'; '.join(left_out)}")
@@ -216,15 +224,17 @@ def _without_unmeasured(
     return claims, [metric for metric in shown if metric not in of_shown]
 
 
-def _equated(claims: str, arms: Sequence[str], file: File) -> dict[str, Read]:
-    """Each ARM@OTHER of two arms that is claimed about; another is no arm, as `claims_of` says."""
-    found = {}
-    settings = {name: file.variant(name) for name in arms}
+def _matched(claims: str, arms: Sequence[str], file: File) -> dict[str, Matched]:
+    """Each ARM@OTHER of two arms that is named, if ARM has several nsp_weights."""
+    settings, found = {name: file.variant(name) for name in arms}, {}
     alike = lambda name: replace_dotted(settings[name], "loss.nsp_weight", 1.0)
-    for name in re.findall(r"\S+@[^\s:]+", claims):
+    for name in _MATCHED.findall(claims):
         arm, _, other = name.partition("@")
         if {arm, other} <= set(arms):
-            found[name] = Read([one for one in arms if alike(one) == alike(arm)], other)
+            same = [one for one in arms if alike(one) == alike(arm)]
+            curve = [one for one in same if settings[one].loss.trains_nsp]
+            if len(curve) > 1:
+                found[name] = Matched(curve, other)
     return found
 
 

@@ -1,9 +1,9 @@
-"""An arm as it would be at another arm's gradient_ratio: two set-ups compared not at one
-nsp_weight, which weighs more in one than in the other, but where NSP has the same part in Gen.
+"""An arm as it would be where NSP has the part in Gen's gradient that it has in another arm.
 
-`C@T` is C at T's ratio: C and the arms that differ from it in nsp_weight alone are a curve over
-that ratio, and it is read, question by question, where T lies. So it is an arm like any other,
-without a run.
+At one nsp_weight NSP weighs more in one set-up than in another. `C@T` is C at T's gradient ratio: C
+and the arms that differ from it in nsp_weight alone are a curve over that ratio, and it is read,
+item by item, where T lies. The ratio is that of the first batch: later ones are outcomes, as NSP's
+gradient fades where NSP is learned, and to compare at those would favour who has learned.
 """
 
 import itertools
@@ -12,47 +12,39 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosup_jax.studies.run import Scores
+from cosup_jax.studies.run import Metrics, Scores
 
-RATIO = "gradient_ratio/step_"  # of `gradients_over_training`: of all of them, the mean
+AT_START = "gradient_ratio/at_start"
 
 
-class Read(NamedTuple):
-    """Of which arms a curve is made, and at whose ratio it is read."""
+class Matched(NamedTuple):
+    """The arms of a curve, and the one at whose ratio it is read."""
 
     curve: Sequence[str]
-    at: str
+    to: str
 
 
-def ratio(scores: Scores) -> float | None:
-    """Mean over a run's checkpoints; None where it was not measured, or has none."""
-    found = [values for name, values in scores.get("", {}).items() if name.startswith(RATIO)]
-    return float(np.mean([np.mean([*values.values()]) for values in found])) if found else None
-
-
-def read(curve: Sequence[Scores], at: float | None) -> Scores:
-    """The scores of the two of the curve between which the ratio `at` lies, each item's by linear
-    interpolation over the ratio's logarithm; none where it lies beyond the ends."""
-    known = sorted(((r, i) for i, scores in enumerate(curve) if (r := ratio(scores))))
+def interpolated(curve: Sequence[Scores], to: Scores) -> Scores:
+    """Of the two runs of the curve between whose ratios that of `to` lies, linear over its
+    logarithm: every held-out set's metrics of the same items. Nothing beyond the curve's ends."""
+    known = sorted((ratio, i) for i, scores in enumerate(curve) if (ratio := _ratio(scores)))
+    at = _ratio(to)
     for (low, i), (high, j) in itertools.pairwise(known):
         if at and low <= at <= high:
-            part = np.log(at / low) / np.log(high / low) if high > low else 0.0
-            return _between(curve[i], curve[j], float(part))
+            part = float(np.log(at / low) / np.log(high / low)) if high > low else 0.0
+            return {
+                name: _between(metrics, curve[j][name], part)
+                for name, metrics in curve[i].items()
+                if name and name in curve[j]
+            }
     return {}
 
 
-def _between(low: Scores, high: Scores, part: float) -> Scores:
-    """Of what both have."""
+def _between(low: Metrics, high: Metrics, part: float) -> Metrics:
+    of_item = lambda a, b: {item: a[item] + part * (b[item] - a[item]) for item in a}
+    alike = (name for name in low if name in high and low[name].keys() == high[name].keys())
+    return {name: of_item(low[name], high[name]) for name in alike}
 
-    def metric(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-        return {item: a[item] + part * (b[item] - a[item]) for item in a if item in b}
 
-    return {
-        name: {
-            key: values
-            for key in metrics
-            if key in high[name] and (values := metric(metrics[key], high[name][key]))
-        }
-        for name, metrics in low.items()
-        if name in high
-    }
+def _ratio(scores: Mapping[str, Metrics]) -> float | None:
+    return scores.get("", {}).get(AT_START, {}).get("")

@@ -23,10 +23,11 @@ from cosup_jax.config import Config
 from cosup_jax.data import markup
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.pipeline import PackedPassages, pack_passages
+from cosup_jax.data.plan import left_out
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.data.storage import share_of
 from cosup_jax.data.tokenizer import Tokenizer
-from cosup_jax.held_out import HeldOut
+from cosup_jax.held_out import HeldOut, held_out_sets
 from cosup_jax.model.transformer import Transformer, padded_vocab
 from cosup_jax.runtime.notices import safepoint
 from cosup_jax.search.encoder import to_mesh
@@ -39,6 +40,7 @@ GIVES: Gives = {
     r"questions|skipped/(no_span|not_in_text|in_title|no_other|too_long)": NUMBER,
 }
 CLOSED_BOOK_GIVES: Gives = {r"closed_book/answer_nats(_seen|_unseen)?": POSITIVE}
+_QUESTIONS = 1000  # of each set, that `closed_book` asks
 
 
 class Conflict(NamedTuple):
@@ -85,18 +87,22 @@ def evidence(run: Run) -> Scores:
 
 
 def closed_book(run: Run) -> Scores:
-    """`closed_book/answer_nats` of each question that has an answer: as `evidence` has
-    answer_nats_without_evidence, of all that training asks that way, however many passages they
-    need. Also _seen and _unseen: of those whose passages training reads, or not.
+    """`closed_book/answer_nats`: -log p per token of the answer and eos behind the bare question,
+    of each of a thousand questions of a set, however many passages they need; also _seen and
+    _unseen, of those whose passages training reads, or not.
 
-    A question that data.max_gen_tokens leaves no room for has none.
+    The answer is the long one, else the first; a label (yes or no) is none that one knows, and what
+    data.max_gen_tokens has no room for is left out. Probabilities are as `evidence` has them.
     """
     trained, found = run.trained, {}
     tokenizer, config = trained.tokenizers.gen, trained.config
-    for part in run.sets:
+    many = dataclasses.replace(config.eval, examples=_QUESTIONS)
+    config = dataclasses.replace(config, eval=many)
+    given = (trained.data.held_out, trained.tokenizers, config, run.workdir / "data", run.store)
+    for part in held_out_sets(*given, left_out(run.store, config)):
         asked: list[tuple[int, Text]] = []
         for question, example in enumerate(part.examples):
-            if example.answers and not example.output:
+            if example.answers and example.kind != "label" and not example.output:
                 said = example.long_answer or example.answers[0]
                 text = text_of(example, None, said, tokenizer, config)
                 if len(text.tokens) <= config.data.max_gen_tokens:

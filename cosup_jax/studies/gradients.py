@@ -19,28 +19,24 @@ from cosup_jax.studies import run as run_lib
 from cosup_jax.studies.run import COSINE, POSITIVE, Gives, Metrics, Run, Scores
 from cosup_jax.towers import Towers
 
-_PART = r"gradient_cosine/(gen|embed|head|final_norm|layer_\d+)"
-GIVES: Gives = {_PART: COSINE, "gradient_ratio": POSITIVE}
-OVER_TRAINING_GIVES: Gives = {rf"{_PART}/step_\d+": COSINE, r"gradient_ratio/step_\d+": POSITIVE}
+GIVES: Gives = {
+    r"gradient_cosine/(gen|embed|head|final_norm|layer_\d+)/step_\d+": COSINE,
+    r"gradient_ratio/step_\d+": POSITIVE,
+}
 BATCHES = 4  # that come next in training
 
 
 def gradients(run: Run) -> Scores:
-    """Of each of the batches that come next in training, `step_N`:
+    """Of every kept checkpoint, `NAME/step_N`; of each of the batches that come next in training:
 
     gradient_cosine/PART  in -1..1, of NTP's gradient with NSP's; PART is `layer_0`, ..., `embed`,
                           `head`, `final_norm`, or `gen`: all. A part that either loss does not
                           reach has none, as NSP does not reach an untied head
-    gradient_ratio        NSP's gradient in all of Gen over NTP's, as trained, weights included; of
-                          an arm that trains on both
+    gradient_ratio        NSP's gradient in all of Gen over NTP's, times the weights as they then
+                          are; of an arm that trains on both
 
     Both losses are taken as if both were trained, of what is not frozen, and without a bank.
     """
-    return {"": _of_next_batches(run)}
-
-
-def gradients_over_training(run: Run) -> Scores:
-    """`NAME/step_N` of every kept checkpoint, for each NAME of `gradients`."""
     found: Metrics = {}
     for at in run_lib.over_training(run):
         for name, values in _of_next_batches(at).items():
@@ -57,13 +53,13 @@ def _of_next_batches(run: Run) -> Metrics:
         batch = pipeline.batch_at(run.store, plan, config, rows, rows, step)
         with jax.set_mesh(trained.mesh):
             parts = jax.device_get(of_batch(trained.params, step, batch))
+        reached = {name: three for name, three in parts.items() if min(three[1:]) > 0}
         values = {
             f"gradient_cosine/{name}": dot / (ntp * nsp) ** 0.5
-            for name, (dot, ntp, nsp) in parts.items()
-            if ntp > 0 and nsp > 0
+            for name, (dot, ntp, nsp) in reached.items()
         }
-        _, ntp, nsp = parts["gen"]
-        if loss.ntp_weight and loss.trains_nsp and ntp > 0:
+        if "gen" in reached and loss.ntp_weight and loss.trains_nsp:
+            _, ntp, nsp = reached["gen"]
             weight = cosup.nsp_weight(step, loss) / loss.ntp_weight
             values["gradient_ratio"] = weight * (nsp / ntp) ** 0.5
         for name, value in values.items():

@@ -18,7 +18,8 @@ from cosup_jax.evaluation import nli, scoring
 from cosup_jax.rehearsal import model_flops
 from cosup_jax.runtime import telemetry
 from cosup_jax.studies import evidence, geometry, gradients, plane, spaces
-from cosup_jax.studies.run import LESS, NUMBER, POINTS, POSITIVE, SHARE, Gives, Run, Scores
+from cosup_jax.studies.equal_ratio import AT_START
+from cosup_jax.studies.run import LESS, NUMBER, POINTS, POSITIVE, SHARE, Gives, Run, Scores, whole
 
 _SCORE = (  # all that `scoring.scored` may find, by a judge of some prefix, and `correct`
     r"correct|(KILT-)?(accuracy|em|f1|rougel)|acc_substring|rougeLsum|str_em"
@@ -121,10 +122,13 @@ def majority(run: Run) -> Scores:
 
 
 def training(run: Run) -> Scores:
-    """What training itself has logged last of each set: held-out `ntp_nats_per_token`,
-    `recall_at_1`, ... over eval.examples questions."""
-    found: Scores = {}
-    for key, value in telemetry.lines(run.workdir / "metrics.jsonl")[-1].items():
+    """What training itself has logged: of each set the last held-out `ntp_nats_per_token`,
+    `recall_at_1`, ... over eval.examples questions; and `gradient_ratio/at_start`, as `gradients`
+    has it, of the first batch, if log.probe_every_steps has it probed."""
+    lines, name = telemetry.lines(run.workdir / "metrics.jsonl"), "grad/nsp_over_ntp_gen"
+    probed = [line[name] for line in lines if line["step"] == 0 and line.get(name) is not None]
+    found: Scores = {"": whole(**{AT_START: probed[0]})} if probed else {}
+    for key, value in lines[-1].items():
         group, _, rest = key.partition("/")
         if group == "eval":
             held_out, _, metric = rest.rpartition("/")
@@ -135,7 +139,7 @@ def training(run: Run) -> Scores:
 def _training_gives(config: Config) -> Gives:
     score = _SCORE.format(prefix=nli.prefix_of(config.eval.judge))
     return {
-        r"ntp_nats_per_token": POSITIVE,
+        rf"ntp_nats_per_token|{AT_START}": POSITIVE,
         r"(recall_at_1|recall_at_10|mrr_at_10)(_seen|_unseen)?|top1_in_batch": SHARE,
         rf"answers_({score})": SHARE,
     }
@@ -180,9 +184,6 @@ MEASURES = {
     "evidence": Measure(evidence.evidence, lambda _: evidence.GIVES),
     "closed_book": Measure(evidence.closed_book, lambda _: evidence.CLOSED_BOOK_GIVES),
     "gradients": Measure(gradients.gradients, lambda _: gradients.GIVES),
-    "gradients_over_training": Measure(
-        gradients.gradients_over_training, lambda _: gradients.OVER_TRAINING_GIVES
-    ),
 }
 
 

@@ -59,16 +59,24 @@ PLANES_NOTE = (
 PLANES_PLACE = "How queries, passages and vocabulary lie on a plane, of each arm: see index.html."
 AGREEMENT = "Over seeds"
 AGREEMENT_NOTE = (
-    "Do the seeds of an arm come to one arrangement of passages? The correlation, of each two "
-    "seeds, of the cosines of 2,000 pairs of the fixed passages: 1 where one space is the other, "
-    "turned or mirrored. Each pair of seeds shares a seed with the next, so that no interval is "
-    "given. An arm that never trains Ctx shows what its start is worth."
+    "Do an arm's seeds come to one arrangement of the fixed passages (representational "
+    "similarity)? The correlation, of each two seeds, of the cosines of pairs of passages: 1 where "
+    "one space is the other, turned or mirrored. No two of these are independent, so that no "
+    "interval is given. "
+    "Where seeds start from the same weights they agree from the start; an arm that never trains "
+    "Ctx shows how far."
+)
+MATCHED_NOTE = (
+    "{name} has no run: it is read, question by question, off the curve of {curve}, where NSP's "
+    "gradient in Gen stands to NTP's, in the first batch, as it does in {to}; linear between two "
+    "of them, over the ratio's logarithm. That a curve is no line is in no interval. Where {to} "
+    "lies beyond the curve's ends under any seed, nothing is claimed."
 )
 WHOLE = "the whole run"  # what belongs to no set
 UNTESTED = (
     "not tested: a run compared lacks this metric (config.study.measures names what is measured), "
     "its two parts share no item, or, of ARM@OTHER, no two nsp_weights of ARM have OTHER's "
-    "gradient_ratio between them"
+    "gradient_ratio/at_start between them under some seed"
 )
 PARAMETERS_NOTE = (
     "Parameters are those that a run holds, whether it trains them or not: N leaves Ctx as it was."
@@ -86,7 +94,7 @@ def markdown(study: Study) -> str:
     parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
     parts += ["## Claims", RULE if study["claims"] else NO_CLAIMS]
     if study["claims"]:
-        parts.append(_table(claim_cells(study["claims"])))
+        parts += [_table(claim_cells(study["claims"])), *_matched_notes(study)]
     if study["between"]:
         parts += [f"## {BETWEEN}", BETWEEN_NOTE, _table(claim_cells(study["between"]))]
     if study["matrix"]:
@@ -110,6 +118,7 @@ def page(study: Study) -> str:
     sections = [f"<h2>Claims</h2><p class='note'>{note}</p>"]
     if study["claims"]:
         sections.append(_html_table(claim_cells(study["claims"]), left=3))
+        sections += [f"<p class='note'>{html.escape(n)}</p>" for n in _matched_notes(study)]
     if study["between"]:
         sections.append(f"<h2>{BETWEEN}</h2><p class='note'>{BETWEEN_NOTE}</p>")
         sections.append(_html_table(claim_cells(study["between"]), left=3))
@@ -190,12 +199,12 @@ def arm_cells(rows: Rows, arms: Sequence[str]) -> Cells:
 
 def agreement_cells(rows: Rows) -> Cells:
     """A heading, and a row for each arm."""
-    cells = [["arm", "mean", "of each two seeds"]]
+    cells = [["arm", "mean", "of each two seeds", "pairs of passages"]]
     for row in rows:
         known = [value for value in row["by_pair"] if value is not None]
         told = [_NONE if value is None else f"{value:.3f}" for value in row["by_pair"]]
         mean = f"{sum(known) / len(known):.3f}" if known else _NONE
-        cells.append([row["arm"], mean, ", ".join(told)])
+        cells.append([row["arm"], mean, ", ".join(told), f"{row['items']:,}"])
     return cells
 
 
@@ -221,6 +230,13 @@ def _closing(study: Study) -> list[tuple[str, str]]:
         ]
         found.append((claim, "; ".join(told)))
     return found + [(claim, UNTESTED) for claim in study["untested"]]
+
+
+def _matched_notes(study: Study) -> list[str]:
+    return [
+        MATCHED_NOTE.format(name=name, curve=", ".join(curve), to=name.partition("@")[2])
+        for name, curve in study["matched"].items()
+    ]
 
 
 def _runs_note(study: Study) -> list[str]:

@@ -229,20 +229,22 @@ def planes(runs: Runs) -> list[dict[str, Any]]:
             for name, metrics in first.items()
             if (x := metrics.get(f"plane/{kind}/x")) and (y := metrics[f"plane/{kind}/y"])
         }
-        if points:
-            found.append({"arm": arm, "points": points, "share": first[""]["plane/share"][""]})
+        share = first.get("", {}).get("plane/share")  # one that is matched has no plane of its own
+        if points and share:
+            found.append({"arm": arm, "points": points, "share": share[""]})
     return found
 
 
 def agreement_rows(runs: Runs) -> list[dict[str, Any]]:
-    """{"arm", "by_pair": [Pearson correlation of two seeds' cosines of pairs of passages, ...]} of
-    each arm with several seeds; None where the cosines of a seed are all alike."""
+    """{"arm", "by_pair": [Pearson correlation of two seeds' cosines of pairs of passages, ...],
+    "items": so many pairs} of each arm with several seeds; None where a seed's are all alike."""
     found = []
     for arm, seeds in runs.items():
         if len(seeds) > 1 and (pairs := items_of(seeds, "", PAIRS)):
             cosine_SxP = values(seeds, "", PAIRS, pairs)
             two = itertools.combinations(cosine_SxP, 2)
-            found.append({"arm": arm, "by_pair": [_correlation(a, b) for a, b in two]})
+            by_pair = [_correlation(a, b) for a, b in two]
+            found.append({"arm": arm, "by_pair": by_pair, "items": len(pairs)})
     return found
 
 
