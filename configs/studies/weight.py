@@ -3,7 +3,7 @@
 Shows       the arm C at several nsp_weights, the share of NSP in Gen's gradient beside each, and
             T beside C at an equal share (C@T: C at T's gradient ratio); spread and drift of passage
             vectors with and without NTP, from a Gen that has read the passages and from a random
-            one, and whether seeds come to one space
+            one, and whether seeds come to one space. N_pre, NTP alone from the former, on demand
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/weight.md
 Command     python -m cosup_jax.main --config=configs/studies/weight.py --workdir=runs/studies \\
@@ -28,8 +28,8 @@ def get_config(variant=""):
         variant,
         ARMS,
         question="How much NSP, and is the sequence space stable without NTP?",
-        arms=f"N,C,S2,T,{'N_pre,C_pre,S2_pre,' if scratch else ''}{','.join(ARMS)}",
-        crossed="C|S2,C|T,N|C,N|S2,N|T" + (",N_pre|S2_pre" if scratch else ""),
+        arms=f"N,C,S2,T,{'C_pre,S2_pre,' if scratch else ''}{','.join(ARMS)}",
+        crossed="C|S2,C|T,N|C,N|S2,N|T" + (",C_pre|S2_pre" if scratch else ""),
         measures="answers,majority,training,geometry,gradients",
         claims="C > C_0.1: corpus/retrieval_hit; C > C_3: -ntp_nats_per_token;"
         "T > C@T: corpus/retrieval_hit, -ntp_nats_per_token;"
