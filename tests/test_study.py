@@ -477,6 +477,8 @@ def test_what_training_logged_last_is_read_by_set(tmp_path):
     assert found[""] == {"gradient_ratio/at_start": {"": 2.0}}
     assert found["w.a"] == {"ntp_nats_per_token": {"": 3.0}}
     held_to_its_word("training", found)
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines[2:]))
+    assert measures.training(SimpleNamespace(workdir=tmp_path)) == {"w.a": found["w.a"]}
 
 
 def test_fewer_arms_leave_out_what_is_said_of_the_others(capsys):
