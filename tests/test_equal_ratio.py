@@ -10,7 +10,7 @@ from cosup_jax.errors import UserError
 from cosup_jax.studies import equal_ratio, results
 from cosup_jax.studies.design import Design
 
-WEIGHT = str(Path(__file__).parent.parent / "configs/studies/weight.py:small")
+WEIGHT = str(Path(__file__).parent.parent / "configs/studies/weight.py")
 
 
 def run(ratio, **hits):
@@ -41,8 +41,8 @@ def test_beyond_its_ends_a_curve_says_nothing(at):
     assert equal_ratio.interpolated([run(1.0, q=1.0), run(99.0, q=1.0)], run(at)) == {}
 
 
-def asked(root="runs", **told):
-    file = File(WEIGHT, {f"study.{key}": value for key, value in told.items()})
+def asked(root="runs", scale="", **told):
+    file = File(WEIGHT + scale, {f"study.{key}": value for key, value in told.items()})
     return Design.of(config_files.frozen(*file), Path(root), file)
 
 
@@ -61,11 +61,30 @@ def test_a_curve_is_an_arm_at_all_its_weights(capsys):
     said = "left out for want of arms: C > C_0.1: corpus/retrieval_hit; C > C_3: -ntp_nats_per_tok"
     assert said in (told := capsys.readouterr().out)
     assert "; T > C@T: corpus/retrieval_hit, -ntp_nats_per_token;" in told
-    with pytest.raises(UserError, match=r"'T@X' is no arm of .*C@T"):
-        asked(claims="C@T > T@X: corpus/correct")
-    with pytest.raises(UserError, match=r"of C@T: .*gradient_ratio/at_start.*; add training to"):
-        asked(measures="answers,majority,geometry")
+
+
+@pytest.mark.parametrize(
+    ("told", "match"),
+    [
+        ({"claims": "T > C@X: corpus/correct"}, r"'C@X': 'X' is no arm of N, C, .*study\.arms"),
+        ({"claims": "T > T@C: corpus/correct"}, r"'T@C' .* differ from it in loss\.nsp_weight"),
+        ({"claims": "T > C@C: corpus/correct"}, r"'C@C' .* C is C itself"),
+        ({"measures": "answers,majority,geometry"}, "of C@T: .*; add training to"),
+    ],
+)
+def test_what_cannot_be_matched_is_told_before_anything_is_trained(told, match):
+    """Bug: hours of training, and then "not tested"."""
+    with pytest.raises(UserError, match=match):
+        asked(**told)
+
+
+def test_without_the_first_batch_s_ratio_nothing_is_matched():
+    """Bug: a scale that probes no gradients claims what needs one, and never judges it."""
     assert asked(measures="geometry").matched == {}
+    assert all("@" not in str(claim) for claim in asked(scale=":small").claims)
+    claims = "T > C@T: corpus/correct"
+    with pytest.raises(UserError, match=r"of C@T: .*; set config\.log\.probe_every_steps"):
+        asked(claims=claims, scale=":small")
 
 
 OWN = """

@@ -258,11 +258,25 @@ def test_what_nobody_can_answer_tells_nothing():
 TWO = "C > N: recall, N > C: recall"  # a ; is missing
 
 
-@pytest.mark.parametrize("text", ["C beats N", "C > X: recall", "C > N", "C>N: recall", TWO])
+BOTH = "C < N: -recall"
+
+
+@pytest.mark.parametrize("text", ["C beats N", "C > X: recall", "C > N", "C>N: recall", TWO, BOTH])
 def test_a_claim_that_cannot_be_read_is_refused(text):
     """Bug: a typing error makes a claim vanish from the study."""
     with pytest.raises(UserError, match=r"config\.study\.claims"):
         results.claims_of(text, ["C", "N"])
+
+
+def test_a_claim_can_be_copied_from_a_page():
+    """Bug: a page says "C < N", and a study refuses it; a pair is said to be missing in arms."""
+    (written,) = results.claims_of("C > N: -nats", ["C", "N"])
+    assert str(written) == "C < N: nats"
+    assert results.claims_of(str(written), ["C", "N"]) == [written]
+    with pytest.raises(
+        UserError, match=r"'C\|N' is no arm of C, N; add it to config.study.crossed"
+    ):
+        results.claims_of("C > C|N: recall", ["C", "N"])
 
 
 def test_a_claim_of_a_metric_that_was_not_measured_is_named():

@@ -21,7 +21,11 @@ def get_config(variant=""):
     at = arms.scale(variant)
     half = f"drift/to_last/step_{at.num_steps // 2}"
     steps = range(at.checkpoint.every_steps, at.num_steps + 1, at.checkpoint.every_steps)
-    ratios = ",".join(["gradient_ratio/at_start", *(f"gradient_ratio/step_{s}" for s in steps)])
+    ratios = [f"gradient_ratio/step_{step}" for step in steps]
+    matched = ""
+    if at.log.probe_every_steps:  # the first batch's is known
+        ratios.insert(0, "gradient_ratio/at_start")
+        matched = "T > C@T: corpus/retrieval_hit, -ntp_nats_per_token;"
     # A Gen that starts from random weights can have read the passages before, or not.
     scratch = at.gen.init == "scratch"
     return arms.config(
@@ -32,8 +36,7 @@ def get_config(variant=""):
         crossed="C|S2,C|T,N|C,N|S2,N|T" + (",C_pre|S2_pre" if scratch else ""),
         measures="answers,majority,training,geometry,gradients",
         claims="C > C_0.1: corpus/retrieval_hit; C > C_3: -ntp_nats_per_token;"
-        "T > C@T: corpus/retrieval_hit, -ntp_nats_per_token;"
-        f"C > S2: {half}" + (f"; C_pre > S2_pre: {half}" if scratch else ""),
+        f"{matched} C > S2: {half}" + (f"; C_pre > S2_pre: {half}" if scratch else ""),
         shown="corpus/retrieval_hit,corpus/correct,gold/correct,ntp_nats_per_token,"
-        f"{ratios},passages/uniformity,passages/anisotropy,passages/effective_rank,alignment",
+        f"{','.join(ratios)},passages/uniformity,passages/anisotropy,passages/effective_rank,alignment",
     )

@@ -1,8 +1,7 @@
 """What a study compares and measures, from its config, checked before the first run."""
 
 import dataclasses
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ DIGITS = 12  # of a digest, in a name
 # Keys that may name what another run has made.
 _FROM_RUNS = {"gen.init": START, "ctx.init": START, "data.train": MINED, "data.eval": MINED}
 _MADE = {START: "export/gen", MINED: "mined/*.jsonl"}  # in the directory of that other run
-_MATCHED = re.compile(r"[^\s;]+@[^\s;:]+")  # ARM@OTHER, in claims
 # Groups of the config that a trained model does not depend on.
 _ASIDE = ("checkpoint", "eval", "export", "generate", "index", "log", "study")
 
@@ -66,6 +64,7 @@ class Design(NamedTuple):
         _check_arms(file, arms)
         matched = _matched(told.claims, arms, file)
         told = _without_absent(told, file, [*arms, *matched])
+        _check_matched(told.claims, arms, matched)
         crossed = [tuple(pair.split("|")) for pair in _names(told.crossed)]
         for pair in crossed:
             if len(pair) != 2 or not set(pair) <= set(arms):
@@ -80,10 +79,7 @@ class Design(NamedTuple):
         kinds = _kinds(claims, shown, config, asked)
         named = {name for claim in claims for name in (claim.better, claim.other)}
         matched = {name: told for name, told in matched.items() if name in named}
-        if matched:
-            measures.kinds(
-                f"config.study.claims of {', '.join(matched)}", [AT_START], config, asked
-            )
+        _check_ratio(matched, config, asked)
         directory = root / _directory_name(config.study.name or file.name, root)
         design = cls(
             config, file, root, directory, arms, crossed, asked, shown, claims, kinds, matched
@@ -187,7 +183,7 @@ def _without_absent(told: StudyConfig, file: File, there: Sequence[str]) -> Stud
     if not {"study.arms", "study.crossed"} & set(file.overrides):
         return told
     own = load(file.path_and_variant).study
-    absent = {*_names(own.arms), *_MATCHED.findall(own.claims)} - set(there)
+    absent = {*_names(own.arms), *_at_ratios(own.claims)} - set(there)
     for key, mark in (("crossed", ","), ("claims", ";")):
         parts = [part.strip() for part in getattr(told, key).split(mark) if part.strip()]
         named = lambda part: set(part.partition(":")[0].split())
@@ -228,14 +224,47 @@ def _matched(claims: str, arms: Sequence[str], file: File) -> dict[str, Matched]
     """Each ARM@OTHER of two arms that is named, if ARM has several nsp_weights."""
     settings, found = {name: file.variant(name) for name in arms}, {}
     alike = lambda name: replace_dotted(settings[name], "loss.nsp_weight", 1.0)
-    for name in _MATCHED.findall(claims):
+    for name in _at_ratios(claims):
         arm, _, other = name.partition("@")
-        if {arm, other} <= set(arms):
+        if {arm, other} <= set(arms) and arm != other:
             same = [one for one in arms if alike(one) == alike(arm)]
             curve = [one for one in same if settings[one].loss.trains_nsp]
             if len(curve) > 1:
                 found[name] = Matched(curve, other)
     return found
+
+
+def _at_ratios(claims: str) -> list[str]:
+    """Each ARM@OTHER that is claimed about."""
+    heads = (part.partition(":")[0].split() for part in claims.split(";"))
+    return [name for head in heads for name in head if "@" in name]
+
+
+def _check_matched(claims: str, arms: Sequence[str], matched: Mapping[str, Matched]) -> None:
+    """Raises UserError for an ARM@OTHER that is none."""
+    for name in _at_ratios(claims):
+        arm, _, other = name.partition("@")
+        if absent := [one for one in (arm, other) if one not in arms]:
+            raise UserError(
+                f"config.study.claims: {name!r}: {absent[0]!r} is no arm of {', '.join(arms)}; add "
+                "it to config.study.arms, or drop the claim"
+            )
+        if name not in matched:
+            raise UserError(
+                f"config.study.claims: {name!r} is read off a curve of {arm} and arms that differ "
+                "from it in loss.nsp_weight alone; there is none in config.study.arms, or "
+                f"{other} is {arm} itself"
+            )
+
+
+def _check_ratio(matched: Mapping[str, Matched], config: Config, asked: Sequence[str]) -> None:
+    """Raises UserError where nothing says at which ratio an arm is to be read."""
+    if matched and measures.kind_of(AT_START, config, asked) is None:
+        mend = "add training to config.study.measures"
+        if "training" in asked:
+            mend = "set config.log.probe_every_steps, in a workdir without runs trained at 0"
+        names = ", ".join(matched)
+        raise UserError(f"config.study.claims of {names}: {AT_START} is not measured; {mend}")
 
 
 def _kinds(

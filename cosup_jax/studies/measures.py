@@ -139,7 +139,8 @@ def training(run: Run) -> Scores:
 def _training_gives(config: Config) -> Gives:
     score = _SCORE.format(prefix=nli.prefix_of(config.eval.judge))
     return {
-        rf"ntp_nats_per_token|{AT_START}": POSITIVE,
+        r"ntp_nats_per_token": POSITIVE,
+        **({AT_START: POSITIVE} if config.log.probe_every_steps else {}),
         r"(recall_at_1|recall_at_10|mrr_at_10)(_seen|_unseen)?|top1_in_batch": SHARE,
         rf"answers_({score})": SHARE,
     }

@@ -35,25 +35,30 @@ class Claim(NamedTuple):
 
 
 def claims_of(text: str, arms: Iterable[str]) -> list[Claim]:
-    """`"A > B: METRIC, -METRIC; ..."`. Raises UserError for another form, or an unknown arm."""
+    """`"A > B: METRIC, -METRIC; ..."`, the latter also as `"A < B: METRIC"`, as pages have it.
+
+    Raises UserError for another form, or an unknown arm.
+    """
     known, found = list(arms), []
     for part in filter(None, map(str.strip, text.split(";"))):
-        form = re.fullmatch(r"(\S+) > (\S+): (.+)", part)
+        form = re.fullmatch(r"(\S+) ([<>]) (\S+): (.+)", part)
         if not form:
             raise UserError(f"config.study.claims: {part!r} must read 'A > B: METRIC, METRIC'")
-        for arm in form.group(1, 2):
+        better, sign, other, metrics = form.groups()
+        for arm in (better, other):
             if arm not in known:
+                of = "crossed" if "|" in arm else "arms"
                 raise UserError(
                     f"config.study.claims: {arm!r} is no arm of {', '.join(known)}; add it to "
-                    "config.study.arms, or drop the claim"
+                    f"config.study.{of}, or drop the claim"
                 )
-        if " > " in form[3]:
+        if re.search(" [<>] ", metrics):
             raise UserError(f"config.study.claims: {part!r} holds two claims; write ; between them")
-        metrics = map(str.strip, form[3].split(","))
-        found += [
-            Claim(form[1], form[2], metric.removeprefix("-").strip(), metric.startswith("-"))
-            for metric in metrics
-        ]
+        for metric in map(str.strip, metrics.split(",")):
+            if sign == "<" and metric.startswith("-"):
+                raise UserError(f"config.study.claims: {part!r}: write < or -, not both")
+            below = sign == "<" or metric.startswith("-")
+            found.append(Claim(better, other, metric.removeprefix("-").strip(), below))
     return found
 
 
