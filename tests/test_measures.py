@@ -16,10 +16,8 @@ from untrained import config_of, save_checkpoint, write_config
 
 from cosup_jax import cosup, sharding
 from cosup_jax.data import markup, pipeline
-from cosup_jax.data.plan import Plan, left_out
+from cosup_jax.data.plan import Plan
 from cosup_jax.data.schema import Example, Passage
-from cosup_jax.held_out import held_out_sets
-from cosup_jax.studies import evidence as evidence_lib
 from cosup_jax.studies import measures
 from cosup_jax.studies import run as run_lib
 from cosup_jax.studies import spaces as spaces_lib
@@ -449,8 +447,11 @@ def test_closed_book_of_a_run(run, monkeypatch):
     assert len(part.examples) == 12
     long = " and ".join(["harbour"] * 150)
 
-    def more(*given):
-        (all_of_them,) = held_out_sets(*given)
+    made = run_lib.sets
+
+    def more(trained, workdir, store, most):
+        (all_of_them,) = made(trained, workdir, store, most)
+        assert most == 1000
         examples = list(all_of_them.examples)
         assert len(examples) > 12
         for i, told in enumerate(({"kind": "label"}, {"answers": (long,)}, {"answers": ()})):
@@ -458,11 +459,11 @@ def test_closed_book_of_a_run(run, monkeypatch):
         seen = np.arange(len(all_of_them.seen)) < 5
         return [all_of_them._replace(examples=examples, seen=seen)]
 
-    monkeypatch.setattr(evidence_lib, "held_out_sets", more)
+    monkeypatch.setattr(run_lib, "sets", more)
     found = closed_book(run)
     held_to_its_word("closed_book", found)
     no_empty_words("closed_book", found)
-    (part,) = more(*_given(run, 1000))
+    (part,) = more(run.trained, run.workdir, run.store, 1000)
     ids = [one.id for one in part.examples][3:]
     asked = {name.rpartition("/")[2]: list(values) for name, values in found[SET].items()}
     unseen = {"answer_nats_seen": ids[:2], "answer_nats_unseen": ids[2:]}
@@ -479,15 +480,6 @@ def test_closed_book_of_a_run(run, monkeypatch):
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         nats = -np.mean([log_p[i - 1, tokens[i]] for i in range(begin, end + 1)])
         assert found[SET]["closed_book/answer_nats"][example.id] == pytest.approx(nats, rel=1e-4)
-
-
-def _given(run, examples):
-    """What held-out sets are made of."""
-    trained = run.trained
-    many = dataclasses.replace(trained.config.eval, examples=examples)
-    config = dataclasses.replace(trained.config, eval=many)
-    given = trained.data.held_out, trained.tokenizers, config, run.workdir / "data", run.store
-    return *given, left_out(run.store, config)
 
 
 @pytest.mark.slow

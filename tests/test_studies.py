@@ -255,10 +255,7 @@ def test_what_nobody_can_answer_tells_nothing():
     assert row["verdict"] == "confirmed"
 
 
-TWO = "C > N: recall, N > C: recall"  # a ; is missing
-
-
-BOTH = "C < N: -recall"
+TWO, BOTH = "C > N: recall, N > C: recall", "C < N: -recall"  # a ; is missing; < and -
 
 
 @pytest.mark.parametrize("text", ["C beats N", "C > X: recall", "C > N", "C>N: recall", TWO, BOTH])

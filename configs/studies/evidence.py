@@ -1,8 +1,8 @@
 """Should the annotated evidence be a target of NTP, or be masked?
 
-Shows       whether Gen that is trained to write the passage too knows its answers without it, on a
-            thousand held-out questions about passages that training reads, and follows it less
-            where it contradicts what Gen has learned
+Shows       whether Gen that is trained to write the passage too knows its answers without it, on up
+            to a thousand held-out questions a set, most about passages that training reads, and
+            follows it less where it contradicts what Gen has learned
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/evidence.md
 Command     python -m cosup_jax.main --config=configs/studies/evidence.py --workdir=runs/studies \\

@@ -78,7 +78,7 @@ class Design(NamedTuple):
         claims, shown = _without_unmeasured(claims, shown, config, file, asked)
         kinds = _kinds(claims, shown, config, asked)
         named = {name for claim in claims for name in (claim.better, claim.other)}
-        matched = {name: told for name, told in matched.items() if name in named}
+        matched = {name: curve for name, curve in matched.items() if name in named}
         _check_ratio(matched, config, asked)
         directory = root / _directory_name(config.study.name or file.name, root)
         design = cls(

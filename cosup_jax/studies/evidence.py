@@ -23,14 +23,14 @@ from cosup_jax.config import Config
 from cosup_jax.data import markup
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.pipeline import PackedPassages, pack_passages
-from cosup_jax.data.plan import left_out
 from cosup_jax.data.schema import Example, Passage
 from cosup_jax.data.storage import share_of
 from cosup_jax.data.tokenizer import Tokenizer
-from cosup_jax.held_out import HeldOut, held_out_sets
+from cosup_jax.held_out import HeldOut
 from cosup_jax.model.transformer import Transformer, padded_vocab
 from cosup_jax.runtime.notices import safepoint
 from cosup_jax.search.encoder import to_mesh
+from cosup_jax.studies import run as run_lib
 from cosup_jax.studies.run import NUMBER, POSITIVE, SHARE, Gives, Metrics, Run, Scores, whole
 
 GIVES: Gives = {
@@ -96,10 +96,7 @@ def closed_book(run: Run) -> Scores:
     """
     trained, found = run.trained, {}
     tokenizer, config = trained.tokenizers.gen, trained.config
-    many = dataclasses.replace(config.eval, examples=_QUESTIONS)
-    config = dataclasses.replace(config, eval=many)
-    given = (trained.data.held_out, trained.tokenizers, config, run.workdir / "data", run.store)
-    for part in held_out_sets(*given, left_out(run.store, config)):
+    for part in run_lib.sets(trained, run.workdir, run.store, _QUESTIONS):
         asked: list[tuple[int, Text]] = []
         for question, example in enumerate(part.examples):
             if example.answers and example.kind != "label" and not example.output:

@@ -18,6 +18,7 @@ from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.pipeline import pack_passages
 from cosup_jax.data.plan import left_out
 from cosup_jax.data.schema import Passage
+from cosup_jax.dotted import replace_dotted
 from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.runtime.workdir import checkpoints
 from cosup_jax.search.encoder import Encoder
@@ -71,11 +72,14 @@ def opened(config: Config, workdir: Path) -> Run:
     trained = assemble.trained(config, workdir)
     config, directory = trained.config, workdir / "data"
     store = tokens.tokenize(trained.data.train, *trained.tokenizers, config, directory)
-    sets = held_out.held_out_sets(
-        *(trained.data.held_out, trained.tokenizers, config, directory, store),
-        left_out(store, config),
-    )
-    return Run(trained, workdir, sets, store)
+    return Run(trained, workdir, sets(trained, workdir, store, config.eval.examples), store)
+
+
+def sets(trained: Trained, workdir: Path, store: tokens.TokenStore, most: int) -> list[HeldOut]:
+    """The held-out sets of a run that was trained on `store`, at most so many questions of each."""
+    config = replace_dotted(trained.config, "eval.examples", most)
+    given = (trained.data.held_out, trained.tokenizers, config, workdir / "data", store)
+    return held_out.held_out_sets(*given, left_out(store, config))
 
 
 def over_training(run: Run) -> Iterator[Run]:
