@@ -95,6 +95,7 @@ class LossConfig:
     learn_temperature: bool = False  # train it, clamped to TEMPERATURE_RANGE, and sigmoid's bias
     contrastive: str = "softmax"  # softmax (InfoNCE) | sigmoid (each pair by itself, SigLIP)
     sigmoid_bias: float = -10.0  # sigmoid: added to every score
+    identity_mask: bool = True  # False: a passage counts once for each [Ret] that asks for it
     margin_mask: bool = False  # mask negatives that score above the positive + margin
     margin: float = 0.1  # in units of similarity, before the temperature
     nsp_ramp_steps: int = 0  # steps over which nsp_weight grows or falls to its value, linearly
@@ -340,8 +341,7 @@ class Config:
 def make(overrides: Mapping[str, Any], variants: Mapping[str, Mapping], variant: str = ""):
     """The defaults, then `overrides`, then `variants[variant]`, as a ConfigDict.
 
-    Keys are dotted paths; `a+b` is variant a and then b. Raises UserError for an unknown key or
-    variant.
+    Keys are dotted paths; `a+b` is a and then b. Raises UserError for an unknown key or variant.
     """
     named = variant.split("+") if variant else []
     for name in named:

@@ -103,6 +103,22 @@ def first_of_each(id_Cx2: jax.Array, valid_C: jax.Array) -> jax.Array:
     return valid_C & ~copy_C
 
 
+def copies(asked: Queries, live: Candidates) -> Candidates:
+    """A column for every query whose passage an earlier one asks for too: what in-batch negatives
+    are where nothing tells that two examples have the same passage. It is nobody's own."""
+    whole = lambda x: constrain(x, *[None] * x.ndim)
+    own_Qx2, valid_Q = whole(asked.positives_QxSx2[:, 0]), whole(asked.valid_Q)
+    is_own_QxC = same(own_Qx2[:, None], live.id_KxCx2) & (live.step_KxC != EMPTY)
+    again_Q = valid_Q & ~first_of_each(own_Qx2, valid_Q) & jnp.any(is_own_QxC, axis=1)
+    number_Q = jnp.arange(1, len(valid_Q) + 1, dtype=jnp.uint32)
+    return Candidates(
+        live.vector_KxCxD[:, jnp.argmax(is_own_QxC, axis=1)],
+        jnp.stack([jnp.zeros_like(number_Q), number_Q], axis=1)[None],  # no digest is that small
+        jnp.where(again_Q, jnp.max(live.step_KxC), EMPTY)[None],
+        since=live.since,
+    )
+
+
 def merge(a: Scores, b: Scores, contrastive: str) -> Scores:
     """Scores over the union of two disjoint sets of candidates."""
     join = jnp.logaddexp if contrastive == "softmax" else jnp.add

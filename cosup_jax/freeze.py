@@ -69,6 +69,7 @@ OFFICIAL = {
     "loss.temperature": 1.0,
     "loss.learn_temperature": False,
     "loss.contrastive": "softmax",
+    "loss.identity_mask": False,
     "loss.margin_mask": False,
     "loss.nsp_ramp_steps": 0,
     "loss.mask_evidence": False,

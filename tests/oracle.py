@@ -41,6 +41,7 @@ def nsp(
     contrastive="softmax",
     bias=0.0,
     margin=np.inf,
+    identity_mask=True,
 ):
     """Next-sequence prediction with identities, over live passages and a bank.
 
@@ -49,6 +50,7 @@ def nsp(
       live: list of (vector, id) of valid passages, copies allowed.
       bank: list of (vector, id), newest first; may overlap live and itself.
       bank_queries: as queries, from earlier steps.
+      identity_mask: False adds a copy of a passage for every live query but one that asks for it.
       margin: negatives of greater similarity than the positive's by more than this are left out.
 
     Returns:
@@ -61,6 +63,12 @@ def nsp(
             if identity not in seen:  # live first, then the newest copy in the bank
                 seen.add(identity)
                 columns.append((source, index, np.asarray(vector, np.float64), identity))
+    asked_for = set()
+    for _, (own, *_) in () if identity_mask else queries:
+        if own in asked_for:
+            copied = [c for c in columns if c[0] == "live" and c[3] == own]
+            columns += [(*c[:3], ("copy", len(columns))) for c in copied]
+        asked_for.add(own)
     width = len(live[0][0])
     grad_query, grad_live = np.zeros((len(queries), width)), np.zeros((len(live), width))
     loss = grad_temperature = grad_bias = 0.0
@@ -141,6 +149,7 @@ def vector_loss(asked, live, live_ids, live_valid, bank, step, temperature, bias
         config.loss.contrastive,
         bias,
         config.loss.margin if config.loss.margin_mask else np.inf,
+        config.loss.identity_mask,
     )
     grad_query, grad_live = np.zeros(asked.vector_QxD.shape), np.zeros(np.shape(live))
     grad_query[rows] = grad_rows

@@ -62,7 +62,7 @@ def test_llama2_7b_is_what_the_official_code_runs():
     """Catches a drift from the official code's values, except for those that it has by mistake."""
     config = build("llama2_7b")
     for key, value in OFFICIAL.items():
-        if key != "loss.remote_negatives":
+        if key not in ("loss.remote_negatives", "loss.identity_mask"):
             assert get_dotted(config, key) == value, key
     assert (config.seed, config.num_epochs, config.batch_size) == (2, 3, 64)
     optim = config.optim
@@ -74,7 +74,8 @@ def test_llama2_7b_is_what_the_official_code_runs():
     assert (config.mesh.data, config.mesh.fsdp) == (1, -1)
     for tower in (config.gen, config.ctx):
         assert (tower.arch.dtype, tower.arch.remat) == ("bfloat16", "full")
-    assert build("llama2_7b", "official").loss.remote_negatives == "detached"
+    official = build("llama2_7b", "official").loss
+    assert (official.remote_negatives, official.identity_mask) == ("detached", False)
 
 
 def test_unknown_key_is_refused():

@@ -64,23 +64,28 @@ def _vectors(seed: int, c):
 
 TILE = 3 * 4 * (Q + D)  # bytes: three live columns, so that the last tile is short
 CASES = [
-    *((kind, "softmax", False, 0) for kind in ("off", "passage", "dual")),
-    *((kind, "sigmoid", False, TILE) for kind in ("off", "dual")),
-    ("off", "softmax", True, 0),
-    ("dual", "softmax", True, TILE),
-    ("passage", "sigmoid", True, 0),
+    *((kind, "softmax", "identity", 0) for kind in ("off", "passage", "dual")),
+    *((kind, "sigmoid", "identity", TILE) for kind in ("off", "dual")),
+    ("off", "softmax", "identity margin", 0),
+    ("dual", "softmax", "identity margin", TILE),
+    ("passage", "sigmoid", "identity margin", 0),
+    ("off", "softmax", "", 0),
+    ("dual", "sigmoid", "", TILE),
+    ("passage", "softmax", "margin", TILE),
 ]
 
 
-@pytest.mark.parametrize("kind,contrastive,margin_mask,tile_bytes", CASES)
-def test_nsp_equals_the_loops(kind, contrastive, margin_mask, tile_bytes):
+@pytest.mark.parametrize("kind,contrastive,masks,tile_bytes", CASES)
+def test_nsp_equals_the_loops(kind, contrastive, masks, tile_bytes):
     """Bugs: a copy of the positive or a sibling as negative; a bank entry that is live, old or
     stored twice counted; the mean over the wrong number of rows; a margin taken after the
-    temperature; gradient lost on one side, or a factor in front of the loss forgotten."""
+    temperature; gradient lost on one side, or a factor in front of the loss forgotten. Where
+    identity does not mask: a copy that is missing, is anyone's own, or stands for an empty row."""
     c = _config(
         kind,
         loss__contrastive=contrastive,
-        loss__margin_mask=margin_mask,
+        loss__identity_mask="identity" in masks,
+        loss__margin_mask="margin" in masks,
         loss__margin=0.3,
         loss__tile_mib=tile_bytes / 2**20,
     )
@@ -211,6 +216,18 @@ def test_the_scale_that_is_learned():
         np.testing.assert_allclose(slope["log_temperature"], used, rtol=1e-5)
         assert nsp.scale_of(kept, c).bias == -3
     assert nsp.within_range({}) == {}
+
+
+def test_copies_are_of_what_several_ask_for():
+    """Bug: a copy of a passage that is not live, or for whoever asks first or does not ask."""
+    id_of = lambda *numbers: np.stack([numbers, np.ones(len(numbers))], axis=-1).astype(np.uint32)
+    live = _live(np.eye(4, dtype=np.float32), id_of(1, 2, 3, 2), [True, True, False, True])
+    asked = Queries(np.ones((7, 4)), id_of(2, 2, 3, 3, 1, 1, 2)[:, None], np.ones(7, bool))
+    asked.valid_Q[4] = False
+    found = contrast.copies(jax.tree.map(jnp.asarray, asked), live)
+    counted = np.asarray(found.step_KxC[0] != EMPTY)
+    assert np.flatnonzero(counted).tolist() == [1, 6]
+    assert (np.asarray(found.vector_KxCxD[0])[counted] == np.eye(4)[1]).all()
 
 
 def test_first_of_each():

@@ -143,6 +143,7 @@ def test_tied_towers_equal_the_loops(bank_kind):
 OTHERS = {
     "sigmoid": (("loss__contrastive", "sigmoid"), ("loss__sigmoid_bias", -2.0)),
     "margin": (("loss__margin_mask", True), ("loss__margin", 0.2)),
+    "copies": (("loss__identity_mask", False),),
     "raw": (("loss__normalize", False), ("loss__nsp_weight", 0.01)),
     "ramp": (("loss__nsp_ramp_steps", 8), ("loss__nsp_ramp_from", 0.25)),
 }

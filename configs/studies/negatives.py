@@ -2,9 +2,10 @@
 
 Shows       the batch halved and doubled at the same number of examples; past passages and past
             queries as negatives; four hard ones an example, which the arm C finds; negatives that
-            score above the passage masked as likely false. Not by default, as they share nothing
-            with C but the data: C_detached and C_full, the released code's objective with and
-            without a gradient through other ranks' passages
+            score above the passage masked as likely false; a passage that several ask for as a
+            negative of each. Not by default, as they share nothing with C but the data: C_detached
+            and C_full, the released code's objective with and without a gradient through other
+            ranks' passages
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/negatives.md
 Command     python -m cosup_jax.main --config=configs/studies/negatives.py --workdir=runs/studies \\
@@ -16,6 +17,8 @@ Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-1
 import ml_collections
 
 from cosup_jax.studies import arms
+
+WORSE = ("C_half", "C_copies")  # than C, it is claimed; the others better
 
 
 def own_arms(at: ml_collections.ConfigDict):
@@ -35,6 +38,7 @@ def own_arms(at: ml_collections.ConfigDict):
         "C_passage_bank": {"bank.kind": "passage", **late},
         "C_dual_bank": {"bank.kind": "dual", **late},
         "C_margin": {"loss.margin_mask": True},
+        "C_copies": {"loss.identity_mask": False},
     }
     # Data that the command line gives is that of every arm.
     return own | ({"C_hard": mined | room} if at.data.train else {})
@@ -67,7 +71,9 @@ def get_config(variant=""):
         question="Which negatives?",
         arms=f"C,{','.join(own)}",
         crossed=",".join(f"C|{name}" for name in own),
-        claims="C > C_half: corpus/retrieval_hit; "
-        + "; ".join(f"{name} > C: corpus/retrieval_hit" for name in own if name != "C_half"),
+        claims="; ".join(
+            (f"C > {name}" if name in WORSE else f"{name} > C") + ": corpus/retrieval_hit"
+            for name in own
+        ),
         shown="corpus/correct,corpus/retrieval_hit,corpus/recall@5,gold/correct,none/correct",
     )
