@@ -15,7 +15,7 @@ from cosup_jax.studies import measures, page, results
 from cosup_jax.studies import verdict as verdict_lib
 from cosup_jax.studies.geometry import PAIRS
 from cosup_jax.studies.run import NUMBER, POINTS, SHARE
-from cosup_jax.studies.verdict import _shown, between, estimate
+from cosup_jax.studies.verdict import OPPOSITE, _shown, between, estimate
 
 
 def verdict(differences, none=verdict_lib.POINT):
@@ -118,16 +118,18 @@ def test_a_difference_as_large_as_detectable_shows_as_often_as_is_said():
 
 def test_the_verdict_follows_the_rule():
     """Bug: a claim is confirmed although a seed speaks against it, by one seed alone, or by an
-    interval that reaches 0; what is too uncertain to tell counts as not seen."""
+    interval that reaches 0; what is too uncertain to tell counts as not seen, or its opposite as
+    shown."""
     steady = np.full((3, 40), 0.1)
     assert verdict(steady) == "confirmed"
-    assert verdict(-steady) == "not seen"
+    assert verdict(-steady) == OPPOSITE
     assert verdict(steady * 0.05) == "confirmed"  # small, and without doubt
     assert verdict(steady[:1]) == "undecided"
     jitter = np.tile([0.02, -0.02], (3, 20))
     assert verdict(jitter * 0.2) == "not seen"  # within a point of 0
+    assert verdict(jitter * 0.2 - 1e-4) == "not seen"  # and on both sides of it
     assert verdict(jitter * 0.2, 0.0) == "undecided"  # of nats no difference is none worth naming
-    assert verdict(jitter * 0.02 - 0.01, 0.0) == "not seen"
+    assert verdict(jitter * 0.02 - 0.01, 0.0) == OPPOSITE
     assert verdict(jitter * 20) == "undecided"
     likely = np.tile([0.5, -0.4], (3, 20))  # every seed's mean is above 0, the interval is not
     assert verdict(likely) == "undecided" and estimate(likely).low < 0 < likely.mean()
@@ -135,6 +137,7 @@ def test_the_verdict_follows_the_rule():
     many = np.concatenate([np.full((20, 40), 0.1), np.full((1, 40), -0.001)])
     assert verdict(against) == "undecided" and estimate(many).low > 0
     assert verdict(many) == "undecided"
+    assert estimate(-many).high < 0 and verdict(-many) == "not seen"
 
 
 def test_a_difference_of_differences_pairs_seeds_and_not_questions():
@@ -161,7 +164,7 @@ def test_a_difference_of_differences_pairs_seeds_and_not_questions():
     assert [row["verdict"] for row in rows] == ["undecided"] * 3
     runs = {"C": [given(0.9, 0.5)] * 2, "N": [given(0.1, 0.4)] * 2}
     rows = results.between_rows(runs, results.claims_of(text, runs), KINDS)
-    assert [row["verdict"] for row in rows] == ["confirmed", "confirmed", "not seen"]
+    assert [row["verdict"] for row in rows] == ["confirmed", "confirmed", OPPOSITE]
     ends = {arm: [given(0.0, 1.0)] * 2 for arm in "CN"}
     in_one = {arm: [given(far, 0.0)] * 2 for arm, far in (("C", 0.9), ("N", 0.1))}
     for mute in (ends, in_one):  # nobody can do it in both sets, or in one
@@ -196,7 +199,7 @@ def test_a_claim_may_say_that_a_number_is_smaller():
     }
     claims = results.claims_of("C > N: -corpus/correct; N > C: -corpus/correct", runs)
     found = results.claim_rows(runs, claims, {"corpus/correct": NUMBER})
-    assert [row["verdict"] for row in found] == ["confirmed", "not seen"]
+    assert [row["verdict"] for row in found] == ["confirmed", OPPOSITE]
     assert found[0]["mean"] == -1 and found[0]["claim"] == "C < N: corpus/correct"
 
 
@@ -329,7 +332,8 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     lines = page.markdown(study).splitlines()
     assert page.RUNS_NOTE in lines
     assert "- **C > N|C: corpus/correct**: confirmed in world.in_domain" in lines
-    assert "- **N|C > C: corpus/correct**: not seen in world.in_domain" in lines
+    told = "not seen, the opposite holds in world.in_domain"
+    assert f"- **N|C > C: corpus/correct**: {told}" in lines
     bars = lambda line: line.replace("\\|", "").count("|")
     for is_table, rows in itertools.groupby(lines, lambda line: line.startswith("|")):
         assert not is_table or len(set(map(bars, rows))) == 1

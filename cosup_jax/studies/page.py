@@ -23,7 +23,8 @@ RULE = (
     "learn or does not, read the seeds. *Confirmed*: the interval of the paired difference "
     "excludes 0 in the claimed direction, and all seeds agree. *Not seen*: it holds nothing on "
     "that side, or, of shares and their differences, nothing beyond "
-    f"{POINT:g} (of nats and the like nothing says what is as good as none). Else *undecided*; "
+    f"{POINT:g} (of nats and the like nothing says what is as good as none); the opposite holds "
+    "where a claim of the opposite would be confirmed. Else *undecided*; "
     f"so too where both arms are right in at most {POINT:.0%} of the items, or wrong in as few; "
     'where of "A - B" both A and B are so in both arms, or A and B differ by as little in both and '
     "the arms by as little in that; and wherever there is one seed. "

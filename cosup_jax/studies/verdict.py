@@ -13,6 +13,7 @@ from scipy import optimize, stats
 
 LEVEL, POWER = 0.95, 0.8
 POINT = 0.01  # of shares: a difference below it is none worth naming
+OPPOSITE = "not seen, the opposite holds"
 
 
 class Estimate(NamedTuple):
@@ -103,7 +104,8 @@ def verdict(found: Estimate, none: float = POINT) -> str:
     """Of the claim that a difference is positive.
 
     confirmed   the interval excludes 0 on that side, and every seed's mean lies there
-    not seen    the interval holds nothing on that side, or nothing beyond `none`
+    not seen    the interval holds nothing on that side, or nothing beyond `none`; OPPOSITE where
+                the claim that it is negative would be confirmed
     undecided   anything else, and whatever a single seed shows
 
     Args:
@@ -114,4 +116,6 @@ def verdict(found: Estimate, none: float = POINT) -> str:
         return "undecided"
     if found.low > 0 and min(found.by_seed) > 0:
         return "confirmed"
+    if found.high < 0 and max(found.by_seed) < 0:
+        return OPPOSITE
     return "not seen" if found.high <= none else "undecided"
