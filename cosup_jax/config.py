@@ -95,7 +95,7 @@ class LossConfig:
     learn_temperature: bool = False  # train it, clamped to TEMPERATURE_RANGE, and sigmoid's bias
     contrastive: str = "softmax"  # softmax (InfoNCE) | sigmoid (each pair by itself, SigLIP)
     sigmoid_bias: float = -10.0  # sigmoid: added to every score
-    identity_mask: bool = True  # False: a passage counts once for each [Ret] that asks for it
+    identity_mask: bool = True  # False: a passage is as many negatives as [Ret]s ask for it
     margin_mask: bool = False  # mask negatives that score above the positive + margin
     margin: float = 0.1  # in units of similarity, before the temperature
     nsp_ramp_steps: int = 0  # steps over which nsp_weight grows or falls to its value, linearly

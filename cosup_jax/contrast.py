@@ -40,6 +40,9 @@ class Candidates:
     step_KxC: jax.Array  # int32, the step that wrote the column, or EMPTY
     since: jax.Array  # int32, 0 or more
     newer_Nx2: jax.Array | None = None  # uint32
+    # uint32: what queries ask for. Where it is given, a column is a negative as often as it is in
+    # there, at least once; of those whose own it is, once less.
+    asked_Nx2: jax.Array | None = None
     # Live: whole on every device, with gradient. Stored: split over C, without gradient.
     stored: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -101,22 +104,6 @@ def first_of_each(id_Cx2: jax.Array, valid_C: jax.Array) -> jax.Array:
     again_C = (first_C[1:] == first_C[:-1]) & (second_C[1:] == second_C[:-1])
     copy_C = jnp.zeros_like(valid_C).at[order_C[1:]].set(again_C)
     return valid_C & ~copy_C
-
-
-def copies(asked: Queries, live: Candidates) -> Candidates:
-    """A column for every query whose passage an earlier one asks for too: what in-batch negatives
-    are where nothing tells that two examples have the same passage. It is nobody's own."""
-    whole = lambda x: constrain(x, *[None] * x.ndim)
-    own_Qx2, valid_Q = whole(asked.positives_QxSx2[:, 0]), whole(asked.valid_Q)
-    is_own_QxC = same(own_Qx2[:, None], live.id_KxCx2) & (live.step_KxC != EMPTY)
-    again_Q = valid_Q & ~first_of_each(own_Qx2, valid_Q) & jnp.any(is_own_QxC, axis=1)
-    number_Q = jnp.arange(1, len(valid_Q) + 1, dtype=jnp.uint32)
-    return Candidates(
-        live.vector_KxCxD[:, jnp.argmax(is_own_QxC, axis=1)],
-        jnp.stack([jnp.zeros_like(number_Q), number_Q], axis=1)[None],  # no digest is that small
-        jnp.where(again_Q, jnp.max(live.step_KxC), EMPTY)[None],
-        since=live.since,
-    )
 
 
 def merge(a: Scores, b: Scores, contrastive: str) -> Scores:
@@ -211,14 +198,14 @@ def _forward(walk: _Walk, queries, candidates, scale, ceiling_Q):
 
     def body(carry, tile):
         tile = _in_parts(walk, tile)
-        score, own, negative, *masked = _compare(queries, candidates, tile, scale, ceiling_Q)
+        score, own, negative, times, *masked = _compare(queries, candidates, tile, scale, ceiling_Q)
         over = (1, 3)
         unmasked = lambda where: jnp.where(where, score, NEVER)
         count = lambda where: jnp.sum(where, over, dtype=jnp.int32)
         here = Scores(
-            jax.nn.logsumexp(unmasked(negative), over)
+            jax.nn.logsumexp(_weighed(score, times), over)
             if softmax
-            else jnp.sum(jnp.where(negative, jax.nn.softplus(score), 0.0), over),
+            else jnp.sum(times * jax.nn.softplus(score), over),
             jnp.max(unmasked(own), over),
             jnp.max(unmasked(negative), over),
             *map(count, (negative, *masked)),
@@ -249,11 +236,11 @@ def _backward(walk: _Walk, kept, grads: Scores):
 
     def body(carry, tile):
         tile = _in_parts(walk, tile)
-        score, own, negative, *_ = _compare(queries, candidates, tile, scale, ceiling_Q)
+        score, own, _, times, *_ = _compare(queries, candidates, tile, scale, ceiling_Q)
         if walk.contrastive == "softmax":
-            share = jnp.exp(jnp.where(negative, score - per_row(negatives_Q), NEVER))
+            share = jnp.exp(_weighed(score - per_row(negatives_Q), times))
         else:
-            share = jnp.where(negative, jax.nn.sigmoid(score), 0.0)
+            share = times * jax.nn.sigmoid(score)
         pull_QxGxWxC = share * per_row(grads.negatives) + own * per_row(grads.positive)
         vector_GxWxCxD, *_ = _columns(candidates, tile)
         product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -283,9 +270,8 @@ def _backward(walk: _Walk, kept, grads: Scores):
         return grad_queries, None, grad_scale, None
     K, C, _ = candidates.vector_KxCxD.shape
     grad_CxD = grad_tiles.reshape(-1, D)[:C] / scale.temperature
-    grad_columns = candidates.replace(
-        vector_KxCxD=grad_CxD.reshape(K, C, D), id_KxCx2=None, step_KxC=None, since=None
-    )
+    none = dict.fromkeys(("id_KxCx2", "step_KxC", "since", "asked_Nx2"))
+    grad_columns = candidates.replace(vector_KxCxD=grad_CxD.reshape(K, C, D), **none)
     return grad_queries, grad_columns, grad_scale, None
 
 
@@ -293,8 +279,8 @@ _score.defvjp(_forward, _backward)
 
 
 def _compare(queries: Queries, candidates: Candidates, tile, scale: Scale, ceiling_Q):
-    """Scores [Q, G, W, C] of a tile, and who is what: own, negative, and masked as sibling, as too
-    close, as a copy."""
+    """Scores [Q, G, W, C] of a tile, and who is what: own, negative, a negative how many times, and
+    masked as sibling, as too close, as a copy."""
     _, id_GxWxCx2, _ = tile
     vector_GxWxCxD, valid_GxWxC, copy_GxWxC = _columns(candidates, tile)
     similarity = jnp.einsum(
@@ -309,7 +295,19 @@ def _compare(queries: Queries, candidates: Candidates, tile, scale: Scale, ceili
     other = ~own & valid_GxWxC[None]
     too_close = other & ~sibling & (score > ceiling_Q[:, None, None, None])
     copy = jnp.broadcast_to(copy_GxWxC[None], own.shape)
-    return score, own, other & ~sibling & ~too_close, other & sibling, too_close, copy
+    negative = times = other & ~sibling & ~too_close
+    if candidates.asked_Nx2 is not None:
+        asked = same(id_GxWxCx2[:, :, :, None], candidates.asked_Nx2[None, None, None])
+        asked_1xGxWxC = jnp.sum(asked, axis=-1)[None]
+        times = jnp.where(own, asked_1xGxWxC - 1, negative * jnp.maximum(asked_1xGxWxC, 1))
+    return score, own, negative, times, other & sibling, too_close, copy
+
+
+def _weighed(score, times) -> jax.Array:
+    """log(times * exp(score)); `times` is a bool, or a number."""
+    if times.dtype != bool:
+        score = score + jnp.log(jnp.maximum(times, 1))
+    return jnp.where(times > 0, score, NEVER)
 
 
 def _rows(queries: Queries) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cosup_jax import bank as bank_lib
-from cosup_jax import contrast, nsp, ntp
+from cosup_jax import nsp, ntp
 from cosup_jax.config import Config, LossConfig
 from cosup_jax.contrast import EMPTY, Candidates, Queries, Scale, first_of_each
 from cosup_jax.data.batch import Batch
@@ -83,9 +83,10 @@ def next_sequence(asked: Queries, live: Candidates, bank, step, scale: Scale, co
     would feel fewer queries than the queries feel passages.
     """
     rows = [asked, *bank_lib.queries(bank, step, config.bank)]
-    columns = [live, *bank_lib.candidates(bank, live, step, config.bank)]
     if not config.loss.identity_mask:
-        columns.append(contrast.copies(asked, live))
+        asked_Qx2 = jnp.where(asked.valid_Q[:, None], asked.positives_QxSx2[:, 0], 0)
+        live = live.replace(asked_Nx2=constrain(asked_Qx2, None, None))
+    columns = [live, *bank_lib.candidates(bank, live, step, config.bank)]
     sums, *past = nsp.nsp_sums(rows, columns, scale, nsp.how(config.loss))
     total = sums.loss + sum(jnp.where(sums.weight > 0, more.loss, 0.0) for more in past)
     return total / jnp.maximum(sums.weight, 1), sums

@@ -69,7 +69,6 @@ OFFICIAL = {
     "loss.temperature": 1.0,
     "loss.learn_temperature": False,
     "loss.contrastive": "softmax",
-    "loss.identity_mask": False,
     "loss.margin_mask": False,
     "loss.nsp_ramp_steps": 0,
     "loss.mask_evidence": False,
@@ -167,6 +166,11 @@ def _typed(dotted: str, value: Any, kind: type) -> Any:
 
 
 def _apply_official(config: Config, explicit: frozenset[str]) -> Config:
+    if "loss.identity_mask" in explicit:
+        raise UserError(
+            "config.loss.identity_mask means nothing with compat='official', which finds positives "
+            "by position; drop one of the two"
+        )
     default = Config()
     for dotted, official in OFFICIAL.items():
         value = get_dotted(config, dotted)
@@ -309,6 +313,11 @@ def _check_objective(config: Config) -> None:
         )
     if config.bank.kind != "off" and not config.loss.trains_nsp:
         raise UserError("config.bank.kind means nothing with nsp_weight=0; set bank.kind=off")
+    if config.bank.kind != "off" and not config.loss.identity_mask:
+        raise UserError(
+            "config.loss.identity_mask=False is of the passages of one step, and a bank knows its "
+            "own by identity; set bank.kind=off, or drop it"
+        )
     if config.log.probe_bank and config.bank.kind != "dual":
         raise UserError("config.log.probe_bank compares what a dual bank holds; set bank.kind=dual")
     if config.bank.ema_decay >= 1:

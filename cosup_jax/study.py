@@ -66,6 +66,8 @@ def study(config: Config, workdir: str, file: File) -> str | None:
                 arm = asked.arm(name, seed)
                 if _trained(arm, asked) == "stopped":
                     return "stopped"
+                for start, _ in asked.starts(arm):
+                    found.add_start(start)
                 found.add(arm)
                 _write(directory, asked, found)
             found.add_matched()
@@ -86,6 +88,7 @@ class _Found:
         names = (*asked.arms, *crossed, *asked.matched)
         self._scores: dict[str, list[Scores]] = {name: [] for name in names}
         self._runs: list[dict[str, Any]] = []
+        self._starts: dict[Arm, dict[str, Any]] = {}
         self._data: dict[str, tuple[str, Arm]] = {}  # by sources: versions, and whose first
         self._codes: set[str] = set()  # that measured
         self._machines: set[str] = set()  # on which, where it was noted
@@ -101,8 +104,18 @@ class _Found:
                 for held_out, metrics in part.items():
                     scores.setdefault(held_out, {}).update(metrics)
         self._scores[arm.name].append(scores)
+        self._runs.append(self._run(arm, facts | {"data": data}))
+
+    def add_start(self, start: Arm) -> None:
+        """A run that is no arm, and that others start from or have their passages from."""
+        if start.name not in self._asked.arms and start not in self._starts:
+            with _Opened(start) as run:
+                facts = self._kept(start, "facts", lambda: measures.facts(run()))
+            self._starts[start] = self._run(start, facts | {"data": self._data_of(start)})
+
+    def _run(self, arm: Arm, facts: Mapping[str, Any]) -> dict[str, Any]:
         place = {"arm": arm.name, "seed": arm.seed, "directory": f"arms/{arm.directory.name}"}
-        self._runs.append(place | facts | {"data": data, "command": _command(arm, self._asked)})
+        return place | facts | {"command": _command(arm, self._asked)}
 
     def add_crossed(self, writer: Arm, retriever: Arm) -> None:
         """The answers of one run's Gen by the retrieval of another run's pair."""
@@ -170,7 +183,7 @@ class _Found:
             "untested": results.untested(judged, known),
             "arms": list(self._scores),
             "measured": results.arm_rows(done, {name: asked.kinds[name] for name in asked.shown}),
-            "runs": self._runs,
+            "runs": [*self._starts.values(), *self._runs],
         }
 
 

@@ -50,7 +50,8 @@ def nsp(
       live: list of (vector, id) of valid passages, copies allowed.
       bank: list of (vector, id), newest first; may overlap live and itself.
       bank_queries: as queries, from earlier steps.
-      identity_mask: False adds a copy of a passage for every live query but one that asks for it.
+      identity_mask: False: positives are found by position. Every live query brings its passage,
+        which is a negative of all others, of those that bring the same one too.
       margin: negatives of greater similarity than the positive's by more than this are left out.
 
     Returns:
@@ -62,13 +63,11 @@ def nsp(
         for index, (vector, identity) in enumerate(entries):
             if identity not in seen:  # live first, then the newest copy in the bank
                 seen.add(identity)
-                columns.append((source, index, np.asarray(vector, np.float64), identity))
-    asked_for = set()
-    for _, (own, *_) in () if identity_mask else queries:
-        if own in asked_for:
-            copied = [c for c in columns if c[0] == "live" and c[3] == own]
-            columns += [(*c[:3], ("copy", len(columns))) for c in copied]
-        asked_for.add(own)
+                columns.append((source, index, np.asarray(vector, np.float64), identity, None))
+    if not identity_mask:
+        asked_for = [own for _, (own, *_) in queries]
+        brought = [(*c[:4], i) for i, own in enumerate(asked_for) for c in columns if c[3] == own]
+        columns = brought + [c for c in columns if c[3] not in asked_for]
     width = len(live[0][0])
     grad_query, grad_live = np.zeros((len(queries), width)), np.zeros((len(live), width))
     loss = grad_temperature = grad_bias = 0.0
@@ -82,7 +81,7 @@ def nsp(
         counted = [c for c in columns if c[3] == own or c[3] not in siblings]
         positive = next(vector @ c[2] for c in counted if c[3] == own)
         counted = [c for c in counted if c[3] == own or vector @ c[2] <= positive + margin]
-        is_own = np.array([c[3] == own for c in counted])
+        is_own = np.array([c[3] == own and c[4] in (None, i) for c in counted])
         scores = np.array([vector @ c[2] / temperature + bias for c in counted])
         if contrastive == "softmax":
             p = np.exp(scores - scores.max())
@@ -93,7 +92,7 @@ def nsp(
             signed = np.where(is_own, scores, -scores)
             loss += np.sum(np.log1p(np.exp(-signed))) / len(answered)
             pulls = (1 / (1 + np.exp(-scores)) - is_own) / len(answered)
-        for (source, j, candidate, _), pull, score in zip(counted, pulls, scores, strict=True):
+        for (source, j, candidate, *_), pull, score in zip(counted, pulls, scores, strict=True):
             if kind == "live":
                 grad_query[i] += pull * candidate / temperature
             if source == "live":

@@ -50,7 +50,7 @@ def test_a_curve_is_an_arm_at_all_its_weights(capsys):
     """Bugs: arms that differ in more than nsp_weight, such as T or another start, on the curve, or
     NTP alone, which has no ratio; a curve of one arm; a claim whose arms are there left out, or
     read together with the one before it; no measure that gives the ratio."""
-    curve = ["C", "C_0.1", "C_0.3", "C_3"]
+    curve = ["C", "C_0.1", "C_0.3", "C_1.7", "C_3"]
     assert asked().matched == {"C@T": (curve, "T")}
     few = asked(arms="N,C,T,C_pre,C_0.1,C_3")  # claims are then joined without a space
     assert few.matched == {"C@T": (["C", "C_0.1", "C_3"], "T")}

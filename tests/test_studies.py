@@ -161,6 +161,8 @@ def test_a_difference_of_differences_pairs_seeds_and_not_questions():
     assert [row["set"] for row in rows] == ["far - near"] * 3
     assert rows[0]["by_seed"] == pytest.approx([0.7, 0.5])
     assert rows[0]["mean"] == pytest.approx(0.6) == -rows[2]["mean"]
+    far, near = np.log(5.3 / 1.7) - np.log(1.1 / 5.9), np.log(2.5 / 2.5) - np.log(2.1 / 2.9)
+    assert rows[0]["log_odds"] == pytest.approx(far - near)
     assert [row["verdict"] for row in rows] == ["undecided"] * 3
     runs = {"C": [given(0.9, 0.5)] * 2, "N": [given(0.1, 0.4)] * 2}
     rows = results.between_rows(runs, results.claims_of(text, runs), KINDS)

@@ -2,10 +2,10 @@
 
 Shows       the batch halved and doubled at the same number of examples; past passages and past
             queries as negatives; four hard ones an example, which the arm C finds; negatives that
-            score above the passage masked as likely false; a passage that several ask for as a
-            negative of each. Not by default, as they share nothing with C but the data: C_detached
-            and C_full, the released code's objective with and without a gradient through other
-            ranks' passages
+            score above the passage masked as likely false; identities ignored, so that a passage
+            that two ask for is a negative of both. Not by default, as they share nothing with C but
+            the data: C_detached and C_full, the released code's objective with and without a
+            gradient through other ranks' passages
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/negatives.md
 Command     python -m cosup_jax.main --config=configs/studies/negatives.py --workdir=runs/studies \\
@@ -18,7 +18,7 @@ import ml_collections
 
 from cosup_jax.studies import arms
 
-WORSE = ("C_half", "C_copies")  # than C, it is claimed; the others better
+WORSE = ("C_half", "C_unmasked")  # finds less than C, the study claims; all others find more
 
 
 def own_arms(at: ml_collections.ConfigDict):
@@ -38,7 +38,7 @@ def own_arms(at: ml_collections.ConfigDict):
         "C_passage_bank": {"bank.kind": "passage", **late},
         "C_dual_bank": {"bank.kind": "dual", **late},
         "C_margin": {"loss.margin_mask": True},
-        "C_copies": {"loss.identity_mask": False},
+        "C_unmasked": {"loss.identity_mask": False},
     }
     # Data that the command line gives is that of every arm.
     return own | ({"C_hard": mined | room} if at.data.train else {})

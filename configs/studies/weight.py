@@ -14,7 +14,8 @@ Variants    small: some minutes, learns nothing; smollm2, smollm2_cpu: SmolLM2-1
 
 from cosup_jax.studies import arms
 
-ARMS = {f"C_{weight:g}": {"loss.nsp_weight": weight} for weight in (0.1, 0.3, 3.0)}
+# At 1.7 NSP weighs about as much in C as it does in T.
+ARMS = {f"C_{weight:g}": {"loss.nsp_weight": weight} for weight in (0.1, 0.3, 1.7, 3.0)}
 
 
 def get_config(variant=""):
@@ -32,11 +33,12 @@ def get_config(variant=""):
         variant,
         ARMS,
         question="How much NSP, and is the sequence space stable without NTP?",
-        arms=f"N,C,S2,T,{'C_pre,S2_pre,' if scratch else ''}{','.join(ARMS)}",
-        crossed="C|S2,C|T,N|C,N|S2,N|T" + (",C_pre|S2_pre" if scratch else ""),
+        arms=f"N,C,S,S2,T,{'C_pre,S2_pre,' if scratch else ''}{','.join(ARMS)}",
+        crossed=arms.CROSSED + (",C_pre|S2_pre" if scratch else ""),
         measures="answers,majority,training,geometry,gradients",
         claims="C > C_0.1: corpus/retrieval_hit; C > C_3: -ntp_nats_per_token;"
-        f"{matched} C > S2: {half}" + (f"; C_pre > S2_pre: {half}" if scratch else ""),
+        f"{matched} C > S2: {half}; T > S: {half}"
+        + (f"; C_pre > S2_pre: {half}" if scratch else ""),
         shown="corpus/retrieval_hit,corpus/correct,gold/correct,ntp_nats_per_token,"
         f"{','.join(ratios)},passages/uniformity,passages/anisotropy,passages/effective_rank,alignment",
     )

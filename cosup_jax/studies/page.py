@@ -37,7 +37,8 @@ BETWEEN = "Claims between sets"
 BETWEEN_NOTE = (
     "Whether what is claimed is larger in the first set than in another: the difference there less "
     "the difference here. The sets' questions are unlike, so that seeds are paired and questions "
-    "are not; judged as the claims are."
+    "are not; judged as the claims are, by points. Where an arm is near 0 or 1 in a set, points "
+    "leave no room there: compare the log-odds."
 )
 MATRIX = "Generator by retriever"
 MATRIX_NOTE = (

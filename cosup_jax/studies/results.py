@@ -145,9 +145,7 @@ def claim_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict[s
         mute = _mute(runs, claim, kind)
         for name, (ours, theirs) in sets.items():
             differs = estimate(ours - theirs)
-            many = kind == SHARE and differs.items > 1  # a mean of a whole set is no count of items
-            odds = log_odds(ours) - log_odds(theirs) if many else None
-            told = {"claim": str(claim), "set": name, "log_odds": odds}
+            told = {"claim": str(claim), "set": name, "log_odds": _odds(ours, theirs, kind)}
             told |= _judged(differs, claim, kind, 1)
             if name in mute:
                 told |= {"verdict": "undecided", "detectable": None}
@@ -160,11 +158,13 @@ def between_rows(runs: Runs, claims: Sequence[Claim], kinds: Kinds) -> list[dict
     {"set": "FIRST - OTHER", ...}."""
     found = []
     for claim in claims:
-        kind = kinds[claim.metric]
-        differs = {name: ours - theirs for name, (ours, theirs) in _compared(runs, claim).items()}
+        kind, sets = kinds[claim.metric], _compared(runs, claim)
+        differs = {name: ours - theirs for name, (ours, theirs) in sets.items()}
         mute = _mute(runs, claim, kind)
         for first, other in itertools.product(list(differs)[:1], list(differs)[1:]):
-            told = {"claim": str(claim), "set": f"{first} - {other}", "log_odds": None}
+            odds = [_odds(*sets[name], kind) for name in (first, other)]
+            less = None if None in odds else odds[0] - odds[1]
+            told = {"claim": str(claim), "set": f"{first} - {other}", "log_odds": less}
             told |= _judged(between(differs[first], differs[other]), claim, kind, 2)
             if {first, other} & mute:  # then it is the difference in one set alone
                 told |= {"verdict": "undecided", "detectable": None}
@@ -256,6 +256,12 @@ def agreement_rows(runs: Runs) -> list[dict[str, Any]]:
 def _correlation(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
     alike = min(np.ptp(a_N), np.ptp(b_N)) < 1e-9
     return None if alike else float(np.corrcoef(a_N, b_N)[0, 1])
+
+
+def _odds(ours_SxI: np.ndarray, theirs_SxI: np.ndarray, kind: str) -> float | None:
+    """Difference of log-odds; None of a mean over a whole set, which is no count of items."""
+    many = kind == SHARE and ours_SxI.shape[1] > 1
+    return log_odds(ours_SxI) - log_odds(theirs_SxI) if many else None
 
 
 def log_odds(share_SxI: np.ndarray) -> float:
