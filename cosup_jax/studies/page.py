@@ -64,7 +64,7 @@ AGREEMENT_NOTE = (
     "Do an arm's seeds come to one arrangement of the fixed passages (representational "
     "similarity)? The correlation, of each two seeds, of the cosines of pairs of passages: 1 where "
     "one space is the other, turned or mirrored. No two of these are independent, so that no "
-    "interval is given. "
+    "interval is given; where all passages but a few have come to one vector, those few decide. "
     "Where seeds start from the same weights they agree from the start; an arm that never trains "
     "Ctx shows how far."
 )
