@@ -315,8 +315,8 @@ def _check_objective(config: Config) -> None:
         raise UserError("config.bank.kind means nothing with nsp_weight=0; set bank.kind=off")
     if config.bank.kind != "off" and not config.loss.identity_mask:
         raise UserError(
-            "config.loss.identity_mask=False is of the passages of one step, and a bank knows its "
-            "own by identity; set bank.kind=off, or drop it"
+            f"config.loss.identity_mask=False and config.bank.kind={config.bank.kind} exclude each "
+            "other: a bank knows its passages by identity; set bank.kind=off, or identity_mask=True"
         )
     if config.log.probe_bank and config.bank.kind != "dual":
         raise UserError("config.log.probe_bank compares what a dual bank holds; set bank.kind=dual")
