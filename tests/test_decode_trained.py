@@ -6,13 +6,15 @@ takes a finished run of configs/base.py; without it one is trained, for a third 
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from decoding import ByHand
 
-from cosup_jax import assemble, config_files, train
+from cosup_jax import assemble, config_files
 from cosup_jax.answer.decode import Decoder
 from cosup_jax.answer.library import Library
 from cosup_jax.answer.retrieve import Search
@@ -34,10 +36,12 @@ def trained(tmp_path_factory):
     config = config_files.frozen(str(ROOT / "configs/base.py"), {})
     if "COSUP_TRAINED" not in os.environ:
         path = tmp_path_factory.mktemp("base") / "run"
-        few = {"num_steps": 66, "generate.examples": 0, "eval.examples": 40}
-        for key, value in (few | {"log.probe_every_steps": 0}).items():
-            config = replace_dotted(config, key, value)
-        train.train(config, str(path))
+        few = ("num_steps=66", "generate.examples=0", "eval.examples=40", "log.probe_every_steps=0")
+        flags = ["--config=configs/base.py", f"--workdir={path}", *(f"--config.{k}" for k in few)]
+        # Not in this process, whose programs are quick to compile and slow to run.
+        environ = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+        command = [sys.executable, "-m", "cosup_jax.main", *flags]
+        subprocess.run(command, cwd=ROOT, env=environ, check=True)
     found = assemble.trained(config, path)
     return found, Library.of(found, path)
 
