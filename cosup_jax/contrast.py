@@ -297,10 +297,14 @@ def _compare(queries: Queries, candidates: Candidates, tile, scale: Scale, ceili
     copy = jnp.broadcast_to(copy_GxWxC[None], own.shape)
     negative = times = other & ~sibling & ~too_close
     if candidates.asked_Nx2 is not None:
-        asked = same(id_GxWxCx2[:, :, :, None], candidates.asked_Nx2[None, None, None])
-        asked_1xGxWxC = jnp.sum(asked, axis=-1)[None]
+        asked_1xGxWxC = jnp.sum(_each(id_GxWxCx2, candidates.asked_Nx2), axis=-1)[None]
         times = jnp.where(own, asked_1xGxWxC - 1, negative * jnp.maximum(asked_1xGxWxC, 1))
     return score, own, negative, times, other & sibling, too_close, copy
+
+
+def _each(id_GxWxCx2: jax.Array, known_Nx2: jax.Array) -> jax.Array:
+    """[G, W, C, N] which columns are which of the known identities."""
+    return same(id_GxWxCx2[:, :, :, None], known_Nx2[None, None, None])
 
 
 def _weighed(score, times) -> jax.Array:
@@ -322,8 +326,7 @@ def _columns(candidates: Candidates, tile) -> tuple[jax.Array, jax.Array, jax.Ar
     valid_GxWxC = step_GxWxC >= candidates.since
     copy_GxWxC = jnp.zeros_like(valid_GxWxC)
     if candidates.newer_Nx2 is not None:
-        newer = same(id_GxWxCx2[:, :, :, None], candidates.newer_Nx2[None, None, None])
-        copy_GxWxC = valid_GxWxC & jnp.any(newer, axis=-1)
+        copy_GxWxC = valid_GxWxC & jnp.any(_each(id_GxWxCx2, candidates.newer_Nx2), axis=-1)
         valid_GxWxC &= ~copy_GxWxC
     vector_GxWxCxD = jnp.where(valid_GxWxC[..., None], in_float32(vector_GxWxCxD), 0.0)
     return vector_GxWxCxD, valid_GxWxC, copy_GxWxC

@@ -108,16 +108,22 @@ def test_unknown_key_is_refused():
         ("data.train", "world@heavy", "weight"),
         ("data.eval", "tfds:world,x.jsonl@0.5", r"eval: x\.jsonl@0\.5 means nothing"),
         ("loss.remote_negatives", "detached", "official"),
-        ("loss.identity_mask", False, "set bank.kind=off"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(key, value, says):
     """Catches a bad value that surfaces minutes later, as a shape error inside the step."""
-    config = make({"num_steps": 10, "bank.kind": "passage"}, {})
+    config = make({"num_steps": 10}, {})
     set_dotted(config, key, value)
     with pytest.raises(UserError, match=says) as caught:
         freeze(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_bank_needs_identities():
+    """Bug: stored passages masked by identity, live ones not."""
+    config = make({"num_steps": 10, "loss.identity_mask": False, "bank.kind": "passage"}, {})
+    with pytest.raises(UserError, match=r"set bank\.kind=off"):
+        freeze(config)
 
 
 def test_compat_refuses_an_explicit_contradiction():

@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
         # Not in this process, whose programs are quick to compile and slow to run.
         environ = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
         command = [sys.executable, "-m", "cosup_jax.main", *flags]
-        subprocess.run(command, cwd=ROOT, env=environ, check=True)
+        subprocess.run(command, cwd=ROOT, env=environ | {"JAX_PLATFORMS": "cpu"}, check=True)
     found = assemble.trained(config, path)
     return found, Library.of(found, path)
 

@@ -32,7 +32,7 @@ def get_config(variant=""):
         "N > N_target: gold/correct;"
         "C_target > C: none/correct, -closed_book/answer_nats_seen;"
         "N_target > N: none/correct, -closed_book/answer_nats_seen",
-        shown="corpus/correct,corpus/retrieval_hit,gold/correct,wrong/correct,none/correct,swapped/swap_wins,"
-        "original/swap_wins,answer_nats_with_evidence,answer_nats_without_evidence,"
+        shown="corpus/correct,corpus/retrieval_hit,gold/correct,wrong/correct,none/correct,"
+        "swapped/swap_wins,original/swap_wins,answer_nats_with_evidence,answer_nats_without_evidence,"
         "closed_book/answer_nats,closed_book/answer_nats_seen,closed_book/answer_nats_unseen",
     )
