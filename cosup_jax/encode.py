@@ -64,8 +64,17 @@ def datasets(trained: Trained, workdir: Path) -> list[Dataset]:
     """Whose passages are encoded. Raises UserError for bad rows, or where there are none."""
     config, data = trained.config, trained.data
     if config.index.corpus:
-        dataset, problems = load_corpus(config.index.corpus, workdir / "data")
-        data = Sources([(dataset, 1.0)], [], {config.index.corpus: problems})
+        return [corpus(config.index.corpus, config, workdir)]
+    return _checked(data, config)
+
+
+def corpus(where: str, config: Config, workdir: Path) -> Dataset:
+    """Passages without questions, as `load_corpus` has them. Raises UserError as `datasets`."""
+    dataset, problems = load_corpus(where, config.data, workdir / "data")
+    return _checked(Sources([(dataset, 1.0)], [], {where: problems}), config)[0]
+
+
+def _checked(data: Sources, config: Config) -> list[Dataset]:
     for line in assemble.refuse_bad_rows(data, config):
         _say(line)
     found = by_name([*(dataset for dataset, _ in data.train), *data.held_out])

@@ -33,6 +33,8 @@ from cosup_jax.assemble import Trained
 from cosup_jax.config import Config, to_dict
 from cosup_jax.data import tokens
 from cosup_jax.data.plan import left_out
+from cosup_jax.data.pooled import pooled
+from cosup_jax.data.schema import Dataset
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import scoring, summary
 from cosup_jax.evaluation.nli import Judge, judge_named
@@ -80,6 +82,7 @@ class Evaluation:
         self._prefix = getattr(judge, "prefix", "")
         self._code = processes.code_digest()
         self._libraries: dict[str, Library] = {}  # by the version of the source
+        self._sources, self._shelf = _searched(trained, workdir)
         self._pair = Pair.of(trained, workdir)
         self._answering = Answering(
             trained.mesh, trained.towers, trained.config, trained.tokenizers.gen
@@ -91,7 +94,7 @@ class Evaluation:
         config, directory = trained.config, self._workdir / "data"
         train = tokens.tokenize(trained.data.train, *trained.tokenizers, config, directory)
         sets = held_out.asked_sets(
-            *(trained.data.held_out, trained.tokenizers, config, directory, train),
+            *(self._sources, trained.tokenizers, config, directory, train),
             left_out(train, config),
         )
         parts = []
@@ -134,7 +137,7 @@ class Evaluation:
             "name": part.name,
             "questions": len(facts),
             "passages": len(part.corpus),
-            "in_domain": any(part.dataset.version == d.version for d, _ in trains_on),
+            "in_domain": any(part.dataset.examples is d.examples for d, _ in trains_on),
             "evidence_seen": float(np.mean(seen)) if seen else None,
             "correct": correct,
             "arms": [
@@ -233,14 +236,15 @@ class Evaluation:
         """The passages of a set and their vectors, encoded once for all sets of a source."""
         version = part.dataset.version
         if version not in self._libraries:
-            made = encode.index(part.dataset, self._trained, self._workdir)
+            made = encode.index(part.dataset, self._trained, self._workdir, f"index/{self._shelf}")
             self._libraries[version] = Library([(part.dataset, *made)])
         return self._libraries[version]
 
     def _searched(self, part: HeldOut, arm: Arm) -> tuple[Any, Callable | None]:
         """Vectors of a set's passages, and another pair's queries, where that retrieves."""
         if self._pair and arm.by_query:
-            return self._pair.vectors(part.dataset, part.corpus), self._pair.queries
+            vectors = self._pair.vectors(part.dataset, part.corpus, self._shelf)
+            return vectors, self._pair.queries
         return self._library(part).vectors, None
 
     def _run(self, part: HeldOut, arm: Arm) -> str:
@@ -253,6 +257,16 @@ class Evaluation:
         told += [self._library(part).version, part.name, part.dataset.version, arm.name, rows]
         told += [self._pair.decides] if self._pair and arm.by_query else []
         return digest(told)[:16]
+
+
+def _searched(trained: Trained, workdir: Path) -> tuple[list[Dataset], str]:
+    """What is held out, with all passages that are searched, and where below the index of the own
+    ones their vectors are."""
+    found, where = trained.data.held_out, trained.config.eval.corpus
+    if not where:
+        return found, ""
+    more = encode.corpus(where, trained.config, workdir)
+    return [pooled(dataset, more) for dataset in found], f"with-{more.name}"
 
 
 def majority(part: HeldOut, facts: Sequence[Record]) -> tuple[str, list[Record]]:

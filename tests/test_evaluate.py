@@ -10,12 +10,14 @@ from batches import config
 from test_scoring import PASSAGES, answer
 from untrained import config_of, save_checkpoint, write_config, write_lines
 
-from cosup_jax import evaluate
+from cosup_jax import assemble, evaluate
 from cosup_jax.answer import answering, library, records, retrieve
 from cosup_jax.answer.asked import Arm
 from cosup_jax.answer.cited import Part
 from cosup_jax.answer.decode import Found
+from cosup_jax.data.pooled import pooled
 from cosup_jax.data.schema import Example, Passage
+from cosup_jax.data.sources import load_corpus
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import metrics, scoring
 from cosup_jax.evaluation.baselines import BM25
@@ -356,6 +358,37 @@ def test_ranking_takes_turns():
     assert [[one.row for one in found] for found in ranked(None, [7], [0], 1)] == [[3]]
     ranked(None, [7], [1], 1)
     assert ranked.ranking(7) == [3, 4, 1, 2] and ranked.ranking(8) == []
+
+
+def test_a_corpus_searched_beside_the_own_passages(home, tmp_path):
+    """Bugs: passages of the corpus that nothing finds, or that take the place of those of the same
+    id; a copy of a right passage that is wrong; the index of the own passages written over; a set
+    that training reads out of the domain, as its corpus has grown."""
+    passage = lambda n, i: {"id": f"p{n}", "title": f"town{i}", "text": f"It lies by river{i}."}
+    more = [passage(0, 0), passage(1, 40), passage(2, 41)]  # p0 as it is there, p1 another town
+    corpus = write_lines(tmp_path / "more.jsonl", more)
+    before = {path: path.read_bytes() for path in (home / "run/index").rglob("*") if path.is_file()}
+    keys = {"eval__corpus": str(corpus), "eval__arms": "corpus,bm25", "eval__corpus_sizes": "10,25"}
+    given = config_of(home, **keys)
+    trained = assemble.trained(given, home / "run")
+    found = evaluate.Evaluation(trained, Containment(), home / "run", "more").summary()
+    towns = found["sets"][0]
+    counted = {arm["arm"]: arm["passages"] for arm in towns["arms"]}
+    assert counted == {"corpus": 26, "corpus_10": 10, "corpus_25": 25, "bm25": 26}
+    assert towns["in_domain"] and not found["sets"][2]["in_domain"]
+    after = {path: path.read_bytes() for path in before}
+    assert after == before and (home / "run/index/with-more/towns").is_dir()
+    by_words = records.read(home / "run/more/towns.test/bm25.jsonl")
+    first = {record["id"]: record["ranking"][0] for record in by_words}
+    assert first["test0"] == "more/p0"  # one passage with p0, by the lower id
+    hits = {record["id"]: record["scores"]["retrieval_hit"] for record in by_words}
+    assert hits == dict.fromkeys(hits, 1.0)
+    dataset = pooled(trained.data.held_out[0], load_corpus(str(corpus), given.data, tmp_path)[0])
+    for id in ("p1", "more/p1", "more/p2"):
+        assert dataset.passages.at(dataset.passages.row(id)).id == id in dataset.passages
+    assert dataset.passages["more/p1"].title == "town40" != dataset.passages["p1"].title
+    assert "more/p7" not in dataset.passages and "other/p1" not in dataset.passages
+    assert list(dataset.passages)[-3:] == ["more/p0", "more/p1", "more/p2"]
 
 
 def test_wrong_input(home, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from imports import JUNK, WRONG, write_lines
 
+from cosup_jax.config import DataConfig
 from cosup_jax.data import sources
 from cosup_jax.data.schema import Passage
 from cosup_jax.errors import UserError
@@ -60,7 +61,7 @@ def test_every_kind_of_file(tmp_path, kind):
             (path / "a.jsonl-00001-of-00002.gz").write_bytes(packed)
             write_lines(path / "b-01.jsonl", ROWS[2])
             (path / "README.md").write_text("not read")
-    dataset, problems = sources.load_corpus(str(path), tmp_path / "data")
+    dataset, problems = sources.load_corpus(str(path), DataConfig(), tmp_path / "data")
     assert list(dataset.passages.values()) == PASSAGES and not problems.errors
     assert dataset.name == "wiki.v1" and not len(dataset.examples) and not dataset.splits
 
@@ -69,7 +70,7 @@ def test_bad_records_are_named(tmp_path):
     """Bug: a record that is lost without a word, or a traceback."""
     rows = [ROWS[0], b"\xc1", b"{", [1], {"id": 2, "text": "x"}, {"id": "2"}, ROWS[0]]
     path = record(tmp_path / "x.array_record", *rows)
-    dataset, problems = sources.load_corpus(str(path), tmp_path / "data")
+    dataset, problems = sources.load_corpus(str(path), DataConfig(), tmp_path / "data")
     assert list(dataset.passages) == ["1"]
     assert [(p.kind, p.where) for p in problems.listed] == [
         *(("not_json", f"{path}[{number}]") for number in (1, 2, 3)),
@@ -84,12 +85,12 @@ def test_no_corpus_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, reason in (("none.jsonl", "No such file"), ("empty", "no corpus; it may be .jsonl")):
         with pytest.raises(UserError, match=reason):
-            sources.load_corpus(str(tmp_path / name), tmp_path / "data")
+            sources.load_corpus(str(tmp_path / name), DataConfig(), tmp_path / "data")
     path = record(tmp_path / "x.array_record", *ROWS)
     for content in (b"", b"no record at all", path.read_bytes()[:-9]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"x\.array_record: no whole ArrayRecord file"):
-            sources.load_corpus(str(path), tmp_path / "data")
+            sources.load_corpus(str(path), DataConfig(), tmp_path / "data")
 
 
 @settings(
@@ -104,5 +105,5 @@ def test_no_junk_crashes(tmp_path_factory, field, junk):
         packed = json.dumps(ROWS[0] | {field: junk}).encode()
     directory = tmp_path_factory.mktemp("junk")
     path = record(directory / "x.array_record", ROWS[1], packed)
-    dataset, problems = sources.load_corpus(str(path), directory / "data")
+    dataset, problems = sources.load_corpus(str(path), DataConfig(), directory / "data")
     assert len(dataset.passages) + problems.errors == 2

@@ -70,6 +70,25 @@ def test_tfds_world_takes_size_and_place_from_the_config(tmp_path, monkeypatch):
     assert asked == [(123, "here")]
 
 
+def test_a_world_as_a_corpus(tmp_path, monkeypatch):
+    """Bugs: a world of the training data's size instead of the one that is named; minutes of
+    writing questions that nobody asks for; two sizes kept as one."""
+
+    def records(entities, place):
+        for number in range(entities):
+            yield "here", Passage(f"{number}", "", f"{place} {number}.")
+        pytest.fail("asked for questions too")
+
+    monkeypatch.setattr(sources.world, "records", records)
+    data = DataConfig(world_entities=123, tfds_dir="here")
+    for entities in (3, 5):
+        dataset, problems = sources.load_corpus(f"tfds:world/{entities}", data, tmp_path)
+        assert len(dataset.passages) == entities and dataset.name == f"world-{entities}"
+        assert not len(dataset.examples) and not problems.errors
+    with pytest.raises(UserError, match="tfds:world/many: No such file"):
+        sources.load_corpus("tfds:world/many", data, tmp_path)
+
+
 def test_a_corpus_is_read_as_texts_to_learn(tmp_path, monkeypatch):
     """Bug: questions and answers of the source leak into what should be its bare passages; or a
     link to the same file counts as another corpus."""

@@ -130,10 +130,13 @@ def test_an_arm_is_shared_by_all_studies_that_name_it():
 
 
 def test_a_pair_is_answered_once_for_all_studies_that_name_it():
-    """Bug: a study of larger corpora has the answers of a pair in each of them, or anew."""
+    """Bugs: a study of larger corpora has the answers of a pair in each of them; others have them
+    anew, or from among passages that only it searches."""
     configs = [of_pair(asked(path).config) for path in STUDIES]
-    assert len({(config.eval, config.generate, config.index) for config in configs}) == 1
-    assert configs[0].eval.arms == "corpus"
+    told = {(config.eval, config.generate, config.index) for config in configs}
+    assert {config.eval.arms for config in configs} == {"corpus"}
+    assert sorted(config.eval.corpus for config in configs)[-2:] == ["", "tfds:world/30000"]
+    assert len(told) == 2
 
 
 def test_what_a_model_does_not_depend_on_does_not_train_it_anew():

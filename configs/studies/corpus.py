@@ -1,7 +1,8 @@
 """How does retrieval fare in larger corpora?
 
 Shows       nested corpora of rising size, with the right passages in each, filled at random and by
-            what BM25 ranks best for the questions; the slope of recall per tenfold size, arm by arm
+            what BM25 ranks best for the questions, among the passages of the data and those of a
+            world twenty times as large; the slope of recall per tenfold size, arm by arm
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/corpus.md
 Command     python -m cosup_jax.main --config=configs/studies/corpus.py --workdir=runs/studies \\
@@ -21,10 +22,13 @@ def get_config(variant=""):
         crossed="C|S,C|S2,C|T",
         claims="C > S2: slope/retrieval_hit, slope_hard/retrieval_hit;"
         "T > S: slope/retrieval_hit, slope_hard/retrieval_hit",
-        shown="corpus_250/retrieval_hit,corpus_500/retrieval_hit,corpus_1000/retrieval_hit,"
+        shown="corpus_250/retrieval_hit,corpus_1000/retrieval_hit,corpus_10000/retrieval_hit,"
         "corpus/retrieval_hit,slope/retrieval_hit,corpus_hard_250/retrieval_hit,"
-        "corpus_hard_500/retrieval_hit,corpus_hard_1000/retrieval_hit,slope_hard/retrieval_hit",
+        "corpus_hard_1000/retrieval_hit,corpus_hard_10000/retrieval_hit,slope_hard/retrieval_hit,"
+        "bm25/retrieval_hit",
     )
-    config.eval.corpus_sizes = "250,500,1000"  # a passage for each question is in the smallest
+    if config.data.train:  # the command line gives no data of its own
+        config.eval.corpus = f"tfds:world/{20 * config.data.world_entities}"
+    config.eval.corpus_sizes = "250,1000,10000"  # a passage for each question is in the smallest
     config.eval.hard_corpus_sizes = config.eval.corpus_sizes
     return config

@@ -128,10 +128,12 @@ class Pair:
             raise UserError("the retriever's vectors at [Ret] are no numbers: it has diverged")
         return query_QxD
 
-    def vectors(self, dataset: Dataset, corpus: Corpus) -> np.ndarray | index.Corpus:
-        """Of a corpus of this run, row by row; encoded where they are not yet."""
+    def vectors(
+        self, dataset: Dataset, corpus: Corpus, shelf: str = ""
+    ) -> np.ndarray | index.Corpus:
+        """Of a corpus of this run, row by row; encoded where they are not yet, on that shelf."""
         if dataset.version not in self._vectors:
-            own, found = self._index(dataset)
+            own, found = self._index(dataset, shelf)
             rows = corpus.rows_in(own)
             same = np.array_equal(rows, np.arange(len(own)))
             self._vectors[dataset.version] = searched(found) if same else found.take(rows)
@@ -142,8 +144,8 @@ class Pair:
         datasets = encode.datasets(self._ours, self._workdir)
         return Library([(dataset, *self._index(dataset)) for dataset in datasets])
 
-    def _index(self, dataset: Dataset) -> tuple[Corpus, Vectors]:
-        return encode.index(dataset, self._other, self._workdir, PLACE)
+    def _index(self, dataset: Dataset, shelf: str = "") -> tuple[Corpus, Vectors]:
+        return encode.index(dataset, self._other, self._workdir, f"{PLACE}/{shelf}")
 
 
 def check(config: Config, arms: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -84,11 +85,17 @@ def _as_texts(dataset: Dataset, directory: Path, where: str) -> tuple[Dataset, P
     return dataclasses.replace(texts, passages=passages), problems
 
 
-def load_corpus(where: str, directory: Path) -> tuple[Dataset, Problems]:
-    """Passages without questions: a file or a directory, as formats/passages.py reads them.
+def load_corpus(where: str, data: DataConfig, directory: Path) -> tuple[Dataset, Problems]:
+    """Passages without questions: a file or a directory, as formats/passages.py reads them, or
+    tfds:world/N, the N passages of a world of its own size.
 
     Raises UserError if there is none; bad rows are left out and noted in the problems.
     """
+    if of_world := re.fullmatch(r"tfds:world/(\d+)", where):
+        entities = int(of_world[1])
+        # Its passages come first, and questions that nobody asks for are not made.
+        read = lambda problems: itertools.islice(world.records(entities, data.tfds_dir), entities)
+        return ingest(f"world-{entities}", world.version(entities), read, directory)
     paths = passages.files(where)
     name, version = _name(where.rstrip("/")), digest(paths, directory)
     read = lambda problems: passages.read(where, problems)
