@@ -5,7 +5,7 @@ Shows       the batch halved and doubled at the same number of examples; past pa
             score above the passage masked as likely false; identities ignored, so that a passage
             that two ask for is a negative of both. Not by default, as they share nothing with C but
             the data: C_detached and C_full, the released code's objective with and without a
-            gradient through other ranks' passages
+            gradient through other ranks' passages, from the tower that T has learned
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/negatives.md
 Command     python -m cosup_jax.main --config=configs/studies/negatives.py --workdir=runs/studies \\
@@ -46,15 +46,18 @@ def own_arms(at: ml_collections.ConfigDict):
 
 def released(at: ml_collections.ConfigDict):
     """compat=official at a scale: over 8 ranks gradients stop at other ranks' passages, over one
-    there are none; beside that, ranks are averaged over one by one, and padded one by one."""
+    there are none; beside that, ranks are averaged over one by one, and padded one by one.
+
+    On `world` from T's tower, in both roles: from random weights its NSP does not begin."""
     room = {"data.max_gen_tokens": 216}  # the longest example of `world` has 213
+    start = {"gen.init": f"{arms.START}T"}
     official = {
         "compat": "official",
         "batch_size": 2 * at.batch_size,  # rows of one example
         "data.ret_slots": 2,
         "loss.temperature": 1.0,
         "loss.mask_evidence": False,
-        **(room if at.data.train else {}),
+        **(room | start if at.data.train else {}),
     }
     return {
         "C_detached": official | {"loss.compat_ranks": 8},
