@@ -76,14 +76,16 @@ def test_a_world_as_a_corpus(tmp_path, monkeypatch):
 
     def records(entities, place):
         for number in range(entities):
-            yield "here", Passage(f"{number}", "", f"{place} {number}.")
+            yield "here", Passage(f"{number}", "", f"{place} {number} of {entities}.")
         pytest.fail("asked for questions too")
 
     monkeypatch.setattr(sources.world, "records", records)
     data = DataConfig(world_entities=123, tfds_dir="here")
     for entities in (3, 5):
         dataset, problems = sources.load_corpus(f"tfds:world/{entities}", data, tmp_path)
-        assert len(dataset.passages) == entities and dataset.name == f"world-{entities}"
+        texts = [f"here {number} of {entities}." for number in range(entities)]
+        assert [passage.text for passage in dataset.passages.values()] == texts
+        assert dataset.name == f"world-{entities}"
         assert not len(dataset.examples) and not problems.errors
     with pytest.raises(UserError, match="tfds:world/many: No such file"):
         sources.load_corpus("tfds:world/many", data, tmp_path)
