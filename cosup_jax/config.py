@@ -220,7 +220,7 @@ class EvalConfig:
     answers_every_steps: int = 1000  # training: steps between answering them; also at the last
     questions: int = 100  # evaluate: questions per set, drawn by seed; 0 = all
     arms: str = ",".join(ARMS)  # evaluate: where passages come from, each over the same questions
-    corpus: str = ""  # evaluate: passages searched too: FILE or directory, or tfds:world/N, N of it
+    corpus: str = ""  # evaluate: passages searched beside a set's own, as index.corpus has them
     corpus_sizes: str = "100,1000,10000"  # evaluate: passages searched besides all; gold is in each
     hard_corpus_sizes: str = ""  # evaluate: likewise, of what BM25 ranks best for the questions
     judge: str = "containment"  # of grounding: token containment | NLI model, hub id or directory
@@ -250,7 +250,7 @@ class GenerateConfig:
     context_tokens: int = 256  # prompt, inserted passages and answer together; slots of the cache
     max_tokens: int = 64  # tokens that Gen writes per question, eos too; no [Ret], [Ce] or passage
     max_retrievals: int = 4  # [Ret]s per question
-    retrieval: str = "corpus"  # where passages come from, one of those that ARMS names
+    retrieval: str = "corpus"  # corpus | candidates | gold | bm25 | wrong | none
     retriever: str = ""  # workdir of another run, whose Gen and Ctx retrieve; empty = the own ones
     passages: int = 1  # that are inserted at a [Ret], the best first
     keep_passages: bool = True  # False: dropped behind [Ce], their spans stay (ctx_truncate)
@@ -266,7 +266,7 @@ class GenerateConfig:
 class IndexConfig:
     """Passage vectors on disk, --mode=encode, and hard negatives found with them, --mode=mine."""
 
-    corpus: str = ""  # FILE.jsonl[.gz], FILE.array_record or a directory; empty = of all data sets
+    corpus: str = ""  # FILE.jsonl, FILE.array_record, directory, tfds:world/N; empty = of all data
     dtype: str = "float32"  # of the vectors on disk: float32 | bfloat16 | int8 (a scale a vector)
     shard_rows: int = 32_768  # vectors of a file; what a kill may cost
     faiss: bool = False  # also write index.faiss, float32, for faiss.read_index

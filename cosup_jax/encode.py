@@ -18,6 +18,7 @@ from cosup_jax.data.sources import by_name, load_corpus
 from cosup_jax.data.tokens import tokenize_passages
 from cosup_jax.errors import UserError
 from cosup_jax.runtime import processes
+from cosup_jax.runtime.bucket import localise
 from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.search.corpus import Corpus, encode_to_disk
 from cosup_jax.search.encoder import Encoder
@@ -46,7 +47,7 @@ def encode(config: Config, workdir: str) -> None:
 
 
 def index(
-    dataset: Dataset, trained: Trained, workdir: Path, place: str = "index"
+    dataset: Dataset, trained: Trained, workdir: Path, place: str | Path = "index"
 ) -> tuple[Corpus, Vectors]:
     """The distinct passages of a data set, and their vectors, encoded where they are not yet.
 
@@ -64,17 +65,19 @@ def datasets(trained: Trained, workdir: Path) -> list[Dataset]:
     """Whose passages are encoded. Raises UserError for bad rows, or where there are none."""
     config, data = trained.config, trained.data
     if config.index.corpus:
-        return [corpus(config.index.corpus, config, workdir)]
+        return [without_questions(config.index.corpus, config, workdir)]
     return _checked(data, config)
 
 
-def corpus(where: str, config: Config, workdir: Path) -> Dataset:
-    """Passages without questions, as `load_corpus` has them. Raises UserError as `datasets`."""
-    dataset, problems = load_corpus(where, config.data, workdir / "data")
+def without_questions(where: str, config: Config, workdir: Path) -> Dataset:
+    """A corpus by itself, as `load_corpus` has it. Raises UserError as `datasets`."""
+    local = localise(where, workdir / "data/buckets")
+    dataset, problems = load_corpus(local, config.data, workdir / "data")
     return _checked(Sources([(dataset, 1.0)], [], {where: problems}), config)[0]
 
 
 def _checked(data: Sources, config: Config) -> list[Dataset]:
+    """Each data set once. Raises UserError as `datasets`."""
     for line in assemble.refuse_bad_rows(data, config):
         _say(line)
     found = by_name([*(dataset for dataset, _ in data.train), *data.held_out])

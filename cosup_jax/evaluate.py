@@ -3,6 +3,7 @@
 WORKDIR/evaluation/SET/ARM.jsonl   every answer with its sources and scores; an arm is one way to
                                    come by passages
 WORKDIR/evaluation/summary.json    means with intervals, splits, differences, hashes
+WORKDIR/index/with-NAME            vectors of the sets' passages and those of eval.corpus, NAME
 WORKDIR/report.html                the same as tables and plots, and answers to read
 
 What is on disk is not answered again, unless model, config or data have changed.
@@ -34,7 +35,9 @@ from cosup_jax.config import Config, to_dict
 from cosup_jax.data import tokens
 from cosup_jax.data.plan import left_out
 from cosup_jax.data.pooled import pooled
+from cosup_jax.data.prepared import is_prepared
 from cosup_jax.data.schema import Dataset
+from cosup_jax.data.sources import check_corpus
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import scoring, summary
 from cosup_jax.evaluation.nli import Judge, judge_named
@@ -55,6 +58,8 @@ def evaluate(config: Config, workdir: str) -> None:
     Raises UserError without a checkpoint of this config, or without the judge that it names.
     """
     pair_lib.check(config, config.eval.arm_names)
+    if config.eval.corpus:
+        check_corpus(config.eval.corpus)
     if jax.process_count() > 1:
         raise UserError("--mode=evaluate runs in one process; start it on one host")
     judge = judge_named(config.eval.judge)
@@ -82,7 +87,9 @@ class Evaluation:
         self._prefix = getattr(judge, "prefix", "")
         self._code = processes.code_digest()
         self._libraries: dict[str, Library] = {}  # by the version of the source
-        self._sources, self._shelf = _searched(trained, workdir)
+        self._sources, self._shelf = _with_corpus(trained, workdir)
+        own = (dataset.version for dataset in trained.data.held_out)
+        self._own = dict(zip((dataset.version for dataset in self._sources), own, strict=True))
         self._pair = Pair.of(trained, workdir)
         self._answering = Answering(
             trained.mesh, trained.towers, trained.config, trained.tokenizers.gen
@@ -137,7 +144,7 @@ class Evaluation:
             "name": part.name,
             "questions": len(facts),
             "passages": len(part.corpus),
-            "in_domain": any(part.dataset.examples is d.examples for d, _ in trains_on),
+            "in_domain": any(self._own[part.dataset.version] == d.version for d, _ in trains_on),
             "evidence_seen": float(np.mean(seen)) if seen else None,
             "correct": correct,
             "arms": [
@@ -236,7 +243,8 @@ class Evaluation:
         """The passages of a set and their vectors, encoded once for all sets of a source."""
         version = part.dataset.version
         if version not in self._libraries:
-            made = encode.index(part.dataset, self._trained, self._workdir, f"index/{self._shelf}")
+            place = Path("index", self._shelf)
+            made = encode.index(part.dataset, self._trained, self._workdir, place)
             self._libraries[version] = Library([(part.dataset, *made)])
         return self._libraries[version]
 
@@ -259,14 +267,20 @@ class Evaluation:
         return digest(told)[:16]
 
 
-def _searched(trained: Trained, workdir: Path) -> tuple[list[Dataset], str]:
-    """What is held out, with all passages that are searched, and where below the index of the own
-    ones their vectors are."""
+def _with_corpus(trained: Trained, workdir: Path) -> tuple[list[Dataset], str]:
+    """What is held out, eval.corpus behind its passages, and the directory for their vectors below
+    that of the own ones."""
     found, where = trained.data.held_out, trained.config.eval.corpus
     if not where:
         return found, ""
-    more = encode.corpus(where, trained.config, workdir)
-    return [pooled(dataset, more) for dataset in found], f"with-{more.name}"
+    for dataset in found:
+        if is_prepared(dataset):
+            raise UserError(
+                f"config.eval.corpus={where} cannot join {dataset.name}, which was prepared and "
+                "brings its tokens; name what it was prepared from in config.data.eval"
+            )
+    corpus = encode.without_questions(where, trained.config, workdir)
+    return [pooled(dataset, corpus) for dataset in found], f"with-{corpus.name}"
 
 
 def majority(part: HeldOut, facts: Sequence[Record]) -> tuple[str, list[Record]]:

@@ -1,5 +1,6 @@
 """--mode=evaluate on a workdir that nothing has trained: what it asks, keeps, and answers anew."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -16,8 +17,9 @@ from cosup_jax.answer.asked import Arm
 from cosup_jax.answer.cited import Part
 from cosup_jax.answer.decode import Found
 from cosup_jax.data.pooled import pooled
-from cosup_jax.data.schema import Example, Passage
+from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.sources import load_corpus
+from cosup_jax.data.storage import id_order
 from cosup_jax.errors import UserError
 from cosup_jax.evaluation import metrics, scoring
 from cosup_jax.evaluation.baselines import BM25
@@ -360,7 +362,7 @@ def test_ranking_takes_turns():
     assert ranked.ranking(7) == [3, 4, 1, 2] and ranked.ranking(8) == []
 
 
-def test_a_corpus_searched_beside_the_own_passages(home, tmp_path):
+def test_a_corpus_searched_beside_the_own_passages(home, summary, tmp_path):
     """Bugs: passages of the corpus that nothing finds, or that take the place of those of the same
     id; a copy of a right passage that is wrong; the index of the own passages written over; a set
     that training reads out of the domain, as its corpus has grown."""
@@ -377,7 +379,7 @@ def test_a_corpus_searched_beside_the_own_passages(home, tmp_path):
     assert counted == {"corpus": 26, "corpus_10": 10, "corpus_25": 25, "bm25": 26}
     assert towns["in_domain"] and not found["sets"][2]["in_domain"]
     after = {path: path.read_bytes() for path in before}
-    assert after == before and (home / "run/index/with-more/towns").is_dir()
+    assert after == before != {} and (home / "run/index/with-more/towns").is_dir()
     by_words = records.read(home / "run/more/towns.test/bm25.jsonl")
     first = {record["id"]: record["ranking"][0] for record in by_words}
     assert first["test0"] == "more/p0"  # one passage with p0, by the lower id
@@ -389,6 +391,29 @@ def test_a_corpus_searched_beside_the_own_passages(home, tmp_path):
     assert dataset.passages["more/p1"].title == "town40" != dataset.passages["p1"].title
     assert not any(id in dataset.passages for id in ("more/p7", "other/p1", "p30"))
     assert list(dataset.passages)[-3:] == ["more/p0", "more/p1", "more/p30"]
+    assert dataset.passages.by_id().tolist() == id_order(dataset.passages).tolist()
+    write_lines(corpus, more[:1])  # the same name, another content
+    again = evaluate.Evaluation(trained, Containment(), home / "run", "more").summary()
+    assert again["sets"][0]["arms"][0]["passages"] == 24
+
+
+def test_a_corpus_that_cannot_join(home, tmp_path):
+    """Bugs: a passage of the corpus taken for a right one of the same id; the tokens of a prepared
+    set with passages that it never tokenised."""
+    names = lambda *ids: Dataset.of("x", "1", [], [Passage(id, "", id) for id in ids])
+    for own in (("more/1",), ("a", "more/", "z")):
+        with pytest.raises(UserError, match=r"'more/1?' has an id as those of the corpus more get"):
+            pooled(names(*own), dataclasses.replace(names("1"), name="more"))
+    trained = SimpleNamespace(
+        data=SimpleNamespace(held_out=[names("1")]),
+        config=config(eval__corpus=str(tmp_path / "more.jsonl")),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "is_prepared", lambda dataset: True)
+        with pytest.raises(UserError, match=r"more\.jsonl cannot join x, which was prepared"):
+            evaluate._with_corpus(trained, tmp_path)
+    with pytest.raises(UserError, match=r"more\.jsonl: No such file"):
+        evaluate.evaluate(config_of(home, eval__corpus=trained.config.eval.corpus), str(home))
 
 
 def test_wrong_input(home, tmp_path):

@@ -201,6 +201,14 @@ def test_an_evaluation_by_another_run(home, monkeypatch):
     first = {r["question"]: r["ranking"][0] for r in others["corpus"] if len(r["ranking"])}
     theirs = {r["question"]: r["retrieved"][0]["id"] for r in answers(home, "other")}
     assert {question: first[question] for question in theirs} == theirs
+    kept = state(home / "run/retriever/towns")
+    town = {"id": "new", "title": "berne", "text": "a town"}
+    corpus = str(write_lines(home / "more.jsonl", [town]))
+    given = {"generate__retriever": str(home / "other"), "eval__corpus": corpus}
+    evaluate.evaluate(config_of(home, **given, eval__arms="corpus"), str(home / "run"))
+    (part,) = json.loads((place / "summary.json").read_text())["sets"]
+    assert part["arms"][0]["passages"] == arms[0]["passages"] + 1
+    assert state(home / "run/retriever/towns") == kept != {}
 
 
 @pytest.mark.slow

@@ -87,8 +87,20 @@ def test_a_world_as_a_corpus(tmp_path, monkeypatch):
         assert [passage.text for passage in dataset.passages.values()] == texts
         assert dataset.name == f"world-{entities}"
         assert not len(dataset.examples) and not problems.errors
-    with pytest.raises(UserError, match="tfds:world/many: No such file"):
-        sources.load_corpus("tfds:world/many", data, tmp_path)
+    for name in ("tfds:world", "tfds:world/many", "tfds:world/1" + 5000 * "0", "tfds:squad"):
+        with pytest.raises(UserError, match=r"corpus of TFDS is tfds:world/N"):
+            sources.check_corpus(name)
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: No such file"):
+        sources.check_corpus(str(tmp_path / "nowhere.jsonl"))
+
+
+def test_a_world_of_no_size_as_a_corpus(tmp_path):
+    """Bugs: a corpus without a passage; a key that nobody has set told as wrong, and nothing of
+    the one that is."""
+    for entities in (0, 99, 40_000):
+        name = f"tfds:world/{entities}"
+        with pytest.raises(UserError, match=f"^{name}: data.world_entities={entities}: "):
+            sources.load_corpus(name, DataConfig(tfds_dir=str(tmp_path)), tmp_path)
 
 
 def test_a_corpus_is_read_as_texts_to_learn(tmp_path, monkeypatch):

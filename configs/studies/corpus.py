@@ -3,6 +3,7 @@
 Shows       nested corpora of rising size, with the right passages in each, filled at random and by
             what BM25 ranks best for the questions, among the passages of the data and those of a
             world twenty times as large; the slope of recall per tenfold size, arm by arm
+            (with data of one's own: --config.eval.corpus= and sizes that they have)
 Hardware    2 CPU cores, 4 GB of memory
 Expected    docs/results/corpus.md
 Command     python -m cosup_jax.main --config=configs/studies/corpus.py --workdir=runs/studies \\
@@ -27,7 +28,7 @@ def get_config(variant=""):
         "corpus_hard_1000/retrieval_hit,corpus_hard_10000/retrieval_hit,slope_hard/retrieval_hit,"
         "bm25/retrieval_hit",
     )
-    if config.data.train:  # the command line gives no data of its own
+    if config.data.train:  # `world`; the other scales have data of one's own
         config.eval.corpus = f"tfds:world/{20 * config.data.world_entities}"
     config.eval.corpus_sizes = "250,1000,10000"  # a passage for each question is in the smallest
     config.eval.hard_corpus_sizes = config.eval.corpus_sizes

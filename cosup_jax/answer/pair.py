@@ -131,7 +131,8 @@ class Pair:
     def vectors(
         self, dataset: Dataset, corpus: Corpus, shelf: str = ""
     ) -> np.ndarray | index.Corpus:
-        """Of a corpus of this run, row by row; encoded where they are not yet, on that shelf."""
+        """Of a corpus of this run, row by row; encoded where they are not yet, in that directory
+        of those that are kept here."""
         if dataset.version not in self._vectors:
             own, found = self._index(dataset, shelf)
             rows = corpus.rows_in(own)
@@ -145,7 +146,7 @@ class Pair:
         return Library([(dataset, *self._index(dataset)) for dataset in datasets])
 
     def _index(self, dataset: Dataset, shelf: str = "") -> tuple[Corpus, Vectors]:
-        return encode.index(dataset, self._other, self._workdir, f"{PLACE}/{shelf}")
+        return encode.index(dataset, self._other, self._workdir, Path(PLACE, shelf))
 
 
 def check(config: Config, arms: Sequence[str]) -> None:

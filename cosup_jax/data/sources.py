@@ -17,9 +17,10 @@ from cosup_jax.data.formats import alce, jsonl, kilt, official, passages, selfra
 from cosup_jax.data.ingest import ingest
 from cosup_jax.data.markup import passage_text
 from cosup_jax.data.problems import Problems, printable
-from cosup_jax.data.schema import Dataset, Example
+from cosup_jax.data.schema import Dataset, Example, Passage
 from cosup_jax.data.storage import share_of
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.bucket import is_url
 from cosup_jax.runtime.paths import expanded
 
 FORMATS = {"jsonl": jsonl, "official": official, "selfrag": selfrag, "kilt": kilt, "alce": alce}
@@ -87,19 +88,42 @@ def _as_texts(dataset: Dataset, directory: Path, where: str) -> tuple[Dataset, P
 
 def load_corpus(where: str, data: DataConfig, directory: Path) -> tuple[Dataset, Problems]:
     """Passages without questions: a file or a directory, as formats/passages.py reads them, or
-    tfds:world/N, the N passages of a world of its own size.
+    tfds:world/N, the N passages of a world of that size.
 
     Raises UserError if there is none; bad rows are left out and noted in the problems.
     """
-    if of_world := re.fullmatch(r"tfds:world/(\d+)", where):
-        entities = int(of_world[1])
-        # Its passages come first, and questions that nobody asks for are not made.
-        read = lambda problems: itertools.islice(world.records(entities, data.tfds_dir), entities)
-        return ingest(f"world-{entities}", world.version(entities), read, directory)
+    if where.startswith("tfds:"):
+        entities = _entities(where)
+        version, read = world.version(entities), lambda problems: _passages(entities, data.tfds_dir)
+        try:
+            return ingest(f"world-{entities}", version, read, directory)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     paths = passages.files(where)
     name, version = _name(where.rstrip("/")), digest(paths, directory)
     read = lambda problems: passages.read(where, problems)
     return ingest(name, f"passages-{version}", read, directory, where)
+
+
+def check_corpus(where: str) -> None:
+    """Raises UserError, in no time, for what `load_corpus` would find no passage in."""
+    if where.startswith("tfds:"):
+        _entities(where)
+    elif not is_url(where):
+        passages.files(where)
+
+
+def _entities(where: str) -> int:
+    if found := re.fullmatch(r"tfds:world/(\d{1,9})", where):
+        return int(found[1])
+    raise UserError(f"{where}: a corpus of TFDS is tfds:world/N, N places such as 30000")
+
+
+def _passages(entities: int, tfds_dir: str) -> Iterator[tuple[str, Passage | Example]]:
+    """Of a world, which come first: its questions need not be written."""
+    records = world.records(entities, tfds_dir)
+    yield from itertools.islice(records, max(entities, 1))
+    world.compose.cache_clear()
 
 
 def expand(source: str) -> list[str]:

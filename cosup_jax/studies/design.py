@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cosup_jax.config import Config, StudyConfig, to_dict
 from cosup_jax.config_files import File, load
+from cosup_jax.data.sources import check_corpus
 from cosup_jax.dotted import differing, get_dotted, leaves, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import digest
@@ -80,6 +81,8 @@ class Design(NamedTuple):
         named = {name for claim in claims for name in (claim.better, claim.other)}
         matched = {name: curve for name, curve in matched.items() if name in named}
         _check_ratio(matched, config, asked)
+        if config.eval.corpus:
+            check_corpus(config.eval.corpus)
         directory = root / _directory_name(config.study.name or file.name, root)
         design = cls(
             config, file, root, directory, arms, crossed, asked, shown, claims, kinds, matched
