@@ -21,8 +21,8 @@ def get_config(variant=""):
         question="How does retrieval fare in larger corpora?",
         arms="S,S2,C,T",
         crossed="C|S,C|S2,C|T",
-        claims="C > S2: slope/retrieval_hit, slope_hard/retrieval_hit;"
-        "T > S: slope/retrieval_hit, slope_hard/retrieval_hit",
+        claims="C > S2: slope/retrieval_hit, slope_hard/retrieval_hit, corpus/retrieval_hit;"
+        "T > S: slope/retrieval_hit, slope_hard/retrieval_hit, corpus/retrieval_hit",
         shown="corpus_250/retrieval_hit,corpus_1000/retrieval_hit,corpus_10000/retrieval_hit,"
         "corpus/retrieval_hit,slope/retrieval_hit,corpus_hard_250/retrieval_hit,"
         "corpus_hard_1000/retrieval_hit,corpus_hard_10000/retrieval_hit,slope_hard/retrieval_hit,"
