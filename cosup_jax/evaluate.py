@@ -68,7 +68,8 @@ def evaluate(config: Config, workdir: str) -> None:
         if config.generate.retriever:
             directory.fetch(pair_lib.PLACE)
         trained = assemble.trained(config, directory.path)
-        print(f"step {trained.step}: answering held-out questions", flush=True)
+        among = f", {config.eval.corpus} searched too" if config.eval.corpus else ""
+        print(f"step {trained.step}: answering held-out questions{among}", flush=True)
         found = Evaluation(trained, judge, directory.path).summary()
         directory.write_json("evaluation/summary.json", found)
         run = page.read_run(directory.path, trained.config.generate.examples)

@@ -29,7 +29,9 @@ def get_config(variant=""):
         "bm25/retrieval_hit",
     )
     if config.data.train:  # `world`; the other scales have data of one's own
-        config.eval.corpus = f"tfds:world/{20 * config.data.world_entities}"
+        size = 20 * config.data.world_entities
+        config.eval.corpus = f"tfds:world/{size}"
+        config.study.question += f" `corpus` has {size:,} passages here."
     config.eval.corpus_sizes = "250,1000,10000"  # a passage for each question is in the smallest
     config.eval.hard_corpus_sizes = config.eval.corpus_sizes
     return config
