@@ -1,4 +1,4 @@
-"""How does retrieval fare in larger corpora?
+"""How does retrieval fare in larger corpora? `corpus` has 30,000 passages here.
 
 Shows       nested corpora of rising size, with the right passages in each, filled at random and by
             what BM25 ranks best for the questions, among the passages of the data and those of a
