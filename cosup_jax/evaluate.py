@@ -58,8 +58,7 @@ def evaluate(config: Config, workdir: str) -> None:
     Raises UserError without a checkpoint of this config, or without the judge that it names.
     """
     pair_lib.check(config, config.eval.arm_names)
-    if config.eval.corpus:
-        check_corpus(config.eval.corpus)
+    check_corpus(config.eval.corpus)
     if jax.process_count() > 1:
         raise UserError("--mode=evaluate runs in one process; start it on one host")
     judge = judge_named(config.eval.judge)

@@ -106,10 +106,10 @@ def load_corpus(where: str, data: DataConfig, directory: Path) -> tuple[Dataset,
 
 
 def check_corpus(where: str) -> None:
-    """Raises UserError, in no time, for what `load_corpus` would find no passage in."""
+    """Raises UserError, in no time, for what `load_corpus` would find no passage in; "" is none."""
     if where.startswith("tfds:"):
         _entities(where)
-    elif not is_url(where):
+    elif where and not is_url(where):
         passages.files(where)
 
 

@@ -81,8 +81,7 @@ class Design(NamedTuple):
         named = {name for claim in claims for name in (claim.better, claim.other)}
         matched = {name: curve for name, curve in matched.items() if name in named}
         _check_ratio(matched, config, asked)
-        if config.eval.corpus:
-            check_corpus(config.eval.corpus)
+        check_corpus(config.eval.corpus)
         directory = root / _directory_name(config.study.name or file.name, root)
         design = cls(
             config, file, root, directory, arms, crossed, asked, shown, claims, kinds, matched
