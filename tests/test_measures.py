@@ -353,6 +353,29 @@ def test_spaces_over_training_of_a_run(run):
 
 
 @pytest.mark.slow
+def test_measures_of_a_run_share_what_they_read(run, monkeypatch):
+    """Bug: Ctx reads a passage, or Gen a question, once for every measure that wants it."""
+    read = {"corpus": 0, "queries": 0}
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def count(self, params, what, *more):
+            read[name] += more[0] if more else len(what.examples)
+            return original(self, params, what, *more)
+
+        monkeypatch.setattr(owner, name, count)
+
+    counted(run_lib.Encoder, "corpus")
+    counted(run_lib.Evaluator, "queries")
+    run = run._replace(read={})
+    spaces(run), plane(run)
+    assert read == {"corpus": 40, "queries": 12}
+    geometry(run)  # of the checkpoint before, the passages
+    assert read == {"corpus": 80, "queries": 12}
+
+
+@pytest.mark.slow
 def test_gradients_of_a_run(run):
     """Bugs: layers mixed up, or the first layer's cosine for all; weights, or a loss that the run
     does not train, in a gradient; a cosine where NSP's gradient is zero."""

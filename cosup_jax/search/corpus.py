@@ -55,6 +55,11 @@ class Corpus(Iterable[PackedPassages]):
         return other.row_of[self._rows]
 
     @property
+    def tokens(self) -> Sequence[np.ndarray]:
+        """As Ctx reads them, in the order of the corpus."""
+        return Chosen(self._store.ctx.__getitem__, self._rows)
+
+    @property
     def passages(self) -> Sequence[Passage]:
         """In the order of the corpus."""
         return Chosen(self._dataset.passages.at, self._rows)

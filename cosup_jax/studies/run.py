@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,6 +49,7 @@ class Run(NamedTuple):
     workdir: Path
     sets: list[HeldOut]  # packed, as `held_out_sets` makes them
     store: tokens.TokenStore  # what it was trained on
+    read: dict[Any, Any]  # what several measures want: vectors by tokens, queries by set
 
 
 class Asked(NamedTuple):
@@ -72,7 +73,8 @@ def opened(config: Config, workdir: Path) -> Run:
     trained = assemble.trained(config, workdir)
     config, directory = trained.config, workdir / "data"
     store = tokens.tokenize(trained.data.train, *trained.tokenizers, config, directory)
-    return Run(trained, workdir, sets(trained, workdir, store, config.eval.examples), store)
+    asked = sets(trained, workdir, store, config.eval.examples)
+    return Run(trained, workdir, asked, store, {})
 
 
 def sets(trained: Trained, workdir: Path, store: tokens.TokenStore, most: int) -> list[HeldOut]:
@@ -95,13 +97,15 @@ def over_training(run: Run) -> Iterator[Run]:
             continue
         found = restore_params(saved, abstract, step)
         now = run.trained._replace(params=found.state, step=step, meta=found.meta)
-        yield run._replace(trained=now)
+        yield run._replace(trained=now, read={})
 
 
 def asked(run: Run, part: HeldOut) -> Asked:
     """The queries of a set's [Ret]s; of a set without any, none."""
-    evaluator = _evaluator(run.trained.mesh, run.trained.towers, run.trained.config)
-    query_QxD, rets_Q = evaluator.queries(run.trained.params, part)
+    if part.name not in run.read:
+        evaluator = _evaluator(run.trained.mesh, run.trained.towers, run.trained.config)
+        run.read[part.name] = evaluator.queries(run.trained.params, part)
+    query_QxD, rets_Q = run.read[part.name]
     question_Q = np.searchsorted(part.store.ret_offsets, rets_Q, side="right") - 1
     ids = [part.examples[question].id for question in question_Q]
     return Asked(ids, query_QxD, part.store.ret_passages[rets_Q])
@@ -125,17 +129,21 @@ def sample(run: Run, most: int = PASSAGES) -> Sample:
 
 def vectors(run: Run, passages: Sequence[np.ndarray]) -> np.ndarray:
     """[N, D] float32 vectors of passages given as the tokens that Ctx reads."""
-    trained = run.trained
-    encoder = _encoder(trained.mesh, trained.towers, trained.config)
-    packed = pack_passages(passages, batch_shape(trained.config))
-    return encoder.corpus(trained.params, packed, len(passages))
+    trained, texts = run.trained, [passage.tobytes() for passage in passages]
+    new = {
+        text: passage for text, passage in zip(texts, passages, strict=True) if text not in run.read
+    }
+    if new:
+        encoder = _encoder(trained.mesh, trained.towers, trained.config)
+        packed = pack_passages([*new.values()], batch_shape(trained.config))
+        found = encoder.corpus(trained.params, packed, len(new))
+        run.read.update(zip(new, found, strict=True))
+    return np.stack([run.read[text] for text in texts])
 
 
 def corpus_vectors(run: Run, part: HeldOut) -> np.ndarray:
     """[N, D] float32 vectors of a set's corpus, by its rows."""
-    trained = run.trained
-    encoder = _encoder(trained.mesh, trained.towers, trained.config)
-    return encoder.corpus(trained.params, part.corpus, len(part.corpus))
+    return vectors(run, part.corpus.tokens)
 
 
 def by_item(ids: Sequence[str], values: Sequence[float]) -> dict[str, float]:
