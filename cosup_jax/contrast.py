@@ -53,6 +53,11 @@ class Scale(NamedTuple):
     temperature: jax.Array
     bias: jax.Array  # 0 under softmax
 
+    @property
+    def slope(self) -> jax.Array:
+        """1 / temperature, which many scores are multiplied by; one division is enough."""
+        return 1 / self.temperature
+
 
 class How(NamedTuple):
     """How rows are scored; static."""
@@ -258,7 +263,7 @@ def _backward(walk: _Walk, kept, grads: Scores):
     start = (jnp.zeros((Q, W, D)), jnp.zeros((Q, W)), jnp.zeros((Q, W)))
     sums, grad_tiles = _scan(body, start, _tiles(walk, candidates))
     grad_rows_QxWxD, grad_temperature_QxW, grad_bias_QxW = sums
-    grad_rows_QxD = jnp.sum(grad_rows_QxWxD, axis=1) / scale.temperature
+    grad_rows_QxD = jnp.sum(grad_rows_QxWxD, axis=1) * scale.slope
     unlearned = everything.vector_QxD.shape[0] - Q
     grad_rows_QxD = jnp.pad(grad_rows_QxD, ((0, unlearned), (0, 0)))
     grad_queries = Queries(grad_rows_QxD.astype(queries.vector_QxD.dtype), None, None)
@@ -269,7 +274,7 @@ def _backward(walk: _Walk, kept, grads: Scores):
     if candidates.stored:
         return grad_queries, None, grad_scale, None
     K, C, _ = candidates.vector_KxCxD.shape
-    grad_CxD = grad_tiles.reshape(-1, D)[:C] / scale.temperature
+    grad_CxD = grad_tiles.reshape(-1, D)[:C] * scale.slope
     none = dict.fromkeys(("id_KxCx2", "step_KxC", "since", "asked_Nx2"))
     grad_columns = candidates.replace(vector_KxCxD=grad_CxD.reshape(K, C, D), **none)
     return grad_queries, grad_columns, grad_scale, None
@@ -286,7 +291,7 @@ def _compare(queries: Queries, candidates: Candidates, tile, scale: Scale, ceili
     similarity = jnp.einsum(
         "qd,gwcd->qgwc", _rows(queries), vector_GxWxCxD, precision=jax.lax.Precision.HIGHEST
     )
-    score = similarity / scale.temperature + scale.bias
+    score = similarity * scale.slope + scale.bias
     is_the = lambda s: same(queries.positives_QxSx2[:, s][:, None, None, None], id_GxWxCx2[None])
     own = is_the(0) & valid_GxWxC[None]
     sibling = jnp.zeros_like(own)

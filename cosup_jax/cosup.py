@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cosup_jax import bank as bank_lib
 from cosup_jax import nsp, ntp
@@ -30,18 +31,39 @@ class Terms(NamedTuple):
     asked: Queries
 
 
-def loss(params: dict, batch: Batch, bank, step, towers: Towers, config: Config):
-    """ntp_weight * NTP + nsp_weight * NSP in nats, and the Terms; arguments as for `terms`."""
-    found = terms(params, batch, bank, step, towers, config)
-    weight = nsp_weight(step, config.loss)
-    total = config.loss.ntp_weight * found.ntp + weight * found.nsp
+class Factors(NamedTuple):
+    """The numbers of the objective, float32. Arguments of a program and not its constants, they
+    leave it the same for all runs that differ in nothing else."""
+
+    ntp_weight: jax.Array
+    nsp_weight: jax.Array
+    nsp_ramp_from: jax.Array
+    temperature: jax.Array  # where it is not learned
+
+
+def factors(config: LossConfig) -> Factors:
+    """Those of a run."""
+    return Factors(*(np.float32(getattr(config, name)) for name in Factors._fields))
+
+
+def loss(params: dict, batch: Batch, bank, step, towers: Towers, config: Config, given=None):
+    """ntp_weight * NTP + nsp_weight * NSP in nats, and the Terms.
+
+    Args: as for `terms`; given: Factors in place of those of config.loss.
+    """
+    given = given or factors(config.loss)
+    found = terms(params, batch, bank, step, towers, config, given.temperature)
+    weight = nsp_weight(step, config.loss, given)
+    total = given.ntp_weight * found.ntp + weight * found.nsp
     metrics = found.metrics | {"loss/total": total, "loss/nsp_weight": weight}
     if found.live is not None:
         metrics["loss/nsp"] = found.nsp  # with a dual bank more than nsp/nats_per_ret, its rows too
     return total, found._replace(metrics=metrics)
 
 
-def terms(params: dict, batch: Batch, bank, step, towers: Towers, config: Config) -> Terms:
+def terms(
+    params: dict, batch: Batch, bank, step, towers: Towers, config: Config, temperature=None
+) -> Terms:
     """Both losses, each a mean over the global batch.
 
     Args:
@@ -49,6 +71,7 @@ def terms(params: dict, batch: Batch, bank, step, towers: Towers, config: Config
       batch: as in `data/batch.py`.
       bank: `bank.Bank` as it stood before the step, or None.
       step: int32 scalar, for the age of the bank's entries.
+      temperature: in place of config.loss.temperature, where that is not learned.
     """
     ntp_sum, ntp_count, asked = generate(params, batch, towers, config)
     ntp_mean = ntp_sum / jnp.maximum(ntp_count, 1)
@@ -58,7 +81,7 @@ def terms(params: dict, batch: Batch, bank, step, towers: Towers, config: Config
     if not config.loss.trains_nsp:  # NTP alone: Ctx is not run
         return Terms(ntp_mean, jnp.float32(0), metrics, None, asked)
     live = condense(towers.ctx_params(params), batch, step, towers, config)
-    scale = nsp.scale_of(params["nsp"], config.loss)
+    scale = nsp.scale_of(params["nsp"], config.loss, temperature)
     nsp_mean, sums = next_sequence(asked, live, bank, step, scale, config)
     metrics |= nsp.metrics(sums, asked, live, jnp.sum(batch.passage_valid_UxP), scale)
     return Terms(ntp_mean, nsp_mean, metrics, live, asked)
@@ -124,8 +147,10 @@ def condense(ctx_params: dict, batch: Batch, step, towers: Towers, config: Confi
     return Candidates(vector_1xCxD, id_1xCx2, step_1xC, since=jnp.int32(0))
 
 
-def nsp_weight(step, config: LossConfig) -> jax.Array:
+def nsp_weight(step, config: LossConfig, given: Factors | None = None) -> jax.Array:
     """NSP's factor at a step: linear from nsp_ramp_from to nsp_weight, then constant."""
-    done = jnp.minimum(step / max(config.nsp_ramp_steps, 1), 1.0) if config.nsp_ramp_steps else 1.0
-    start = config.nsp_ramp_from
-    return jnp.float32(start + (config.nsp_weight - start) * done)
+    given = given or factors(config)
+    if not config.nsp_ramp_steps:
+        return jnp.float32(given.nsp_weight)
+    done = jnp.minimum(step / config.nsp_ramp_steps, 1.0)
+    return jnp.float32(given.nsp_ramp_from + (given.nsp_weight - given.nsp_ramp_from) * done)

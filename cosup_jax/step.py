@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from cosup_jax import bank as bank_lib
 from cosup_jax import cosup, nsp, official, sharding
 from cosup_jax.config import Config
+from cosup_jax.cosup import Factors
 from cosup_jax.data.batch import Batch, batch_shape
 from cosup_jax.errors import UserError
 from cosup_jax.runtime.compiling import release_memory
@@ -154,18 +155,26 @@ def fresh_state(config: Config, towers: Towers, tx, pretrained: dict | None = No
 
 
 def objective(
-    trained: dict, state: TrainState, batch: Batch, towers: Towers, config: Config, pad_id: int
+    trained: dict,
+    state: TrainState,
+    batch: Batch,
+    towers: Towers,
+    config: Config,
+    pad_id: int,
+    factors: Factors | None = None,
 ) -> tuple[jax.Array, cosup.Terms]:
-    """The loss of a batch at `state`, its trained parameters replaced by `trained`."""
+    """The loss of a batch at `state`, its trained parameters replaced by `trained`; with factors
+    other than those of config.loss, but under compat=official, where these are fixed."""
     params = overlaid(state.params, trained)
     if config.compat == "official":
         return official.loss(params, batch, towers, pad_id, config)
-    return cosup.loss(params, batch, state.bank, state.step, towers, config)
+    return cosup.loss(params, batch, state.bank, state.step, towers, config, factors)
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
+    factors: Factors,
     *,
     towers: Towers,
     tx: optax.GradientTransformation,
@@ -175,9 +184,8 @@ def train_step(
     """One update, or none if loss or gradient is not finite: then all but the count of such steps
     stays as it was, bit by bit. Pure; the bank is scored as it stood and filled afterwards.
     """
-
     trained = trainable(state.params, config)
-    loss = lambda trained: objective(trained, state, batch, towers, config, pad_id)
+    loss = lambda trained: objective(trained, state, batch, towers, config, pad_id, factors)
     (total, found), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     good = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(grads))
@@ -253,31 +261,35 @@ def compile_step(
     mesh: Mesh, shardings: TrainState, **parts: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` compiled for each shape of batch when it first comes: explicit shardings, the
-    old state's memory given to the new one.
+    old state's memory given to the new one, the factors of config.loss for its last argument.
 
     Args:
       mesh: where it runs.
       shardings: of the state, from `state_shardings`.
       parts: towers, tx, config, pad_id of `train_step`.
     """
+    whole, factors = sharding.replicated(mesh), cosup.factors(parts["config"].loss)
     jitted = jax.jit(
         functools.partial(train_step, **parts),
-        in_shardings=(shardings, sharding.rows(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
+        in_shardings=(shardings, sharding.rows(mesh), whole),
+        out_shardings=(shardings, whole),
         donate_argnums=0,
     )
-
     programs = {}  # by the lengths of Gen and Ctx rows
+    lower = lambda state, batch: jitted.lower(state, batch, factors)
+    place = lambda x: jax.make_array_from_callback((), whole, lambda _: x)
 
     def step(state: TrainState, batch: Batch):
         lengths = batch.gen_tokens_BxT.shape[1], batch.ctx_tokens_UxL.shape[1]
         if lengths not in programs:
             with jax.set_mesh(mesh):
-                programs[lengths] = jitted.lower(state, batch).compile()
+                program = lower(state, batch).compile()
+            programs[lengths] = program, jax.tree.map(place, factors)
             release_memory()
-        return programs[lengths](state, batch)
+        program, placed = programs[lengths]
+        return program(state, batch, placed)
 
-    step.lower = jitted.lower
+    step.lower = lower
     return step
 
 

@@ -119,7 +119,20 @@ def _check(make, mesh_shape, bank_kind, slices, tile, contents, keys: tuple = ()
 _GRID = list(itertools.product(MESHES, BANKS, SLICES, TILES))
 
 
-@pytest.mark.parametrize("mesh_shape,bank_kind,slices,tile", _GRID, ids=str)
+def _grid(covered):
+    """The grid; what is not covered is slow."""
+    slow = lambda case: pytest.param(*case, marks=pytest.mark.slow)
+    cases = [case if covered(*case) else slow(case) for case in _GRID]
+    return pytest.mark.parametrize("mesh_shape,bank_kind,slices,tile", cases, ids=str)
+
+
+def _halves(mesh_shape, bank_kind, slices, tile) -> bool:
+    """Half of the slices and tiles for each mesh and bank; any three settings meet."""
+    places = MESHES.index(mesh_shape), BANKS.index(bank_kind), SLICES.index(slices)
+    return (sum(places) + TILES.index(tile)) % 2 == 0
+
+
+@_grid(_halves)
 def test_vectors_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: negatives of one shard, slice or tile only; gradients cut at the gather or scaled by
     the number of devices; a copy of the positive, a sibling, or a live, old or doubly stored bank
@@ -170,18 +183,14 @@ def _contents(mesh_shape, bank_kind) -> tuple[bool, bool]:
     return CONTENTS[[(0, 1, 3), (3, 2, 0)][mesh % 2][bank]]
 
 
-@pytest.mark.parametrize(
-    "mesh_shape,bank_kind,slices,tile",
-    [case if _covers(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in _GRID],
-    ids=str,
-)
+@_grid(_covers)
 def test_towers_equal_the_loops(mesh_shape, bank_kind, slices, tile):
     """Bugs: as on vectors, and sharded parameters gathered or reduced wrongly."""
     contents = [_contents(mesh_shape, bank_kind)]
     _check(_transformers, mesh_shape, bank_kind, slices, tile, contents)
 
 
-def test_the_cover_meets_every_pair():
+def test_the_covers_meet_all():
     """Bug: a default run in which, say, tiles and the dual bank never meet."""
     settings = ["mesh", "bank", "slices", "tile", "packing", "hard"]
     names = [dict(zip(settings, (*c, *_contents(*c[:2])), strict=True)) for c in _GRID]
@@ -192,6 +201,11 @@ def test_the_cover_meets_every_pair():
     for a, b in itertools.combinations(values, 2):
         met = {(case[a], case[b]) for case in covered}
         assert met == set(itertools.product(values[a], values[b])), (a, b)
+    halves = [case for case in _GRID if _halves(*case)]
+    for axes in itertools.combinations(range(4), 3):
+        assert len({tuple(case[i] for i in axes) for case in halves}) == math.prod(
+            len((MESHES, BANKS, SLICES, TILES)[i]) for i in axes
+        )
 
 
 @pytest.mark.parametrize("bank_kind", ["off", "dual"])

@@ -394,6 +394,30 @@ def test_what_is_frozen_is_not_averaged():
     assert state.ema_ctx.keys() == state.params["ctx"].keys() - {"frozen_blocks"}
 
 
+def test_runs_that_differ_in_weights_or_temperature_share_a_program():
+    """Bug: every run of a sweep over them compiles a step of its own; or it trains with the numbers
+    of another one."""
+    varied = {"ntp_weight": 0.5, "nsp_weight": 0.25, "nsp_ramp_from": 2.0, "temperature": 0.2}
+    runs = [
+        config(loss__nsp_ramp_steps=2),
+        config(loss__nsp_ramp_steps=2, **{f"loss__{name}": x for name, x in varied.items()}),
+    ]
+    texts = set()
+    for c in runs:
+        step, state, mesh = _compiled(c, (1, 1, 1), LOOKUPS)
+        (batch,) = _batches(c, mesh, 1)
+        with jax.set_mesh(mesh):
+            texts.add(_program(c, (1, 1, 1), LOOKUPS)[0].lower(state, batch).as_text())
+    assert len(texts) == 1
+    for weight in (2.0, 1.125, 0.25, 0.25):
+        state, metrics = step(state, batch)
+        found = jax.tree.map(float, metrics)
+        assert found["loss/nsp_weight"] == weight
+        assert found["nsp/temperature"] == pytest.approx(0.2)
+        total = 0.5 * found["ntp/nats_per_token"] + weight * found["loss/nsp"]
+        assert found["loss/total"] == pytest.approx(total)
+
+
 @pytest.mark.slow
 def test_slices_save_memory():
     """Bug: activations of all slices kept. Eight slices: at most a quarter of the temporary memory
