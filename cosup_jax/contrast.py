@@ -55,7 +55,7 @@ class Scale(NamedTuple):
 
     @property
     def slope(self) -> jax.Array:
-        """1 / temperature, which many scores are multiplied by; one division is enough."""
+        """1 / temperature: what tiles of scores are multiplied by, and not divided."""
         return 1 / self.temperature
 
 

@@ -40,21 +40,17 @@ class Factors(NamedTuple):
     nsp_ramp_from: jax.Array
     temperature: jax.Array  # where it is not learned
 
+    @classmethod
+    def of(cls, config: LossConfig) -> "Factors":
+        return cls(*(np.float32(getattr(config, name)) for name in cls._fields))
 
-def factors(config: LossConfig) -> Factors:
-    """Those of a run."""
-    return Factors(*(np.float32(getattr(config, name)) for name in Factors._fields))
 
-
-def loss(params: dict, batch: Batch, bank, step, towers: Towers, config: Config, given=None):
-    """ntp_weight * NTP + nsp_weight * NSP in nats, and the Terms.
-
-    Args: as for `terms`; given: Factors in place of those of config.loss.
-    """
-    given = given or factors(config.loss)
-    found = terms(params, batch, bank, step, towers, config, given.temperature)
-    weight = nsp_weight(step, config.loss, given)
-    total = given.ntp_weight * found.ntp + weight * found.nsp
+def loss(params: dict, batch: Batch, bank, step, towers: Towers, config: Config, factors=None):
+    """ntp_weight * NTP + nsp_weight * NSP in nats, and the Terms; arguments as for `terms`."""
+    factors = factors or Factors.of(config.loss)
+    found = terms(params, batch, bank, step, towers, config, factors)
+    weight = nsp_weight(step, config.loss, factors)
+    total = factors.ntp_weight * found.ntp + weight * found.nsp
     metrics = found.metrics | {"loss/total": total, "loss/nsp_weight": weight}
     if found.live is not None:
         metrics["loss/nsp"] = found.nsp  # with a dual bank more than nsp/nats_per_ret, its rows too
@@ -62,7 +58,7 @@ def loss(params: dict, batch: Batch, bank, step, towers: Towers, config: Config,
 
 
 def terms(
-    params: dict, batch: Batch, bank, step, towers: Towers, config: Config, temperature=None
+    params: dict, batch: Batch, bank, step, towers: Towers, config: Config, factors=None
 ) -> Terms:
     """Both losses, each a mean over the global batch.
 
@@ -71,7 +67,7 @@ def terms(
       batch: as in `data/batch.py`.
       bank: `bank.Bank` as it stood before the step, or None.
       step: int32 scalar, for the age of the bank's entries.
-      temperature: in place of config.loss.temperature, where that is not learned.
+      factors: Factors in place of those of config.loss.
     """
     ntp_sum, ntp_count, asked = generate(params, batch, towers, config)
     ntp_mean = ntp_sum / jnp.maximum(ntp_count, 1)
@@ -81,7 +77,8 @@ def terms(
     if not config.loss.trains_nsp:  # NTP alone: Ctx is not run
         return Terms(ntp_mean, jnp.float32(0), metrics, None, asked)
     live = condense(towers.ctx_params(params), batch, step, towers, config)
-    scale = nsp.scale_of(params["nsp"], config.loss, temperature)
+    factors = factors or Factors.of(config.loss)
+    scale = nsp.scale_of(params["nsp"], config.loss, factors.temperature)
     nsp_mean, sums = next_sequence(asked, live, bank, step, scale, config)
     metrics |= nsp.metrics(sums, asked, live, jnp.sum(batch.passage_valid_UxP), scale)
     return Terms(ntp_mean, nsp_mean, metrics, live, asked)
@@ -147,10 +144,10 @@ def condense(ctx_params: dict, batch: Batch, step, towers: Towers, config: Confi
     return Candidates(vector_1xCxD, id_1xCx2, step_1xC, since=jnp.int32(0))
 
 
-def nsp_weight(step, config: LossConfig, given: Factors | None = None) -> jax.Array:
+def nsp_weight(step, config: LossConfig, factors: Factors | None = None) -> jax.Array:
     """NSP's factor at a step: linear from nsp_ramp_from to nsp_weight, then constant."""
-    given = given or factors(config)
+    _, weight, start, _ = factors or Factors.of(config)
     if not config.nsp_ramp_steps:
-        return jnp.float32(given.nsp_weight)
+        return jnp.float32(weight)
     done = jnp.minimum(step / config.nsp_ramp_steps, 1.0)
-    return jnp.float32(given.nsp_ramp_from + (given.nsp_weight - given.nsp_ramp_from) * done)
+    return jnp.float32(start + (weight - start) * done)

@@ -56,12 +56,11 @@ def how(config: LossConfig) -> How:
     return How(config.contrastive, margin, config.tile_bytes, config.learn_temperature)
 
 
-def scale_of(learned: dict, config: LossConfig, temperature: jax.Array | None = None) -> Scale:
-    """Temperature and bias of the scores, from params["nsp"] where they are learned; else
-    `temperature`, by default config.temperature."""
+def scale_of(learned: dict, config: LossConfig, temperature: jax.Array) -> Scale:
+    """Temperature and bias of the scores, from params["nsp"] where they are learned."""
     bias = jnp.float32(config.sigmoid_bias if config.contrastive == "sigmoid" else 0.0)
     if not config.learn_temperature:
-        return Scale(jnp.float32(config.temperature if temperature is None else temperature), bias)
+        return Scale(jnp.float32(temperature), bias)
     return Scale(jnp.exp(learned["log_temperature"]), learned.get("bias", bias))
 
 

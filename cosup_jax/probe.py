@@ -15,6 +15,7 @@ from cosup_jax import cosup, nsp, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.config import Config
 from cosup_jax.contrast import EMPTY
+from cosup_jax.cosup import Factors
 from cosup_jax.data.batch import Batch
 from cosup_jax.runtime.notices import safepoint
 from cosup_jax.step import TrainState
@@ -36,6 +37,7 @@ class Probe:
     ):
         """Args: as of `step.train_step`; batch_at gives the batch of any step, on the mesh."""
         self._mesh, self._config, self._batch_at = mesh, config, batch_at
+        self._factors = Factors.of(config.loss)
         on_mesh = lambda f: jax.jit(f, out_shardings=sharding.replicated(mesh))
         self._losses = on_mesh(lambda *at: losses(*at, towers, config, pad_id))
         self._steps = on_mesh(lambda state: bank_lib.steps(state.bank, state.step, config.bank))
@@ -47,7 +49,7 @@ class Probe:
         """Metrics at `state`, which has taken `step` steps, on the batch that comes next."""
         config, batch = self._config, self._batch_at(step)
         with jax.set_mesh(self._mesh):
-            metrics = self._losses(state, batch)
+            metrics = self._losses(state, batch, self._factors)
             if state.bank is None:
                 return metrics
             held = [set(np.asarray(steps_K).tolist()) - {EMPTY} for steps_K in self._steps(state)]
@@ -59,18 +61,20 @@ class Probe:
                 for past in sorted(set.union(*held)):
                     safepoint()
                     fresh = self._refresh(fresh, state.params, self._batch_at(past), past)
-                metrics |= self._directions(state, fresh, batch)
+                metrics |= self._directions(state, fresh, batch, self._factors)
         return metrics
 
 
-def losses(state: TrainState, batch: Batch, towers: Towers, config: Config, pad_id: int) -> Metrics:
+def losses(
+    state: TrainState, batch: Batch, factors: Factors, towers: Towers, config: Config, pad_id: int
+) -> Metrics:
     """Gradient norm of each loss in each tower, unweighted, and how the two meet in Gen.
 
     `grad/nsp_over_ntp_gen` is the ratio as trained, weights included.
     """
 
     def both(trained):
-        found = step_lib.objective(trained, state, batch, towers, config, pad_id)[1]
+        found = step_lib.objective(trained, state, batch, towers, config, pad_id, factors)[1]
         return found.ntp, found.nsp
 
     trained = step_lib.trainable(state.params, config)
@@ -85,7 +89,7 @@ def losses(state: TrainState, batch: Batch, towers: Towers, config: Config, pad_
             if tower in trained:
                 metrics[f"grad/norm_nsp_{tower}"] = optax.tree.norm(of_nsp[tower])
     if metrics.keys() >= {"grad/norm_ntp_gen", "grad/norm_nsp_gen"}:
-        weight = cosup.nsp_weight(state.step, config.loss) / config.loss.ntp_weight
+        weight = cosup.nsp_weight(state.step, config.loss, factors) / factors.ntp_weight
         metrics["grad/nsp_over_ntp_gen"] = weight * _ratio(metrics["grad/norm_nsp_gen"], ntp_gen)
         metrics["grad/cosine_ntp_nsp_gen"] = _cosine(of_ntp["gen"], of_nsp["gen"])
     return metrics
@@ -112,7 +116,9 @@ def refresh(bank, params: dict, batch: Batch, step, towers: Towers, config: Conf
     return bank_lib.fill(bank, live, asked, step, jnp.bool_(True))
 
 
-def directions(state: TrainState, fresh, batch: Batch, towers: Towers, config: Config) -> Metrics:
+def directions(
+    state: TrainState, fresh, batch: Batch, factors: Factors, towers: Towers, config: Config
+) -> Metrics:
     """Cosine of the NSP gradient of the live vectors with that of one large live batch, for every
     kind of bank that can be had from a dual one.
 
@@ -121,7 +127,7 @@ def directions(state: TrainState, fresh, batch: Batch, towers: Towers, config: C
     *_, asked = cosup.generate(state.params, batch, towers, config)
     params = towers.ctx_params(state.params)
     live = cosup.condense(params, batch, state.step, towers, config)
-    scale = nsp.scale_of(state.params["nsp"], config.loss)
+    scale = nsp.scale_of(state.params["nsp"], config.loss, factors.temperature)
 
     def gradient(bank):
         def loss(queries_QxD, passages_KxCxD):

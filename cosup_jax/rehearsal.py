@@ -9,11 +9,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from cosup_jax import assemble, cosup, optim, sharding
+from cosup_jax import assemble, optim, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.assemble import Tokenizers
 from cosup_jax.config import Config
 from cosup_jax.costs import roofline
+from cosup_jax.cosup import Factors
 from cosup_jax.data import tokenizer
 from cosup_jax.data.batch import Batch, batch_shape, empty_batch
 from cosup_jax.hf import weights
@@ -60,7 +61,7 @@ class Rehearsal:
 
     def run(self, compiled, steps: int) -> dict[str, float]:
         """Seconds of a step on random data, the least of `steps`."""
-        (state, batch), factors = self.random(), cosup.factors(self.config.loss)
+        (state, batch), factors = self.random(), Factors.of(self.config.loss)
         device = self.mesh.devices.flat[0]
         clock, cores = [], []
         for _ in range(steps + 1):  # the first one warms up

@@ -163,8 +163,8 @@ def objective(
     pad_id: int,
     factors: Factors | None = None,
 ) -> tuple[jax.Array, cosup.Terms]:
-    """The loss of a batch at `state`, its trained parameters replaced by `trained`; with factors
-    other than those of config.loss, but under compat=official, where these are fixed."""
+    """The loss of a batch at `state`, its trained parameters replaced by `trained`, and `factors`
+    in place of those of config.loss; compat=official, which fixes these, ignores them."""
     params = overlaid(state.params, trained)
     if config.compat == "official":
         return official.loss(params, batch, towers, pad_id, config)
@@ -268,7 +268,7 @@ def compile_step(
       shardings: of the state, from `state_shardings`.
       parts: towers, tx, config, pad_id of `train_step`.
     """
-    whole, factors = sharding.replicated(mesh), cosup.factors(parts["config"].loss)
+    whole, factors = sharding.replicated(mesh), Factors.of(parts["config"].loss)
     jitted = jax.jit(
         functools.partial(train_step, **parts),
         in_shardings=(shardings, sharding.rows(mesh), whole),
@@ -277,17 +277,16 @@ def compile_step(
     )
     programs = {}  # by the lengths of Gen and Ctx rows
     lower = lambda state, batch: jitted.lower(state, batch, factors)
-    place = lambda x: jax.make_array_from_callback((), whole, lambda _: x)
+    put = lambda x: jax.make_array_from_callback((), whole, lambda _: x)
+    placed = functools.cache(lambda: jax.tree.map(put, factors))
 
     def step(state: TrainState, batch: Batch):
         lengths = batch.gen_tokens_BxT.shape[1], batch.ctx_tokens_UxL.shape[1]
         if lengths not in programs:
             with jax.set_mesh(mesh):
-                program = lower(state, batch).compile()
-            programs[lengths] = program, jax.tree.map(place, factors)
+                programs[lengths] = lower(state, batch).compile()
             release_memory()
-        program, placed = programs[lengths]
-        return program(state, batch, placed)
+        return programs[lengths](state, batch, placed())
 
     step.lower = lower
     return step

@@ -314,10 +314,9 @@ def _finish(job: Job, state: TrainState, sample: Sample, count: int) -> None:
 
 def _meta(job: Job, state: TrainState, owes_measures: bool) -> dict[str, Any]:
     towers = {name: state.params[name] for name in state.params if name != "nsp"}
-    digest = weights_digest(towers)
-    loss = job.config.loss
-    scale = nsp.scale_of(state.params["nsp"], loss) if loss.learn_temperature else None
-    temperature = scale and float(scale.temperature)
+    digest, loss = weights_digest(towers), job.config.loss
+    scale = nsp.scale_of(state.params["nsp"], loss, loss.temperature)
+    temperature = float(scale.temperature) if loss.learn_temperature else None
     contract = assemble.embedding_contract(job.config, job.tokenizers, digest, temperature)
     return {
         "config": to_dict(job.config),

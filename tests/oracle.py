@@ -163,7 +163,7 @@ def _outputs(params, batch, towers, config):
     hidden_BxTxD = gen_hidden(params, batch, towers)
     logits = (hidden_BxTxD @ towers.gen.unembedding(params["gen"])).astype(jnp.float32)
     vectors = passage_vectors(towers.ctx_params(params), batch, towers, config)
-    scale = nsp_lib.scale_of(params["nsp"], config.loss)
+    scale = nsp_lib.scale_of(params["nsp"], config.loss, config.loss.temperature)
     return logits, query_vectors(hidden_BxTxD, batch, config), vectors, scale
 
 

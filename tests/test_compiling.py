@@ -106,8 +106,7 @@ def test_a_program_from_disk_computes_the_same(tmp_path):
     # By any other schedule a longer run is another program.
     config = towns.write_config(tmp_path, num_steps=6, optim__schedule="constant", **few)
     kept = tmp_path / "kept"
-    root = Path(__file__).parent.parent
-    common = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    root, common = Path(__file__).parent.parent, os.environ | {"JAX_PLATFORMS": "cpu"}
     off = common | {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path / "none")}
     on = common | {
         "JAX_ENABLE_COMPILATION_CACHE": "true",

@@ -354,7 +354,8 @@ def test_spaces_over_training_of_a_run(run):
 
 @pytest.mark.slow
 def test_measures_of_a_run_share_what_they_read(run, monkeypatch):
-    """Bug: Ctx reads a passage, or Gen a question, once for every measure that wants it."""
+    """Bugs: Ctx reads a passage, or Gen a question, once for every measure that wants it; what is
+    kept is another checkpoint's, or another set's."""
     read = {"corpus": 0, "queries": 0}
 
     def counted(owner, name):
@@ -368,11 +369,14 @@ def test_measures_of_a_run_share_what_they_read(run, monkeypatch):
 
     counted(run_lib.Encoder, "corpus")
     counted(run_lib.Evaluator, "queries")
-    run = run._replace(read={})
+    run = run._replace(read=run_lib.Read({}, {}))
     spaces(run), plane(run)
     assert read == {"corpus": 40, "queries": 12}
-    geometry(run)  # of the checkpoint before, the passages
-    assert read == {"corpus": 80, "queries": 12}
+    spaces_over_training(run), geometry(run)  # of the checkpoint before, too
+    assert read == {"corpus": 80, "queries": 24}
+    (part,) = run_lib.sets(run.trained, run.workdir, run.store, 5)  # of the same name
+    assert len(run_lib.asked(run, part).ids) == 5
+    assert run_lib.vectors(run, []).shape == (0, 32)
 
 
 @pytest.mark.slow

@@ -229,10 +229,12 @@ def test_the_scale_that_is_learned():
     for wanted, used in ((1e-5, 0.01), (0.3, 0.3), (1e5, 100.0)):
         learned = {"log_temperature": jnp.log(jnp.float32(wanted)), "bias": jnp.float32(-3)}
         kept = nsp.within_range(learned)
-        found, slope = jax.value_and_grad(lambda x: nsp.scale_of(x, c).temperature)(kept)
+        found, slope = jax.value_and_grad(lambda x: nsp.scale_of(x, c, c.temperature).temperature)(
+            kept
+        )
         np.testing.assert_allclose((found, kept["bias"]), (used, -3), rtol=1e-5)
         np.testing.assert_allclose(slope["log_temperature"], used, rtol=1e-5)
-        assert nsp.scale_of(kept, c).bias == -3
+        assert nsp.scale_of(kept, c, c.temperature).bias == -3
     assert nsp.within_range({}) == {}
 
 

@@ -18,8 +18,10 @@ from cosup_jax import cosup, optim, sharding
 from cosup_jax import step as step_lib
 from cosup_jax.checkpoint import Checkpointer
 from cosup_jax.config import MeshConfig
+from cosup_jax.cosup import Factors
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.errors import UserError
+from cosup_jax.probe import Probe
 
 
 @functools.cache
@@ -406,9 +408,11 @@ def test_runs_that_differ_in_weights_or_temperature_share_a_program():
     for c in runs:
         step, state, mesh = _compiled(c, (1, 1, 1), LOOKUPS)
         (batch,) = _batches(c, mesh, 1)
+        probe, given = Probe(mesh, LOOKUPS, c, 0, None), (state, batch, Factors.of(c.loss))
         with jax.set_mesh(mesh):
             texts.add(_program(c, (1, 1, 1), LOOKUPS)[0].lower(state, batch).as_text())
-    assert len(texts) == 1
+            texts.add(probe._losses.lower(*given).as_text())
+    assert len(texts) == 2
     for weight in (2.0, 1.125, 0.25, 0.25):
         state, metrics = step(state, batch)
         found = jax.tree.map(float, metrics)

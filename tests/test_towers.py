@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from cosup_jax import optim, step
 from cosup_jax.config import LoraConfig
+from cosup_jax.cosup import Factors
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.dotted import replace_dotted
 from cosup_jax.model.adapters import merge_adapters
@@ -46,8 +47,9 @@ def trained(towers: Towers, run) -> tuple:
     fresh = lambda key: step.init_state(params(key), jax.random.key(1), tx, run)
     state = jax.jit(fresh)(jax.random.key(0))
     one = jax.jit(functools.partial(step.train_step, towers=towers, tx=tx, config=run))
-    after, _ = one(state, batch)
-    after, metrics = one(after, batch)
+    factors = Factors.of(run.loss)
+    after, _ = one(state, batch, factors)
+    after, metrics = one(after, batch, factors)
     return state, after, metrics
 
 
@@ -250,8 +252,8 @@ def test_freezing_saves_memory():
             lambda p, t=tx, r=run: step.init_state(p, jax.random.key(1), t, r), params
         )
         one = functools.partial(step.train_step, towers=towers, tx=tx, config=run)
-        batch = random_batch(0, batch_shape(run))
-        memory = jax.jit(one, donate_argnums=0).lower(state, batch).compile().memory_analysis()
+        given = state, random_batch(0, batch_shape(run)), Factors.of(run.loss)
+        memory = jax.jit(one, donate_argnums=0).lower(*given).compile().memory_analysis()
         kernels = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
         size[kind] = memory.argument_size_in_bytes / kernels, memory.temp_size_in_bytes / kernels
         print(f"{kind}: arguments {size[kind][0]:.2f}, temporaries {size[kind][1]:.2f} x weights")

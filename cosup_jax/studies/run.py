@@ -1,6 +1,7 @@
 """A trained run as the measures of a study read it: its models, its held-out sets, its past."""
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.pipeline import pack_passages
 from cosup_jax.data.plan import left_out
 from cosup_jax.data.schema import Passage
+from cosup_jax.data.storage import Chosen
 from cosup_jax.dotted import replace_dotted
 from cosup_jax.held_out import Evaluator, HeldOut
 from cosup_jax.runtime.workdir import checkpoints
@@ -49,7 +51,14 @@ class Run(NamedTuple):
     workdir: Path
     sets: list[HeldOut]  # packed, as `held_out_sets` makes them
     store: tokens.TokenStore  # what it was trained on
-    read: dict[Any, Any]  # what several measures want: vectors by tokens, queries by set
+    read: "Read"
+
+
+class Read(NamedTuple):
+    """What was read of a run so far: several measures want the same."""
+
+    queries: dict[tuple[int, int], Any]  # by step and id of a HeldOut, which is kept beside them
+    vectors: dict[tuple[int, bytes], np.ndarray]  # [D], by step and digest of a passage's tokens
 
 
 class Asked(NamedTuple):
@@ -74,7 +83,7 @@ def opened(config: Config, workdir: Path) -> Run:
     config, directory = trained.config, workdir / "data"
     store = tokens.tokenize(trained.data.train, *trained.tokenizers, config, directory)
     asked = sets(trained, workdir, store, config.eval.examples)
-    return Run(trained, workdir, asked, store, {})
+    return Run(trained, workdir, asked, store, Read({}, {}))
 
 
 def sets(trained: Trained, workdir: Path, store: tokens.TokenStore, most: int) -> list[HeldOut]:
@@ -97,15 +106,16 @@ def over_training(run: Run) -> Iterator[Run]:
             continue
         found = restore_params(saved, abstract, step)
         now = run.trained._replace(params=found.state, step=step, meta=found.meta)
-        yield run._replace(trained=now, read={})
+        yield run._replace(trained=now)
 
 
 def asked(run: Run, part: HeldOut) -> Asked:
     """The queries of a set's [Ret]s; of a set without any, none."""
-    if part.name not in run.read:
-        evaluator = _evaluator(run.trained.mesh, run.trained.towers, run.trained.config)
-        run.read[part.name] = evaluator.queries(run.trained.params, part)
-    query_QxD, rets_Q = run.read[part.name]
+    trained, key = run.trained, (run.trained.step, id(part))
+    if key not in run.read.queries:
+        evaluator = _evaluator(trained.mesh, trained.towers, trained.config)
+        run.read.queries[key] = part, evaluator.queries(trained.params, part)
+    query_QxD, rets_Q = run.read.queries[key][1]
     question_Q = np.searchsorted(part.store.ret_offsets, rets_Q, side="right") - 1
     ids = [part.examples[question].id for question in question_Q]
     return Asked(ids, query_QxD, part.store.ret_passages[rets_Q])
@@ -129,16 +139,18 @@ def sample(run: Run, most: int = PASSAGES) -> Sample:
 
 def vectors(run: Run, passages: Sequence[np.ndarray]) -> np.ndarray:
     """[N, D] float32 vectors of passages given as the tokens that Ctx reads."""
-    trained, texts = run.trained, [passage.tobytes() for passage in passages]
-    new = {
-        text: passage for text, passage in zip(texts, passages, strict=True) if text not in run.read
-    }
+    trained, read = run.trained, run.read.vectors
+    keys = [(trained.step, hashlib.sha256(passage).digest()) for passage in passages]
+    new = {key: i for i, key in enumerate(keys) if key not in read}
     if new:
         encoder = _encoder(trained.mesh, trained.towers, trained.config)
-        packed = pack_passages([*new.values()], batch_shape(trained.config))
-        found = encoder.corpus(trained.params, packed, len(new))
-        run.read.update(zip(new, found, strict=True))
-    return np.stack([run.read[text] for text in texts])
+        chosen = Chosen(passages.__getitem__, np.array([*new.values()]))
+        packed = pack_passages(chosen, batch_shape(trained.config))
+        read.update(zip(new, encoder.corpus(trained.params, packed, len(new)), strict=True))
+    found_NxD = np.empty((len(keys), trained.towers.gen.width), np.float32)
+    for row, key in enumerate(keys):
+        found_NxD[row] = read[key]
+    return found_NxD
 
 
 def corpus_vectors(run: Run, part: HeldOut) -> np.ndarray:
