@@ -32,7 +32,7 @@ RULE = (
     f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
     "confirmed by chance."
 )
-NO_CLAIMS = "No two arms of a claim are measured yet."
+NO_CLAIMS = "None is judged: none was asked for, or no two arms of one are measured yet."
 BETWEEN = "Claims between sets"
 BETWEEN_NOTE = (
     "Whether what is claimed is larger in the first set than in another: the difference there less "
