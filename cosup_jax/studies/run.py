@@ -44,6 +44,13 @@ PASSAGES = 500  # that every run of a study is measured on
 _SEED = 0  # by which they are drawn: of the measure, not of the run
 
 
+class Read(NamedTuple):
+    """What was read of a run so far: several measures want the same."""
+
+    queries: dict[tuple[int, int], Any]  # by step and id of a HeldOut, which is kept beside them
+    vectors: dict[tuple[int, bytes], np.ndarray]  # [D], by step and digest of a passage's tokens
+
+
 class Run(NamedTuple):
     """One checkpoint of a run, and what is asked of it."""
 
@@ -51,14 +58,7 @@ class Run(NamedTuple):
     workdir: Path
     sets: list[HeldOut]  # packed, as `held_out_sets` makes them
     store: tokens.TokenStore  # what it was trained on
-    read: "Read"
-
-
-class Read(NamedTuple):
-    """What was read of a run so far: several measures want the same."""
-
-    queries: dict[tuple[int, int], Any]  # by step and id of a HeldOut, which is kept beside them
-    vectors: dict[tuple[int, bytes], np.ndarray]  # [D], by step and digest of a passage's tokens
+    read: Read
 
 
 class Asked(NamedTuple):
