@@ -194,6 +194,11 @@ def _told(flags: Mapping[str, str]) -> dict[str, str]:
 def _options(flags: Mapping[str, str], mode: str) -> dict[str, int | str]:
     """The mode's own flags. Raises UserError for another mode's, and for a value of no use."""
     found, own = {}, OPTIONS.get(mode, {})
+    for name in flags:
+        if name.startswith(f"{_CONFIG_KEY}study.") and mode != "study":
+            raise UserError(
+                f"{name} means nothing with --mode={mode}; add --mode=study, or drop it"
+            )
     for name in {name for options in OPTIONS.values() for name in options} & flags.keys():
         if name not in own:
             raise UserError(f"{name} means nothing with --mode={mode}; drop it")

@@ -480,9 +480,11 @@ def test_the_readme_s_numbers_are_on_its_pages():
 
 def test_a_study_that_has_just_begun_says_so():
     """Bug: a heading with an empty table below it."""
-    study = a_study() | {"claims": [], "untested": []}
-    assert f"## Claims\n\n{page.NO_CLAIMS}\n\n## " in page.markdown(study)
-    assert page.NO_CLAIMS in page.page(study) and "<th>claim" not in page.page(study)
+    for untested, told in ((["C > N: corpus/correct"], page.NO_CLAIMS), ([], page.NO_CLAIM)):
+        study = a_study() | {"claims": [], "untested": untested}
+        assert f"## Claims\n\n{told}\n\n## " in page.markdown(study)
+        assert told in page.page(study) and "<th>claim" not in page.page(study)
+        assert page.closing(study).startswith(told) and "verdict" not in page.closing(study)
 
 
 def test_rows_stand_in_the_order_of_the_study():

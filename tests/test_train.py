@@ -110,17 +110,22 @@ def test_a_checkpoint_knows_gens_tokenizer(short):
     assert meta["run"]["gen_tokenizer"] == load(tokenizer).fingerprint
 
 
-def test_other_settings_are_no_settings_of_a_finished_run(tiny, short, capsys):
+def test_other_settings_are_no_settings_of_a_finished_run(tiny, short, tmp_path, capsys):
     """Bugs: config.json tells of a learning rate that no step was taken with; an arm of a study is
     refused as another study's, whose question it does not read."""
     workdir, _ = short
     before = (workdir / "config.json").read_bytes()
-    flags = [f"--config={tiny}", f"--workdir={workdir}", *SHORT]
-    assert main_lib.main([*flags, "--config.optim.gen_learning_rate=0.5"]) == 2
+    flags = [f"--workdir={workdir}", *SHORT]
+    assert main_lib.main([f"--config={tiny}", *flags, "--config.optim.gen_learning_rate=0.5"]) == 2
     err = capsys.readouterr().err
     assert "no step is left for config.optim.gen_learning_rate=0.5 (was 0.0" in err
     assert (workdir / "config.json").read_bytes() == before
-    assert main_lib.main([*flags, "--config.study.question=why?"]) == 0
+    other = tmp_path / "other.py"
+    other.write_text(
+        tiny.read_text().replace("'batch_size'", "'study.question': 'why?', 'batch_size'")
+    )
+    assert "study" in other.read_text()
+    assert main_lib.main([f"--config={other}", *flags]) == 0
     assert "is finished at step" not in capsys.readouterr().err
 
 

@@ -32,7 +32,8 @@ RULE = (
     f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
     "confirmed by chance."
 )
-NO_CLAIMS = "None is judged: none was asked for, or no two arms of one are measured yet."
+NO_CLAIMS = "No two arms of a claim are measured yet."
+NO_CLAIM = "No claim was asked for."
 BETWEEN = "Claims between sets"
 BETWEEN_NOTE = (
     "Whether what is claimed is larger in the first set than in another: the difference there less "
@@ -94,7 +95,7 @@ def markdown(study: Study) -> str:
     """The whole study, with the command of every run."""
     parts = [f"# {study['name']}", study["question"], _facts(study), f"`{study['command']}`"]
     parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
-    parts += ["## Claims", RULE if study["claims"] else NO_CLAIMS]
+    parts += ["## Claims", _rule(study)]
     if study["claims"]:
         parts += [_table(claim_cells(study["claims"])), *_matched_notes(study)]
     if study["between"]:
@@ -116,7 +117,7 @@ def markdown(study: Study) -> str:
 
 def page(study: Study) -> str:
     """The same, with plots of every metric that is a share."""
-    note = _emphasised(RULE if study["claims"] else NO_CLAIMS)
+    note = _emphasised(_rule(study))
     sections = [f"<h2>Claims</h2><p class='note'>{note}</p>"]
     if study["claims"]:
         sections.append(_html_table(claim_cells(study["claims"]), left=3))
@@ -157,7 +158,16 @@ def page(study: Study) -> str:
 def closing(study: Study) -> str:
     """The claims as aligned plain text, for the terminal."""
     untested = [f"\n{claim}: {UNTESTED}" for claim in study["untested"]]
+    if not study["claims"]:
+        return _rule(study) + "".join(untested)
     return tables.aligned(claim_cells(study["claims"]), left=3) + "".join(untested)
+
+
+def _rule(study: Study) -> str:
+    """By which claims are judged, or why none is."""
+    if study["claims"]:
+        return RULE
+    return NO_CLAIMS if study["untested"] else NO_CLAIM
 
 
 def claim_cells(rows: Rows) -> Cells:
