@@ -115,7 +115,10 @@ def test_contradiction(refused, path):
         (["--config", "--config.seed=1"], "--config=VALUE"),
         ([f"--config={CONFIGS[0]}", "--mode=validate", "--show=all"], "whole number"),
         ([f"--config={CONFIGS[0]}", "--show=3"], "nothing with --mode=train"),
-        ([f"--config={CONFIGS[0]}", "--config.study.arms=C"], "add --mode=study, or drop it"),
+        (
+            [f"--config={CONFIGS[0]}", "--mode=export", "--config.study.arms=C"],
+            "nothing with --mode=export; add --mode=study, or drop it",
+        ),
     ],
 )
 def test_bad_flags(refused, argv, says):
