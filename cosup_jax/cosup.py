@@ -42,6 +42,7 @@ class Factors(NamedTuple):
 
     @classmethod
     def of(cls, config: LossConfig) -> "Factors":
+        """Those of a run, on the host."""
         return cls(*(np.float32(getattr(config, name)) for name in cls._fields))
 
 
@@ -146,8 +147,8 @@ def condense(ctx_params: dict, batch: Batch, step, towers: Towers, config: Confi
 
 def nsp_weight(step, config: LossConfig, factors: Factors | None = None) -> jax.Array:
     """NSP's factor at a step: linear from nsp_ramp_from to nsp_weight, then constant."""
-    _, weight, start, _ = factors or Factors.of(config)
+    factors = factors or Factors.of(config)
     if not config.nsp_ramp_steps:
-        return jnp.float32(weight)
-    done = jnp.minimum(step / config.nsp_ramp_steps, 1.0)
-    return jnp.float32(start + (weight - start) * done)
+        return jnp.float32(factors.nsp_weight)
+    done, start = jnp.minimum(step / config.nsp_ramp_steps, 1.0), factors.nsp_ramp_from
+    return jnp.float32(start + (factors.nsp_weight - start) * done)

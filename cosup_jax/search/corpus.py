@@ -47,8 +47,7 @@ class Corpus(Iterable[PackedPassages]):
 
     def packed(self, rows: range) -> Iterator[PackedPassages]:
         """Some of them, numbered from 0 on."""
-        chosen = self._rows[rows.start : rows.stop]
-        return pack_passages(Chosen(self._store.ctx.__getitem__, chosen), self._shape)
+        return pack_passages(self._tokens(self._rows[rows.start : rows.stop]), self._shape)
 
     def rows_in(self, other: "Corpus") -> np.ndarray:
         """Where another corpus of the same data set has each of these passages."""
@@ -57,7 +56,10 @@ class Corpus(Iterable[PackedPassages]):
     @property
     def tokens(self) -> Sequence[np.ndarray]:
         """As Ctx reads them, in the order of the corpus."""
-        return Chosen(self._store.ctx.__getitem__, self._rows)
+        return self._tokens(self._rows)
+
+    def _tokens(self, rows: np.ndarray) -> Sequence[np.ndarray]:
+        return Chosen(self._store.ctx.__getitem__, rows)
 
     @property
     def passages(self) -> Sequence[Passage]:
