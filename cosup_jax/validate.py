@@ -17,9 +17,10 @@ from cosup_jax.data.near import NearDuplicates
 from cosup_jax.data.plan import Plan, left_out
 from cosup_jax.data.problems import ERRORS, KINDS, Problems
 from cosup_jax.data.schema import Dataset, Example
-from cosup_jax.data.sources import eval_sets
+from cosup_jax.data.sources import eval_sets, load_corpus
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
+from cosup_jax.runtime.bucket import localise
 from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.wording import counted
 
@@ -60,9 +61,10 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
     assemble.mesh_for(config)
     with Workdir(workdir) as directory:
         data = assemble.read_sources(config, directory.path / "data")
-        found = Problems().extend(data.problems.values())
+        corpora = _corpora(config, directory.path / "data")
+        found = Problems().extend([*data.problems.values(), *(bad for _, bad in corpora)])
         datasets = dict.fromkeys([*(dataset for dataset, _ in data.train), *data.held_out])
-        print(_table(_source_rows(datasets)))
+        print(_table(_source_rows([*datasets, *(corpus for corpus, _ in corpora)])))
         try:
             shown = _check_tokens(config, data, datasets, directory.path, found, show_rows)
         except UserError as error:
@@ -84,6 +86,15 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
             f"{counted(found.errors, 'bad row')}; mend them, or train without them by "
             "--config.data.bad_rows=drop"
         )
+
+
+def _corpora(config: Config, directory: Path) -> list[tuple[Dataset, Problems]]:
+    """The passages without questions that `encode` and `evaluate` read."""
+    named = dict.fromkeys(filter(None, (config.index.corpus, config.eval.corpus)))
+    return [
+        load_corpus(localise(where, directory / "buckets"), config.data, directory)
+        for where in named
+    ]
 
 
 def _check_tokens(

@@ -417,7 +417,7 @@ def test_what_was_mined_last_is_what_counts(tmp_path, monkeypatch):
     ("key", "value", "match"),
     [
         ("study.arms", "C,Q", "unknown config variant 'Q'"),
-        ("study.arms", "", "names no arms in config.study.arms"),
+        ("study.arms", "", "is empty; name some"),
         ("study.crossed", "C|Q", r"study\.crossed: 'C\|Q'"),
         ("study.crossed", "C|N|C", r"study\.crossed: 'C\|N\|C'"),
         ("study.measures", "answers,vibes", r"study\.measures: 'vibes' is none of answers"),

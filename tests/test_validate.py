@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from batches import config
@@ -71,6 +72,18 @@ def test_good_data_passes_and_is_counted(tmp_path, capsys):
     assert (code, findings) == (0, []) and "nothing is wrong" in out
     assert "x       16        8         train 12, test 4" in out
     assert "0% of 4 [Ret]" in out
+
+
+@pytest.mark.parametrize("key", ["eval.corpus", "index.corpus"])
+def test_a_corpus_without_questions_is_read_too(key, tmp_path, capsys):
+    """Bug: evaluate or encode stops at a bad passage and points here, where all is well."""
+    more = [{"id": "a", "title": "Cusco", "text": "A town."}, {"id": "b", "title": "Arequipa"}]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    found = replace_dotted(write(tmp_path, *rows()), key, str(tmp_path / "more.jsonl"))
+    with pytest.raises(UserError, match="1 bad row"):
+        validate.validate(found, str(tmp_path / "work"))
+    assert re.search(r"^more +0 +1\b", out := capsys.readouterr().out, re.M)
+    assert "more.jsonl:2" in out
 
 
 def test_every_bad_row_is_named_and_the_exit_code_is_2(tmp_path, capsys):

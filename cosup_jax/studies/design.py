@@ -59,8 +59,8 @@ class Design(NamedTuple):
         arms = _names(told.arms)
         if not arms:
             raise UserError(
-                f"{file.path_and_variant} names no arms in config.study.arms; the studies are in "
-                "configs/studies"
+                f"config.study.arms of {file.path_and_variant} is empty; name some, as in N,C, or "
+                "take a study of configs/studies"
             )
         _check_arms(file, arms)
         matched = _matched(told.claims, arms, file)
