@@ -182,6 +182,7 @@ class _Found:
             "matched": {name: list(told.curve) for name, told in asked.matched.items()},
             "untested": results.untested(judged, known),
             "arms": list(self._scores),
+            "settings": {name: asked.settings(name) for name in asked.arms},
             "measured": results.arm_rows(done, {name: asked.kinds[name] for name in asked.shown}),
             "runs": [*self._starts.values(), *self._runs],
         }

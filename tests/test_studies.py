@@ -313,6 +313,7 @@ def a_study():
         "measured_on": ["1 x cpu, jax 1"],
         "command": "python -m x --mode=study",
         "arms": ["N", *runs],
+        "settings": {"N": {"loss.nsp_weight": 0.0}, "C": {}},
         "claims": results.claim_rows(runs, claims, KINDS),
         "between": [],
         "matrix": results.matrix_rows(runs, ["N", "C"]),
@@ -365,6 +366,8 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert "corpus/recall@1 <span" in html and "distance <span" not in html
     assert "drift/to_last/step_1" in html and "drift/to_last/step_1 <span" not in html
     assert "N|C &gt; C: corpus/corect" in html and "python -m x --mode=study" in html
+    assert "| N | loss.nsp_weight=0.0 |" in lines and "| C | none |" in lines
+    assert '<td class="left">loss.nsp_weight=0.0</td>' in html
     matrix = html.partition("<section><h3>world.in_domain</h3>")[2].partition("</section>")[0]
     interval = f"<small>{row['low']:.3f} to {row['high']:.3f}</small>"
     assert f"{row['mean']:.3f}<br>{interval}" in matrix

@@ -26,6 +26,7 @@ def get_config(variant=""):
         "-ntp_nats_per_token;"
         "C > S2: corpus/retrieval_hit; C > S: corpus/retrieval_hit;"
         "T > S: corpus/retrieval_hit; T > C: corpus/retrieval_hit; T > N: -ntp_nats_per_token;"
+        "C > T: -ntp_nats_per_token;"
         "C|S2 > N|S2: corpus/correct; C > N|S2: corpus/correct, corpus/containment_grounding",
         shown="corpus/correct,corpus/retrieval_hit,corpus/containment_grounding,bm25/correct,"
         "bm25/retrieval_hit,gold/correct,wrong/correct,none/correct,ntp_nats_per_token",

@@ -118,6 +118,14 @@ class Design(NamedTuple):
             key = replace_dotted(key, setting, mark + start.directory.name + made_by)
         return Arm(name, seed, config, self.root / "arms" / _key(key))
 
+    def settings(self, name: str) -> dict[str, Any]:
+        """What an arm consists in: {"loss.nsp_weight": 0.0}, where it is not as the study's file
+        has it."""
+        base, own = (
+            load(path).to_dict() for path in (self.file.path_and_variant, self.file.of(name))
+        )
+        return {key: value for key, (_, value) in differing(base, own).items()}
+
     def starts(self, arm: Arm) -> Iterator[tuple[Arm, str]]:
         """The runs that an arm's towers or data come from, and START or MINED."""
         told = _from_runs(self.file.variant(arm.name))

@@ -32,6 +32,10 @@ RULE = (
     f"{POWER:.0%}. Each line is judged by itself: of forty without any difference, about one is "
     "confirmed by chance."
 )
+ARMS_NOTE = (
+    "Each is the study's config but for these settings. A|B is A's Gen behind passages that B's "
+    "pair retrieves. The metrics are told in docs/results/method.md."
+)
 NO_CLAIMS = "No two arms of a claim are measured yet."
 NO_CLAIM = "No claim was asked for."
 BETWEEN = "Claims between sets"
@@ -95,6 +99,7 @@ def markdown(study: Study) -> str:
     """The whole study, with the command of every run."""
     parts = [f"# {study['name']}", study["question"], _facts(study), f"`{study['command']}`"]
     parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
+    parts += ["## Arms", ARMS_NOTE, _table(setting_cells(study["settings"]))]
     parts += ["## Claims", _rule(study)]
     if study["claims"]:
         parts += [_table(claim_cells(study["claims"])), *_matched_notes(study)]
@@ -118,7 +123,9 @@ def markdown(study: Study) -> str:
 def page(study: Study) -> str:
     """The same, with plots of every metric that is a share."""
     note = _emphasised(_rule(study))
-    sections = [f"<h2>Claims</h2><p class='note'>{note}</p>"]
+    table = _html_table(setting_cells(study["settings"]), left=2)
+    sections = [f"<h2>Arms</h2><p class='note'>{ARMS_NOTE}</p>{table}"]
+    sections.append(f"<h2>Claims</h2><p class='note'>{note}</p>")
     if study["claims"]:
         sections.append(_html_table(claim_cells(study["claims"]), left=3))
         sections += [f"<p class='note'>{html.escape(n)}</p>" for n in _matched_notes(study)]
@@ -168,6 +175,12 @@ def _rule(study: Study) -> str:
     if study["claims"]:
         return RULE
     return NO_CLAIMS if study["untested"] else NO_CLAIM
+
+
+def setting_cells(settings: Mapping[str, Mapping[str, Any]]) -> Cells:
+    """A heading, and a row for each arm."""
+    told = lambda own: ", ".join(f"{key}={value!r}" for key, value in own.items()) or "none"
+    return [["arm", "settings"], *([arm, told(own)] for arm, own in settings.items())]
 
 
 def claim_cells(rows: Rows) -> Cells:
