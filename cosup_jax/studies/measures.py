@@ -213,7 +213,7 @@ def kinds(
             metric = next(missing, metric)
             others = [name for name in MEASURES if kind_of(metric, config, [name])]
             arm = metric.partition("/")[0]
-            mend = "docs/results/README.md has a table of metrics"
+            mend = "docs/results/method.md has a table of metrics"
             if metric.count(LESS) > 1:
                 mend = "a difference takes two metrics"
             elif others:
