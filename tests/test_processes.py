@@ -158,7 +158,7 @@ print("agreed", flush=True)
 try:
     processes.agree("the start", {"config.seed": 1 if me == 2 else 0, "numpy": "2.0"})
 finally:
-    time.sleep(me)
+    time.sleep(me / 2)
 """,
     )
     host = re.escape(socket.gethostname())
@@ -169,6 +169,23 @@ finally:
             rf"process 0 on {host}; [^\n]+\n",
             err,
         )
+    assert seconds < 30
+
+
+def test_one_that_dies_on_the_way_out_takes_nobody_s_sentence(run):
+    """Bug: the others wait for it in JAX's shutdown, and end with a code by which they are started
+    again."""
+    done, seconds = run(
+        3,
+        """
+if me == 1:
+    liveness.part = liveness.leave = lambda: os.kill(os.getpid(), signal.SIGKILL)
+processes.agree("the start", {"config.seed": me})
+""",
+    )
+    assert [code for code, _, _ in done] == [2, -signal.SIGKILL, 2]
+    for _, _, err in (done[0], done[2]):
+        assert len(errors(err)) == 1 and "process 1 on" in err, err
     assert seconds < 30
 
 

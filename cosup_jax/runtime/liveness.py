@@ -49,17 +49,21 @@ def await_news(error: BaseException) -> None:
 
 def tell(reason: str, code: int) -> None:
     """Ends the other processes, which then say that this one stopped, and why; for the way out."""
-    if _watch is not None and not _watch.over:
+    if _watch is not None:
         _watch.tell(reason, code)
 
 
-def leave() -> None:
-    """From here on nobody is missed: all processes are done and call this.
-
-    Process 0 stays a moment, until the others have left too.
-    """
+def part() -> None:
+    """From here on nobody is missed: all processes know that the run is over, and call this."""
     if _watch is not None:
-        _watch.leave()
+        _watch.part()
+
+
+def leave() -> None:
+    """As `part`, and waits in process 0, where the others meet, until they have left too."""
+    if _watch is not None:
+        _watch.part()
+        _watch.leave(30)
 
 
 def joined() -> Any:
@@ -119,24 +123,28 @@ class _Watch:
         return {}
 
     def tell(self, reason: str, code: int) -> None:
+        if self.over:
+            if not self._leaving.is_set():  # the last word is said
+                self.leave(max(3, self.lost_s))
+                time.sleep(0.5 if self._me == 0 else 0)  # what has left is still to end
+            return
         self.over = True
         text = f"process {self._me} on {socket.gethostname()} stopped: {reason or 'interrupted'}"
         self._publish(text, code)
-        self._leave(3)
+        self.leave(3)
 
-    def leave(self) -> None:
+    def part(self) -> None:
         self.over = True
         if self._me == 0:
             self._publish("", 0)
         # Python's exit would tear down a thread that waits in C++, and the process with it.
         self._listener.join(30)
-        self._leave(30)
 
     def _publish(self, text: str, code: int) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or 0 is gone
             self._client.key_value_set(_LOST, json.dumps([text, code]))
 
-    def _leave(self, seconds: float) -> None:
+    def leave(self, seconds: float) -> None:
         self._leaving.set()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_ALIVE}{self._me}", _LEFT, allow_overwrite=True)
@@ -184,7 +192,7 @@ class _Watch:
             text, code = json.loads(news)
             if text and not self.over:
                 _print_last(text, code)
-                self._leave(3)
+                self.leave(3)
                 os._exit(code)
             return
 

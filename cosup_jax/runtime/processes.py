@@ -153,7 +153,7 @@ def agree(what: str, mine: Mapping[str, Any], seconds: float = AGREE_SECONDS) ->
     if missing:
         raise LostProcess(f"{missing} did not come to compare {what} within {seconds:.0f} s")
     if differs:
-        _part()  # all of them know, and say so each
+        liveness.part()  # all of them know, and say so each on their way out
         raise UserError(differs)
 
 
@@ -232,13 +232,8 @@ def finish() -> None:
     """Waits until the others are done too, and leaves them."""
     if jax.distributed.is_initialized():
         barrier("end of the run")
-        _part()
-
-
-def _part() -> None:
-    """Leaves the others; all of them do so, and nobody loses the coordinator before it has left."""
-    liveness.leave()
-    jax.distributed.shutdown()
+        liveness.leave()
+        jax.distributed.shutdown()
 
 
 def _give_up(waited: str) -> None:
