@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -61,11 +62,11 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
     assemble.mesh_for(config)
     with Workdir(workdir) as directory:
         data = assemble.read_sources(config, directory.path / "data")
-        corpora = _corpora(config, directory.path / "data")
-        found = Problems().extend([*data.problems.values(), *(bad for _, bad in corpora)])
+        found = Problems().extend(data.problems.values())
         datasets = dict.fromkeys([*(dataset for dataset, _ in data.train), *data.held_out])
-        print(_table(_source_rows([*datasets, *(corpus for corpus, _ in corpora)])))
+        print(_table(_source_rows(datasets)))
         try:
+            _check_corpora(config, directory.path / "data", found)
             shown = _check_tokens(config, data, datasets, directory.path, found, show_rows)
         except UserError as error:
             if not found.errors:
@@ -88,13 +89,19 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
         )
 
 
-def _corpora(config: Config, directory: Path) -> list[tuple[Dataset, Problems]]:
-    """The passages without questions that `encode` and `evaluate` read."""
-    named = dict.fromkeys(filter(None, (config.index.corpus, config.eval.corpus)))
-    return [
-        load_corpus(localise(where, directory / "buckets"), config.data, directory)
-        for where in named
-    ]
+def _check_corpora(config: Config, directory: Path, found: Problems) -> None:
+    """Adds the bad rows of the passages without questions that `encode` and `evaluate` read."""
+    named = filter(None, (config.index.corpus, config.eval.corpus))
+    corpora = []
+    for where in {os.path.realpath(where): where for where in named}.values():
+        corpus, bad = load_corpus(localise(where, directory / "buckets"), config.data, directory)
+        corpora.append(corpus)
+        found.extend([bad])
+    if corpora:
+        print(_table(_source_rows(corpora)))
+    for corpus in corpora:
+        if not len(corpus.passages):
+            raise UserError(f"corpus {corpus.name}: no good passage")
 
 
 def _check_tokens(

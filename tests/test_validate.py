@@ -1,5 +1,6 @@
 """What --mode=validate finds, prints and returns; what --show draws; near duplicates."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -74,16 +75,30 @@ def test_good_data_passes_and_is_counted(tmp_path, capsys):
     assert "0% of 4 [Ret]" in out
 
 
-@pytest.mark.parametrize("key", ["eval.corpus", "index.corpus"])
-def test_a_corpus_without_questions_is_read_too(key, tmp_path, capsys):
-    """Bug: evaluate or encode stops at a bad passage and points here, where all is well."""
-    more = [{"id": "a", "title": "Cusco", "text": "A town."}, {"id": "b", "title": "Arequipa"}]
+@pytest.mark.parametrize("keys", [["eval.corpus"], ["index.corpus", "eval.corpus"]])
+@pytest.mark.parametrize("good", [1, 0])
+def test_a_corpus_without_questions_is_read_too(good, keys, tmp_path, capsys):
+    """Bugs: evaluate or encode stops at a bad passage, or for want of a good one, and points here,
+    where all is well; a corpus named in two ways counts twice; one that cannot be read hides what
+    is wrong with the data."""
+    more = [{"id": "a", "title": "Cusco", "text": "A town."}] * good + [{"id": "b"}]
     (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
-    found = replace_dotted(write(tmp_path, *rows()), key, str(tmp_path / "more.jsonl"))
-    with pytest.raises(UserError, match="1 bad row"):
+    found = replace_dotted(write(tmp_path, *rows()), "data.bad_rows", "drop")
+    for key, name in zip(keys, ("more.jsonl", "./more.jsonl"), strict=False):
+        found = replace_dotted(found, key, f"{tmp_path}/{name}")
+    with contextlib.nullcontext() if good else pytest.raises(UserError, match="no good passage"):
         validate.validate(found, str(tmp_path / "work"))
-    assert re.search(r"^more +0 +1\b", out := capsys.readouterr().out, re.M)
-    assert "more.jsonl:2" in out
+    out = capsys.readouterr().out
+    assert len(re.findall(rf"^more +0 +{good}\b", out, re.M)) == 1
+    (bad,) = map(json.loads, (tmp_path / "work/validation.jsonl").read_text().splitlines())
+    assert bad["where"].endswith(f"more.jsonl:{good + 1}")
+    with pytest.raises(UserError, match="1 bad row"):
+        validate.validate(replace_dotted(found, "data.bad_rows", "refuse"), str(tmp_path / "work"))
+    lost = replace_dotted(found, keys[0], "lost.jsonl")
+    (tmp_path / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text() + "no row\n")
+    with pytest.raises(UserError, match=r"lost\.jsonl"):
+        validate.validate(lost, str(tmp_path / "work"))
+    assert "x.jsonl:17" in capsys.readouterr().out
 
 
 def test_every_bad_row_is_named_and_the_exit_code_is_2(tmp_path, capsys):
