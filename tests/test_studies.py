@@ -368,6 +368,11 @@ def test_the_page_and_the_markdown_say_what_the_study_found():
     assert "N|C &gt; C: corpus/corect" in html and "python -m x --mode=study" in html
     assert "| N | loss.nsp_weight=0.0 |" in lines and "| C | none |" in lines
     assert '<td class="left">loss.nsp_weight=0.0</td>' in html
+    assert page.STARTS_NOTE not in page.markdown(study) and "A|B is A&#x27;s Gen" in html
+    study["settings"]["C"] = {"gen.init": "start:a (b)"}
+    study["arms"].remove("N|C")
+    assert "gen.init=&#x27;start:a (b)&#x27;" in page.page(study)
+    assert page.STARTS_NOTE in page.markdown(study) and page.PAIRS_NOTE not in page.markdown(study)
     matrix = html.partition("<section><h3>world.in_domain</h3>")[2].partition("</section>")[0]
     interval = f"<small>{row['low']:.3f} to {row['high']:.3f}</small>"
     assert f"{row['mean']:.3f}<br>{interval}" in matrix

@@ -624,7 +624,9 @@ def test_a_run_starts_from_what_another_has_made(tmp_path, capsys):
     said = capsys.readouterr().out
     places = [said.index(f"--- {name}, seed 0: finished") for name in ("C", "next")]
     assert places[0] < said.index("hard negatives for") < places[1]
-    start, run = json.loads((tmp_path / "next-small/study.json").read_text())["runs"]
+    told = json.loads((tmp_path / "next-small/study.json").read_text())
+    assert list(told["settings"]) == ["next", "C"]
+    start, run = told["runs"]
     assert [start["arm"], run["arm"]] == ["C", "next"] and "/next.py:small+C " in start["command"]
     arm = tmp_path / run["directory"]
     config = json.loads((arm / "config.json").read_text())

@@ -1,6 +1,7 @@
 """A study as a markdown table and as a self-contained page; both say the same."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,13 @@ RULE = (
     "confirmed by chance."
 )
 ARMS_NOTE = (
-    "Each is the study's config but for these settings. A|B is A's Gen behind passages that B's "
-    "pair retrieves. The metrics are told in docs/results/method.md."
+    "Each is the study's config but for these settings. The metrics are told in "
+    "docs/results/method.md."
+)
+PAIRS_NOTE = "A|B is A's Gen behind passages that B's pair retrieves."
+STARTS_NOTE = (
+    "start:A is the Gen that A's first run exports, mined:A its data with the hard negatives that "
+    "it finds; such an A that is no arm stands below the arms."
 )
 NO_CLAIMS = "No two arms of a claim are measured yet."
 NO_CLAIM = "No claim was asked for."
@@ -99,7 +105,7 @@ def markdown(study: Study) -> str:
     """The whole study, with the command of every run."""
     parts = [f"# {study['name']}", study["question"], _facts(study), f"`{study['command']}`"]
     parts.append("\n".join(f"- **{claim}**: {told}" for claim, told in _closing(study)))
-    parts += ["## Arms", ARMS_NOTE, _table(setting_cells(study["settings"]))]
+    parts += ["## Arms", _arms_note(study), _table(setting_cells(study["settings"]))]
     parts += ["## Claims", _rule(study)]
     if study["claims"]:
         parts += [_table(claim_cells(study["claims"])), *_matched_notes(study)]
@@ -124,7 +130,7 @@ def page(study: Study) -> str:
     """The same, with plots of every metric that is a share."""
     note = _emphasised(_rule(study))
     table = _html_table(setting_cells(study["settings"]), left=2)
-    sections = [f"<h2>Arms</h2><p class='note'>{ARMS_NOTE}</p>{table}"]
+    sections = [f"<h2>Arms</h2><p class='note'>{html.escape(_arms_note(study))}</p>{table}"]
     sections.append(f"<h2>Claims</h2><p class='note'>{note}</p>")
     if study["claims"]:
         sections.append(_html_table(claim_cells(study["claims"]), left=3))
@@ -257,6 +263,14 @@ def _closing(study: Study) -> list[tuple[str, str]]:
     return found + [(claim, UNTESTED) for claim in study["untested"]]
 
 
+def _arms_note(study: Study) -> str:
+    started = any(
+        "start:" in str(own) or "mined:" in str(own) for own in study["settings"].values()
+    )
+    notes = {PAIRS_NOTE: any("|" in arm for arm in study["arms"]), STARTS_NOTE: started}
+    return " ".join([ARMS_NOTE, *(note for note, needed in notes.items() if needed)])
+
+
 def _matched_notes(study: Study) -> list[str]:
     return [
         MATCHED_NOTE.format(name=name, curve=", ".join(curve), to=name.partition("@")[2])
@@ -358,8 +372,9 @@ def _html_table(cells: Cells, left: int = 1) -> str:
 
 def _html_cell(text: str) -> str:
     """An interval stands below its mean, in small."""
-    mean, bracket, interval = html.escape(text).partition(" (")
-    return f"{mean}<br><small>{interval.rstrip(')')}</small>" if bracket else mean
+    if found := re.fullmatch(r"([+-]?[\d.]+) \((.+)\)", text):
+        return f"{found[1]}<br><small>{html.escape(found[2])}</small>"
+    return html.escape(text)
 
 
 def _emphasised(text: str) -> str:
