@@ -45,16 +45,16 @@ prefixed() {
   exec sed -u "s/^/[$1] /"
 }
 
-pids=()
+pids=() stop=""
+forward() { ((${#pids[@]} == 0)) || kill -s "$1" "${pids[@]}" 2>/dev/null; }
+trap 'stop=yes; forward TERM' TERM INT # what bash starts in the background ignores SIGINT
+trap 'forward KILL' EXIT
 for ((i = 0; i < processes; i++)); do
   # Process substitution, not a pipe: $! is then Python itself, which must get the signals.
   JAX_PROCESS_ID=$i "$python" -m cosup_jax.main "$@" > >(prefixed "$i") 2> >(prefixed "$i" >&2) &
   pids+=($!)
 done
-
-forward() { ((${#pids[@]} == 0)) || kill -s "$1" "${pids[@]}" 2>/dev/null; }
-trap 'forward TERM' TERM INT # what bash starts in the background ignores SIGINT
-trap 'forward KILL' EXIT
+[[ ! $stop ]] || forward TERM # told before all had started
 
 exec 2>/dev/null # bash would announce each process that is killed here
 result=0 deadline=""

@@ -381,7 +381,12 @@ def test_kill_during_a_save_leaves_the_one_before(tmp_path, devices):
         run.stdin.write("\n")
         run.stdin.flush()
         deadline = time.monotonic() + 20
-        while not list(tmp_path.glob("*tmp*")) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:  # looked at while it stands still
+            os.kill(run.pid, signal.SIGSTOP)
+            os.waitpid(run.pid, os.WUNTRACED)
+            if list(tmp_path.glob("*tmp*")):
+                break
+            os.kill(run.pid, signal.SIGCONT)
             time.sleep(0.001)
     finally:
         os.kill(run.pid, signal.SIGKILL)

@@ -52,6 +52,8 @@ def local(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # What was ignored when bash starts it cannot trap.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **how,
         )
         started.append(process)
@@ -97,7 +99,10 @@ def test_local_environment_and_prefixes(local):
 
 def test_local_failure_ends_all(local, tmp_path):
     """Catches the survivors waiting for ever in a collective, and a failure reported as 0."""
-    body = NOTE_PID + "time.sleep(0.5)\nsys.exit(7) if number == '1' else time.sleep(60)"
+    body = NOTE_PID + (
+        "while number == '1' and len(list(here.glob('pid*'))) < 3:\n    time.sleep(0.05)\n"
+        "sys.exit(7) if number == '1' else time.sleep(60)"
+    )
     process = local(body, "3", "--", "--workdir=x")
     process.communicate(timeout=20)
     assert process.returncode == 7
@@ -446,6 +451,8 @@ def test_worker_stops_what_it_started(tmp_path):
     until("up")
     assert worker("state") == "running"
     worker("start", "--workdir=w")
+    while not (run / "program").exists():  # whom to stop
+        time.sleep(0.05)
     worker("stop")
     until("saved")
     deadline = time.monotonic() + 20

@@ -42,12 +42,12 @@ def start(cache):
     """Starts the processes of a run; ends what a failed test leaves."""
     started = []
 
-    def run(config, workdir, count, configs=None):
+    def run(config, workdir, count, configs=None, lost_s=60):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environ = towns.environ(cache, devices=2)
-        environ |= {"COSUP_LOST_SECONDS": str(LOST_S), "JAX_COORDINATOR_BIND_ADDRESS": address}
+        environ |= {"COSUP_LOST_SECONDS": str(lost_s), "JAX_COORDINATOR_BIND_ADDRESS": address}
         joining = [f"--coordinator={address}", f"--num_processes={count}"] if count > 1 else []
         for process in range(count):
             flags = [f"--config={(configs or [config] * count)[process]}", f"--workdir={workdir}"]
@@ -145,7 +145,8 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_exactly(
 ):
     """Bugs: survivors that hang in a collective; a relaunch that skips or repeats a step."""
     whole, workdir = _run_of(2, config, start, together), tmp_path / "run"
-    processes, metrics = start(config, workdir, 2), workdir / "metrics.jsonl"
+    processes = start(config, workdir, 2, lost_s=LOST_S)
+    metrics = workdir / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         time.sleep(0.01)
         assert processes[0].poll() is None, processes[0].communicate()[1]

@@ -306,7 +306,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on(config, tmp_path):
     said, _ = first.communicate(timeout=900)
     assert first.returncode == 0, said
     process = start(parted, ROOT / "tests", tmp_path)
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     assert json.loads((parted / "status.json").read_text()) == {"state": "stopped", "step": 8}
     assert not any(name.startswith("eval/") for name in towns.metrics(parted)[8])
@@ -315,7 +315,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on(config, tmp_path):
         lines.append(process.stdout.readline())
         assert lines[-1], "".join(lines)
     process.send_signal(signal.SIGTERM)
-    said = "".join(lines) + process.communicate(timeout=300)[0]
+    said = "".join(lines) + process.communicate(timeout=900)[0]
     assert process.returncode == 0, said
     status = json.loads((parted / "status.json").read_text())
     assert status["state"] == "stopped" and 15 <= status["step"] < 32, said

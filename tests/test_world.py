@@ -82,7 +82,7 @@ def test_another_process_with_other_hashing_composes_the_same_rows():
         )
         for seed in ("1", "2")
     ]
-    digests = [process.communicate(timeout=60)[0] for process in started]
+    digests = [process.communicate(timeout=300)[0] for process in started]
     assert digests[0] == digests[1] and len(digests[0]) == 65
 
 
@@ -242,7 +242,7 @@ def test_processes_that_start_together_build_once(tmp_path):
     """Catches the second process of a launch failing where the first has just put its data."""
     code = f"from cosup_jax.data import world; list(world.records(100, {str(tmp_path)!r}))"
     started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in started] == [0, 0]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
 
 
 @pytest.mark.parametrize(
