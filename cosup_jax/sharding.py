@@ -198,10 +198,17 @@ def _narrow_first(spec: str, x, grad) -> jax.Array:
     """Of x * grad XLA for CPU transposes the first: here the narrower one, and where queries, keys
     and values or gate and up read one x, once for all."""
     inputs, over, outputs = spec.replace("->", ",").split(",")
+    straight = functools.partial(jnp.einsum, f"{inputs},{outputs}->{over}")
     if x.size <= grad.size:
-        return jnp.einsum(f"{inputs},{outputs}->{over}", x, grad)
-    turned = jnp.einsum(f"{outputs},{inputs}->{outputs[2:]}{inputs[2:]}", grad, x)
-    return jnp.einsum(f"{outputs[2:]}{inputs[2:]}->{over}", turned)
+        return straight(x, grad)
+
+    def turned(x, grad):
+        found = jnp.einsum(f"{outputs},{inputs}->{outputs[2:]}{inputs[2:]}", grad, x)
+        return jnp.einsum(f"{outputs[2:]}{inputs[2:]}->{over}", found)
+
+    if x.dtype == jnp.bfloat16:  # which XLA for CPU, of jax 0.12, sums as such where it is turned
+        return jax.lax.platform_dependent(x, grad, cpu=straight, default=turned)
+    return turned(x, grad)
 
 
 product.defvjp(lambda spec, x, kernel: (jnp.einsum(spec, x, kernel), (x, kernel)), _product_back)

@@ -65,22 +65,25 @@ def validate(config: Config, workdir: str, show_rows: int = 0, limit: int = 5) -
         found = Problems().extend(data.problems.values())
         datasets = dict.fromkeys([*(dataset for dataset, _ in data.train), *data.held_out])
         print(_table(_source_rows(datasets)))
+        shown = None
         try:
+            rows = _check_tokens(config, data, datasets, directory.path, found, show_rows)
             _check_corpora(config, directory.path / "data", found)
-            shown = _check_tokens(config, data, datasets, directory.path, found, show_rows)
+            shown = rows
         except UserError as error:
             if not found.errors:
                 raise
             assemble.refuse_all_bad(data)
             raise UserError(
-                f"{counted(found.errors, 'bad row')}, and the others do not do: {error}"
+                f"{counted(found.errors, 'bad row')}, and without them: {error}"
             ) from error
         finally:  # whatever stops us, what was found is said
-            print(_findings(found, limit))
+            if found.listed or shown is not None:
+                print(_findings(found, limit))
             lines = (json.dumps(problem._asdict()) for problem in found.listed)
             directory.write_text("validation.jsonl", "".join(f"{line}\n" for line in lines))
-        if found.listed:
-            print(f"all findings: {directory.path / 'validation.jsonl'}")
+            if found.listed:
+                print(f"all findings: {directory.path / 'validation.jsonl'}")
         print("\n".join(shown), end="")
     if found.errors and config.data.bad_rows == "refuse":
         raise UserError(

@@ -99,6 +99,10 @@ def test_a_corpus_without_questions_is_read_too(good, keys, tmp_path, capsys):
     with pytest.raises(UserError, match=r"lost\.jsonl"):
         validate.validate(lost, str(tmp_path / "work"))
     assert "x.jsonl:17" in capsys.readouterr().out
+    write(tmp_path, *rows())
+    with pytest.raises(UserError, match=r"lost\.jsonl"):
+        validate.validate(lost, str(tmp_path / "work"))
+    assert "nothing is wrong" not in capsys.readouterr().out
 
 
 def test_every_bad_row_is_named_and_the_exit_code_is_2(tmp_path, capsys):
@@ -263,7 +267,7 @@ def test_few_good_rows_are_told_beside_the_bad(tmp_path, capsys):
     for example in examples[:-4]:
         del example["task"]
     _, out, _ = run(tmp_path, capsys, passages, examples)
-    assert "12 bad rows, and the others do not do: " in out
+    assert "12 bad rows, and without them: " in out
 
 
 def test_a_reason_is_a_whole_phrase():

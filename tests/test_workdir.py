@@ -13,6 +13,8 @@ import pytest
 from cosup_jax.config import make
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
+from cosup_jax.runtime import processes
+from cosup_jax.runtime import workdir as workdir_lib
 from cosup_jax.runtime.workdir import Workdir, write_atomic
 
 HOLD = """
@@ -126,6 +128,21 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
         with Workdir(tmp_path) as second:
             second.write_json("config.json", {"seed": 2})
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
+
+
+def test_a_directory_that_is_not_shared_is_told(tmp_path, monkeypatch):
+    """Bug: a traceback of a process that lacks the directory which process 0 has made."""
+    monkeypatch.setattr(workdir_lib, "APPEARS_S", 0.3)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    monkeypatch.setattr(processes, "broadcast", lambda *_: "token")
+
+    def agree(what, shown):
+        raise UserError(f"{what}: {shown}")
+
+    monkeypatch.setattr(processes, "agree", agree)
+    with pytest.raises(UserError, match=r"not seen in .*lost, which all must share"):
+        Workdir(tmp_path / "lost")
 
 
 def test_what_killed_runs_left_half_written_is_cleared_everywhere(tmp_path):

@@ -25,6 +25,7 @@ from cosup_jax.runtime import processes
 from cosup_jax.runtime.bucket import Bucket, Lease, is_url
 from cosup_jax.runtime.paths import expanded
 
+APPEARS_S = 20  # within which a network file system shows what another host has written
 STATES = ("running", "stopped", "finished", "failed")
 
 _PULLED = ("tokenizer/", "evaluation/", "answers/")  # with files at the top; the rest is large
@@ -120,7 +121,8 @@ class Workdir:
             processes.barrier("workdir is there")
             seen = _appears(note)
             try:
-                shown = {f"what process 0 wrote into {self.path}": "seen" if seen else "not seen"}
+                told = "seen" if seen else f"not seen in {self.path}, which all must share"
+                shown = {"what process 0 wrote there": told}
                 processes.agree("its workdir", shown)
             finally:
                 note.unlink(missing_ok=True)
@@ -298,11 +300,12 @@ def checkpoints(directory: Path) -> epath.Path:
 
 def _appears(path: Path) -> bool:
     """Whether the file is seen, on a network file system perhaps a little later."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + APPEARS_S
     while not path.exists():
         if time.monotonic() > end:
             return False
-        os.listdir(path.parent)  # some clients remember what was not there
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # some clients remember what was not there
         time.sleep(0.2)
     return True
 

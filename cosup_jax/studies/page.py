@@ -185,7 +185,9 @@ def _rule(study: Study) -> str:
 
 def setting_cells(settings: Mapping[str, Mapping[str, Any]]) -> Cells:
     """A heading, and a row for each arm."""
-    told = lambda own: ", ".join(f"{key}={value!r}" for key, value in own.items()) or "none"
+    told = lambda own: (
+        ", ".join(f"{key}={value!r}" for key, value in own.items()) or "as the study's config"
+    )
     return [["arm", "settings"], *([arm, told(own)] for arm, own in settings.items())]
 
 
