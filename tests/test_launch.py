@@ -34,6 +34,8 @@ def executable(path, text):
 def local(tmp_path):
     """Starts local_processes.sh around a stand-in whose body is given."""
     started = []
+    # Where these tests run in the background SIGINT is ignored, and bash could not trap it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start(body, *argv, **how):
         port = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0))"
@@ -52,14 +54,13 @@ def local(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # What was ignored when bash starts it cannot trap.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **how,
         )
         started.append(process)
         return process
 
     yield start
+    signal.signal(signal.SIGINT, before)
     for process in started:
         process.kill()
         process.wait()
