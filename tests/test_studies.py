@@ -466,7 +466,7 @@ RESULTS = Path(__file__).parent.parent / "docs/results"
 ONE = r"[+-]?\d\.\d{3} \([+-]?\d\.\d{3} to [+-]?\d\.\d{3}\)"
 ARMS = r"[\w.@|\\]+ [<>] [\w.@|\\]+"
 # "C > N: +0.1 (...), -0.2 (...): undecided, *confirmed*", or so in the cells of a row.
-JUDGED = rf"({ARMS})†?(?::| is| \|)? ({ONE}(?:(?:, | \| ){ONE})*)(?:: |, | \| )([^.;|]*)"
+JUDGED = rf"({ARMS})†?(?::| is| \||,)? ({ONE}(?:(?:, | \| ){ONE})*)(?:: |, | \| )([^.;|]*)"
 ROW = rf"^\| ({ARMS}): [^|]+ \| [^|]+ \| ([^|]+) \| " + INTERVAL % r"\| "
 OF_NO_PAGE = {"0.515", "0.016"}  # of a tower before its first step; chance, among 60
 

@@ -100,7 +100,8 @@ class _Watch:
         self._abort_handler = _catch_abort()  # kept alive
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
 
     def await_news(self) -> None:
         if self._awaited:
@@ -125,7 +126,7 @@ class _Watch:
     def tell(self, reason: str, code: int) -> None:
         if self.over:
             if not self._leaving.is_set():  # the last word is said
-                self.leave(max(3, self.lost_s))
+                self.leave(10)
                 time.sleep(0.5 if self._me == 0 else 0)  # what has left is still to end
             return
         self.over = True
@@ -146,6 +147,7 @@ class _Watch:
 
     def leave(self, seconds: float) -> None:
         self._leaving.set()
+        self._heart.join(5)  # or a last beat would take the place of what follows
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_ALIVE}{self._me}", _LEFT, allow_overwrite=True)
             end = time.monotonic() + seconds

@@ -122,7 +122,7 @@ class Workdir:
             seen = _appears(note)
             try:
                 told = "seen" if seen else f"not seen in {self.path}, which all must share"
-                shown = {"what process 0 wrote there": told}
+                shown = {"process 0's note in the workdir": told}
                 processes.agree("its workdir", shown)
             finally:
                 note.unlink(missing_ok=True)
