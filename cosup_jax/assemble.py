@@ -21,7 +21,14 @@ from cosup_jax.data import markup, prepared, tokenizer
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.problems import Problems
 from cosup_jax.data.schema import Dataset
-from cosup_jax.data.sources import carve, expand, identity, load, prepared_directory
+from cosup_jax.data.sources import (
+    carve,
+    expand,
+    identity,
+    load,
+    load_corpus,
+    prepared_directory,
+)
 from cosup_jax.data.tokenizer import Tokenizer
 from cosup_jax.errors import UserError
 from cosup_jax.hf import weights
@@ -135,6 +142,11 @@ def read_sources(config: Config, directory: Path) -> Sources:
         problems,
         tuple(name for name, dataset in found.items() if not len(dataset.examples)),
     )
+
+
+def read_corpus(where: str, config: Config, directory: Path) -> tuple[Dataset, Problems]:
+    """As `load_corpus`, from a bucket too."""
+    return load_corpus(localise(where, directory / "buckets"), config.data, directory)
 
 
 def _hold_out(name: str, dataset: Dataset, trained: bool, data: DataConfig) -> Dataset:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from cosup_jax.config import Config, make, set_dotted, to_dict, unknown_key
-from cosup_jax.dotted import leaves
+from cosup_jax.dotted import differing, leaves
 from cosup_jax.errors import UserError
 from cosup_jax.freeze import freeze
 
@@ -36,6 +36,11 @@ class File(NamedTuple):
     def variant(self, name: str) -> Config:
         """The config of a variant. Raises UserError."""
         return frozen(self.of(name), self.overrides)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """{"a.b": value} where a variant is not as the file itself, whatever the overrides."""
+        base, own = (load(path).to_dict() for path in (self.path_and_variant, self.of(name)))
+        return {key: value for key, (_, value) in differing(base, own).items()}
 
 
 def frozen(path_and_variant: str, overrides: Mapping[str, str]) -> Config:

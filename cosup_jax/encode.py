@@ -14,11 +14,10 @@ from cosup_jax.assemble import Sources, Trained
 from cosup_jax.config import Config
 from cosup_jax.data.batch import batch_shape
 from cosup_jax.data.schema import Dataset
-from cosup_jax.data.sources import by_name, load_corpus
+from cosup_jax.data.sources import by_name
 from cosup_jax.data.tokens import tokenize_passages
 from cosup_jax.errors import UserError
 from cosup_jax.runtime import processes
-from cosup_jax.runtime.bucket import localise
 from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.search.corpus import Corpus, encode_to_disk
 from cosup_jax.search.encoder import Encoder
@@ -71,8 +70,7 @@ def datasets(trained: Trained, workdir: Path) -> list[Dataset]:
 
 def without_questions(where: str, config: Config, workdir: Path) -> Dataset:
     """A corpus by itself, as `load_corpus` has it. Raises UserError as `datasets`."""
-    local = localise(where, workdir / "data/buckets")
-    dataset, problems = load_corpus(local, config.data, workdir / "data")
+    dataset, problems = assemble.read_corpus(where, config, workdir / "data")
     return _checked(Sources([(dataset, 1.0)], [], {where: problems}), config)[0]
 
 

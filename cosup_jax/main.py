@@ -238,7 +238,8 @@ def _tell_the_others(error: BaseException, code: int, say: Callable[[], None]) -
         liveness.await_news(error)
     say()
     if liveness:
-        liveness.tell(f"{type(error).__name__}: {error}" if code == 1 else str(error), code)
+        with contextlib.suppress(KeyboardInterrupt):  # it ends anyway, by its own code
+            liveness.tell(f"{type(error).__name__}: {error}" if code == 1 else str(error), code)
 
 
 def _together() -> bool:

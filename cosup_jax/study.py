@@ -162,7 +162,8 @@ class _Found:
         known = [claim for claim in asked.claims if {claim.better, claim.other} <= set(done)]
         judged = results.claim_rows(done, known, asked.kinds)
         seeds, between = asked.config.study.seeds, asked.config.study.between_sets
-        wanted, started = seeds * len(asked.arms), {start.name: None for start in self._starts}
+        wanted = seeds * len(asked.arms)
+        told = dict.fromkeys([*asked.arms, *(start.name for start in self._starts)])
         finished = all(len(scores) == seeds for scores in self._scores.values())
         return {
             "name": asked.directory.name,
@@ -182,7 +183,7 @@ class _Found:
             "matched": {name: list(told.curve) for name, told in asked.matched.items()},
             "untested": results.untested(judged, known),
             "arms": list(self._scores),
-            "settings": {name: asked.settings(name) for name in (*asked.arms, *started)},
+            "settings": {name: asked.file.settings(name) for name in told},
             "measured": results.arm_rows(done, {name: asked.kinds[name] for name in asked.shown}),
             "runs": [*self._starts.values(), *self._runs],
         }

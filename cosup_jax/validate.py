@@ -18,10 +18,9 @@ from cosup_jax.data.near import NearDuplicates
 from cosup_jax.data.plan import Plan, left_out
 from cosup_jax.data.problems import ERRORS, KINDS, Problems
 from cosup_jax.data.schema import Dataset, Example
-from cosup_jax.data.sources import eval_sets, load_corpus
+from cosup_jax.data.sources import eval_sets
 from cosup_jax.data.tokens import TokenStore
 from cosup_jax.errors import UserError
-from cosup_jax.runtime.bucket import localise
 from cosup_jax.runtime.workdir import Workdir
 from cosup_jax.wording import counted
 
@@ -97,7 +96,7 @@ def _check_corpora(config: Config, directory: Path, found: Problems) -> None:
     named = filter(None, (config.index.corpus, config.eval.corpus))
     corpora = []
     for where in {os.path.realpath(where): where for where in named}.values():
-        corpus, bad = load_corpus(localise(where, directory / "buckets"), config.data, directory)
+        corpus, bad = assemble.read_corpus(where, config, directory)
         corpora.append(corpus)
         found.extend([bad])
     if corpora:

@@ -13,13 +13,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 
-import hypothesis
 import jax
 import pytest
 
-# A change is judged by the examples by which the one before it was.
-hypothesis.settings.register_profile("same", derandomize=True, database=None)
-hypothesis.settings.load_profile("same")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compile faster

@@ -383,13 +383,13 @@ def test_kill_during_a_save_leaves_the_one_before(tmp_path, devices):
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:  # looked at while it stands still
             os.kill(run.pid, signal.SIGSTOP)
-            os.waitpid(run.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(os.waitpid(run.pid, os.WUNTRACED)[1]), "it ended by itself"
             if list(tmp_path.glob("*tmp*")):
                 break
             os.kill(run.pid, signal.SIGCONT)
             time.sleep(0.001)
     finally:
-        os.kill(run.pid, signal.SIGKILL)
+        run.kill()
         run.wait()
         run.stdin.close()
         run.stdout.close()

@@ -82,7 +82,7 @@ def test_search_equals_a_sort(tiny, how, queries, rows, k):
     """
     mesh = tiny if "eight" in how else None
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
     @given(matrix(queries), matrix(rows))
     def check(query_QxD, corpus_NxD):
         corpus = InChunks(corpus_NxD, 20) if "chunks" in how else corpus_NxD

@@ -452,7 +452,8 @@ def test_worker_stops_what_it_started(tmp_path):
     until("up")
     assert worker("state") == "running"
     worker("start", "--workdir=w")
-    while not (run / "program").exists():  # whom to stop
+    deadline = time.monotonic() + 20
+    while not (run / "program").exists() and time.monotonic() < deadline:  # whom to stop
         time.sleep(0.05)
     worker("stop")
     until("saved")

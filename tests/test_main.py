@@ -343,6 +343,19 @@ def test_a_module_of_ours_that_is_missing_keeps_its_traceback(trained, tmp_path,
         main_lib.main(["--config=configs/base.py", f"--workdir={tmp_path}", "--mode=no_such_mode"])
 
 
+def test_ctrl_c_while_the_others_are_told_changes_no_code(monkeypatch):
+    """Bug: a mistake that is already told ends in a traceback and another code."""
+    from cosup_jax.runtime import liveness
+
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    said = []
+    monkeypatch.setattr(liveness, "tell", pressed)
+    main_lib._tell_the_others(main_lib.UserError("no such file"), 2, lambda: said.append("told"))
+    assert said == ["told"]
+
+
 def test_program_refuses_at_once(tmp_path):
     """Catches the slow import, before the check, that makes a typo cost half a minute."""
     done, seconds = run_program("--config=configs/base.py:smok", f"--workdir={tmp_path}/run")

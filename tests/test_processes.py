@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,25 @@ def test_the_last_beat_of_a_lost_process_is_no_sign_of_life(monkeypatch):
 
     assert waited(99) < 3  # all live: no reason to wait
     assert waited(0.5) >= 16 and waited(0) >= 16
+
+
+def test_a_last_beat_does_not_take_the_place_of_a_leave():
+    """Bug: process 0 waits for one that has left, as its thread still had a beat under way."""
+    watch, kept = object.__new__(liveness._Watch), {}
+    write = lambda key, value, **_: kept.__setitem__(key, value)
+    watch._me, watch._leaving = 1, threading.Event()
+    watch._client = types.SimpleNamespace(key_value_set=write)
+
+    def under_way():
+        watch._leaving.wait(5)
+        time.sleep(0.2)
+        write(f"{liveness._ALIVE}1", "7")
+
+    watch._heart = threading.Thread(target=under_way)
+    watch._heart.start()
+    watch.leave(0)
+    watch._heart.join()
+    assert kept == {f"{liveness._ALIVE}1": liveness._LEFT}
 
 
 def test_many_processes_are_named_in_a_line():

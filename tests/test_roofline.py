@@ -167,8 +167,5 @@ def test_measured_peaks_are_possible():
     chip = roofline.measured(jax.devices()[0])
     cores_a_device = len(os.sched_getaffinity(0)) / jax.local_device_count()
     assert 1e8 < chip.f32_flops < 3e11 * cores_a_device
-    rates = [rate for points in (chip.memory, chip.transposed) for _, rate in points]
+    rates = [rate for points in (chip.memory, chip.transposed, chip.fresh) for _, rate in points]
     assert all(1e7 < rate < 1e12 for rate in rates)
-    # What was just allocated may have been there before: then its first use costs nothing.
-    fresh = [rate for _, rate in chip.fresh]
-    assert min(fresh) < 1e12 and all(rate > 1e7 for rate in fresh)

@@ -372,7 +372,7 @@ def test_a_study_whose_crossed_answers_are_missing_is_not_finished(tmp_path):
 def test_an_arm_s_settings_are_those_in_which_it_differs():
     """Bug: a page that calls an arm by a letter and nowhere says what it is, or lists what the
     scale or the command line sets for all of them."""
-    found = asked(f"{ROOT}/configs/studies/weight.py:small", num_steps="7")
+    found = asked(f"{ROOT}/configs/studies/weight.py:small", num_steps="7").file
     assert found.settings("C") == {} and found.settings("C_3") == {"loss.nsp_weight": 3.0}
     assert found.settings("S") == {"loss.ntp_weight": 0.0, "tie_ctx_to_gen": True}
     assert found.settings("C_pre") == arms.PRETRAINED

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cosup_jax.config import Config, StudyConfig, to_dict
 from cosup_jax.config_files import File, load
 from cosup_jax.data.sources import check_corpus
-from cosup_jax.dotted import differing, get_dotted, leaves, replace_dotted
+from cosup_jax.dotted import differing, get_dotted, replace_dotted
 from cosup_jax.errors import UserError
 from cosup_jax.evaluate import digest
 from cosup_jax.studies import measures, results
@@ -118,14 +118,6 @@ class Design(NamedTuple):
             key = replace_dotted(key, setting, mark + start.directory.name + made_by)
         return Arm(name, seed, config, self.root / "arms" / _key(key))
 
-    def settings(self, name: str) -> dict[str, Any]:
-        """What an arm consists in: {"loss.nsp_weight": 0.0}, where it is not as the study's file
-        has it."""
-        base, own = (
-            load(path).to_dict() for path in (self.file.path_and_variant, self.file.of(name))
-        )
-        return {key: value for key, (_, value) in differing(base, own).items()}
-
     def starts(self, arm: Arm) -> Iterator[tuple[Arm, str]]:
         """The runs that an arm's towers or data come from, and START or MINED."""
         told = _from_runs(self.file.variant(arm.name))
@@ -164,8 +156,6 @@ def _from_runs(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def _check_arms(file: File, arms: Sequence[str]) -> None:
     """Raises UserError for an arm that is none, and for an override of what an arm consists in."""
-    settings = lambda path: dict(leaves(load(path).to_dict())) if file.overrides else {}
-    base = settings(file.path_and_variant)
     for name in arms:
         try:
             config = file.variant(name)
@@ -173,13 +163,12 @@ def _check_arms(file: File, arms: Sequence[str]) -> None:
             trained = [f"--config.{key}" for key in file.overrides if not key.startswith("study.")]
             with_them = f", with {', '.join(trained)}" if trained else ""
             raise UserError(f"arm {name}{with_them}: {error}") from error
-        own = settings(file.of(name))
-        for key in file.overrides:
-            if own[key] != base[key]:
-                raise UserError(
-                    f"--config.{key} would undo what arm {name} consists in, {key}={own[key]!r}; "
-                    f"drop it, or change the arm in {file.path_and_variant.partition(':')[0]}"
-                )
+        own = file.settings(name) if file.overrides else {}
+        for key in file.overrides & own.keys():
+            raise UserError(
+                f"--config.{key} would undo what arm {name} consists in, {key}={own[key]!r}; "
+                f"drop it, or change the arm in {file.path_and_variant.partition(':')[0]}"
+            )
         _check_arms(file, [variant for *_, variant in _from_runs(config)])
 
 

@@ -9,6 +9,7 @@ from cosup_jax.config import ARMS
 from cosup_jax.report import tables
 from cosup_jax.report.plots import Cloud, Measured, Score, by_row, scatter
 from cosup_jax.report.style import CSS, PAGE
+from cosup_jax.studies.arms import MINED, START
 from cosup_jax.studies.results import FOUND, MAJORITY
 from cosup_jax.studies.run import SHARE
 from cosup_jax.studies.verdict import LEVEL, POINT, POWER
@@ -39,8 +40,8 @@ ARMS_NOTE = (
 )
 PAIRS_NOTE = "A|B is A's Gen behind passages that B's pair retrieves."
 STARTS_NOTE = (
-    "start:A is the Gen that A's first run exports, mined:A its data with the hard negatives that "
-    "it finds; such an A that is no arm stands below the arms."
+    f"{START}A is the Gen that A's first run exports, {MINED}A its data with the hard negatives "
+    "that it finds; such an A that is no arm stands below the arms."
 )
 NO_CLAIMS = "No two arms of a claim are measured yet."
 NO_CLAIM = "No claim was asked for."
@@ -266,11 +267,13 @@ def _closing(study: Study) -> list[tuple[str, str]]:
 
 
 def _arms_note(study: Study) -> str:
-    started = any(
-        "start:" in str(own) or "mined:" in str(own) for own in study["settings"].values()
-    )
-    notes = {PAIRS_NOTE: any("|" in arm for arm in study["arms"]), STARTS_NOTE: started}
-    return " ".join([ARMS_NOTE, *(note for note, needed in notes.items() if needed)])
+    values = [str(value) for own in study["settings"].values() for value in own.values()]
+    notes = [ARMS_NOTE]
+    if any("|" in arm for arm in study["arms"]):
+        notes.append(PAIRS_NOTE)
+    if any(value.startswith((START, MINED)) for value in values):
+        notes.append(STARTS_NOTE)
+    return " ".join(notes)
 
 
 def _matched_notes(study: Study) -> list[str]:
